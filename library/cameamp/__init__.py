@@ -1,0 +1,1 @@
+"""The engine behind the Automagic_CameAMP optimizers. Users import from `library.automagic_cameamp`."""

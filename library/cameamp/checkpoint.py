@@ -1,0 +1,200 @@
+"""Reading a checkpoint: check all of it, convert what can be, and only then hand it over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import OPTION_NAMES, OptimizerConfig
+from .rules import Phase
+
+# Layout of the checkpoints written here; 1 and 2 are those of an older implementation.
+VERSION = 3
+
+_DTYPES = {
+    "lr_mask": torch.float32,
+    "exp_avg": torch.float32,
+    "exp_avg_sq": torch.float32,
+    "exp_avg_res": torch.float32,
+    "s": torch.float32,
+    "last_polarity": torch.bool,
+}
+_NEVER_NEGATIVE = ("lr_mask", "exp_avg_sq", "exp_avg_res")
+
+# Written for whoever reads a checkpoint; computed from the rest, so ignored here.
+_DERIVED = ("avg_lr", "lr_max", "row_scaling")
+
+
+@dataclass
+class Restored:
+    """What a checkpoint gives an optimizer.
+
+    Attributes:
+        state: the new state of each parameter that has one.
+        learning_rates: for each group, `lr` and, if a scheduler was at work, `initial_lr`.
+        notes: what differs from the checkpoint, a log line each.
+    """
+
+    state: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
+    learning_rates: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def restore(
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    configs: Sequence[OptimizerConfig],
+    names: Mapping[Tensor, str],
+) -> Restored:
+    """Check a checkpoint against an optimizer, and convert it.
+
+    Args:
+        saved: what `state_dict()` returned. `magic_version` may be missing: torch.distributed.checkpoint drops it.
+        groups: the optimizer's parameter groups.
+        configs: their options.
+        names: parameter names where known, for error messages.
+
+    Returns:
+        The new states, on their parameters' devices. Neither argument is changed.
+
+    Raises:
+        ValueError: what does not fit, with the parameter's number, shape and name.
+    """
+    _check_top_level(saved, groups)
+    restored = Restored()
+    states = saved["state"]
+    seen = set()
+    position = 0
+    differences = []
+    for number, (group, saved_group, config) in enumerate(zip(groups, saved["param_groups"], configs)):
+        restored.learning_rates.append(_learning_rates(number, saved_group))
+        differences += _option_differences(number, saved_group, config)
+        for p, key in zip(group["params"], saved_group["params"]):
+            label = _label(position, p, names)
+            position += 1
+            seen.add(key)
+            if states.get(key):
+                saved_config = _phase_options(saved_group, config)
+                restored.state[p] = _restore_parameter(states[key], p, label, saved_config, config)
+    unknown = [key for key in states if key not in seen]
+    if unknown:
+        raise ValueError(f"the checkpoint has states of parameters that no group lists: {unknown[:5]}")
+    if differences:
+        restored.notes.append(
+            "options differ from the checkpoint's; the constructor's are used: " + "; ".join(differences)
+        )
+    return restored
+
+
+def _check_top_level(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    for key in ("state", "param_groups"):
+        if key not in saved:
+            raise ValueError(f"the checkpoint has no '{key}'; it is not an optimizer's")
+    if not isinstance(saved["state"], Mapping) or not isinstance(saved["param_groups"], (list, tuple)):
+        raise ValueError("the checkpoint's 'state' must be a dictionary and its 'param_groups' a list")
+    version = saved.get("magic_version", VERSION)
+    if version != VERSION:
+        raise ValueError(f"the checkpoint has magic_version {version!r}; this optimizer reads version {VERSION}")
+    if len(saved["param_groups"]) != len(groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved['param_groups'])} parameter groups, the optimizer {len(groups)}"
+        )
+    for number, (saved_group, group) in enumerate(zip(saved["param_groups"], groups)):
+        if not isinstance(saved_group, Mapping) or not isinstance(saved_group.get("params"), (list, tuple)):
+            raise ValueError(f"parameter group {number} of the checkpoint has no list 'params'")
+        if len(saved_group["params"]) != len(group["params"]):
+            raise ValueError(
+                f"parameter group {number} of the checkpoint has {len(saved_group['params'])} parameters, "
+                f"the optimizer's has {len(group['params'])}"
+            )
+
+
+def _learning_rates(number: int, saved_group: Mapping[str, Any]) -> dict[str, float]:
+    rates = {}
+    for name in ("lr", "initial_lr"):
+        if name in saved_group:
+            value = saved_group[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"parameter group {number} of the checkpoint has {name} {value!r}")
+            rates[name] = value
+    if "lr" not in rates:
+        raise ValueError(f"parameter group {number} of the checkpoint has no lr")
+    return rates
+
+
+def _option_differences(number: int, saved_group: Mapping[str, Any], config: OptimizerConfig) -> list[str]:
+    differences = []
+    for name in OPTION_NAMES:
+        if name != "lr" and name in saved_group:
+            saved, own = saved_group[name], getattr(config, name)
+            if (tuple(saved) if isinstance(saved, list) else saved) != own:
+                differences.append(f"group {number} {name} {saved} -> {own}")
+    return differences
+
+
+def _phase_options(saved_group: Mapping[str, Any], config: OptimizerConfig) -> tuple[int, bool]:
+    """`warmup_steps` and `came` that the checkpoint was written under: they decide which states it owes."""
+    warmup_steps = saved_group.get("warmup_steps", config.warmup_steps)
+    came = saved_group.get("came", config.came)
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or not isinstance(came, bool):
+        raise ValueError(f"the checkpoint has warmup_steps {warmup_steps!r} and came {came!r}")
+    return warmup_steps, came
+
+
+def _restore_parameter(
+    saved: Any, p: Tensor, label: str, saved_options: tuple[int, bool], config: OptimizerConfig
+) -> dict[str, Any]:
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{label}: its state is {type(saved).__name__}, not a dictionary")
+    step = _step(saved, label)
+    warmup_steps, came = saved_options
+    owed = Phase.at(step, warmup_steps).state_names(came)
+    for name in owed:
+        if name not in saved:
+            raise ValueError(
+                f"{label}: the state '{name}' is missing, which step {step} of {warmup_steps} warm-up steps has"
+            )
+    for name in saved:
+        if name not in owed and name not in _DERIVED and name != "step":
+            raise ValueError(f"{label}: the state '{name}' is not one that step {step} of this optimizer has")
+    restored: dict[str, Any] = {"step": step}
+    for name in owed:
+        _check_tensor(saved[name], name, p, label)
+    for name in set(owed) & set(Phase.at(step, config.warmup_steps).state_names(config.came)):
+        restored[name] = saved[name].to(p.device)
+    mask = restored["lr_mask"]
+    if mask.numel() and (mask.amin() < config.min_lr or mask.amax() > config.max_lr):
+        restored["lr_mask"] = mask.clamp(config.min_lr, config.max_lr)
+    return restored
+
+
+def _step(saved: Mapping[str, Any], label: str) -> int:
+    step = saved.get("step")
+    if isinstance(step, Tensor) and step.numel() == 1 and not step.is_floating_point():
+        step = step.item()
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"{label}: its step is {step!r}, not a whole number of at least 0")
+    return step
+
+
+def _check_tensor(value: Any, name: str, p: Tensor, label: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{label}: the state '{name}' is {type(value).__name__}, not a tensor")
+    if value.shape != p.shape:
+        raise ValueError(f"{label}: the state '{name}' has shape {tuple(value.shape)}")
+    if value.dtype != _DTYPES[name]:
+        raise ValueError(f"{label}: the state '{name}' is {value.dtype}, not {_DTYPES[name]}")
+    if value.dtype != torch.bool and not torch.isfinite(value).all():
+        raise ValueError(f"{label}: the state '{name}' has elements that are not finite")
+    if name in _NEVER_NEGATIVE and (value < 0).any():
+        raise ValueError(f"{label}: the state '{name}' has negative elements")
+
+
+def _label(position: int, p: Tensor, names: Mapping[Tensor, str]) -> str:
+    name = f" '{names[p]}'" if p in names else ""
+    return f"parameter {position}{name} of shape {tuple(p.shape)}"

@@ -1,0 +1,241 @@
+"""OptimizerConfig: every option of the family, checked once, wherever it was written.
+
+Options reach an optimizer as keyword arguments, per parameter group, as `key=value` words of a command line, or as a
+TOML table. All four ways end in the same constructor, so all four get the same checks and the same error messages.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+_Triple = tuple[float, float, float]
+
+# A floor smaller than this vanishes in float32 once it is multiplied by 1 - beta.
+_SMALLEST_EPS = 1e-35
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Options of the Automagic_CameAMP optimizers. Immutable, and valid once it exists.
+
+    Attributes:
+        lr: learning rate at which every element starts; in [min_lr, max_lr].
+        min_lr: lower bound of the learning-rate mask.
+        max_lr: upper bound of the learning-rate mask.
+        lr_bump: how far the mask of an element moves in one step of the warm-up.
+        eps: floors of the second moment, of the residual, and of the norm left by the orthogonal step.
+        clip_threshold: bound of the root mean square of a parameter's scaled gradient.
+        betas: decay rates of the momentum, the second moment and the residual; each in [0, 1).
+        eta: ALLoRA's scale; rows of norm 0 get eta times the learning rate.
+        beta1_decay: per-step decay of the momentum rate and of the Grams share; in (0, 1].
+        weight_decay: strength of the adaptive weight decay, which acts in the first half of the warm-up.
+        warmup_steps: length of the warm-up in optimizer steps; 0 for none.
+        came: True for CAME scaling, False for AdaBelief clipping.
+        full_finetune: True keeps ALLoRA off, whatever was detected.
+        verbose: log a line of progress now and then through `logging`.
+        context_window: contextual optimizers: steps of history.
+        edge_threshold: contextual optimizers: confidence at which a step counts as an edge case; in (0, 1].
+        adaptation_rate: contextual optimizers: how fast the multiplier follows its target; in [0, 1].
+        momentum_scales: contextual optimizers: update periods of the momenta, in steps.
+        blocksize: 8-bit optimizers: the largest quantization block; a power of two from 64 to 4096.
+        fused: run the rules through `torch.compile`.
+        cautious: mask the update where it disagrees with the gradient's sign.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: an option out of range.
+    """
+
+    lr: float = 1e-6
+    min_lr: float = 1e-7
+    max_lr: float = 1e-3
+    lr_bump: float = 3e-6
+    eps: _Triple = (1e-30, 1e-16, 1e-8)
+    clip_threshold: float = 1.0
+    betas: _Triple = (0.8, 0.99, 0.999)
+    eta: float = 2.0
+    beta1_decay: float = 0.9995
+    weight_decay: float = 5e-4
+    warmup_steps: int = 500
+    came: bool = True
+    full_finetune: bool = False
+    verbose: bool = False
+    context_window: int = 100
+    edge_threshold: float = 0.95
+    adaptation_rate: float = 0.1
+    momentum_scales: tuple[int, ...] = (1, 5, 10, 25)
+    blocksize: int = 4096
+    fused: bool = False
+    cautious: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _normalized(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        _require(self.min_lr >= 0, "min_lr", self.min_lr, "a number of at least 0")
+        _require(self.max_lr >= self.min_lr, "max_lr", self.max_lr, f"a number of at least min_lr ({self.min_lr:g})")
+        bounds = f"a number from min_lr ({self.min_lr:g}) to max_lr ({self.max_lr:g})"
+        _require(self.min_lr <= self.lr <= self.max_lr, "lr", self.lr, bounds)
+        _require(self.lr_bump >= 0, "lr_bump", self.lr_bump, "a number of at least 0")
+        in_range = all(_SMALLEST_EPS <= value <= 1 for value in self.eps)
+        _require(in_range, "eps", self.eps, f"three numbers from {_SMALLEST_EPS:g} to 1")
+        _require(self.clip_threshold > 0, "clip_threshold", self.clip_threshold, "a number above 0")
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "three numbers from 0 to below 1")
+        _require(self.eta > 0, "eta", self.eta, "a number above 0")
+        _require(0 < self.beta1_decay <= 1, "beta1_decay", self.beta1_decay, "a number above 0 and at most 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "a whole number of at least 0")
+        _require(self.context_window >= 2, "context_window", self.context_window, "a whole number of at least 2")
+        _require(0 < self.edge_threshold <= 1, "edge_threshold", self.edge_threshold, "a number above 0 and at most 1")
+        _require(0 <= self.adaptation_rate <= 1, "adaptation_rate", self.adaptation_rate, "a number from 0 to 1")
+        scales = self.momentum_scales
+        distinct = len(scales) > 0 and min(scales) >= 1 and len(set(scales)) == len(scales)
+        _require(distinct, "momentum_scales", scales, "one or more different whole numbers of at least 1")
+        power_of_two = 64 <= self.blocksize <= 4096 and self.blocksize & (self.blocksize - 1) == 0
+        _require(power_of_two, "blocksize", self.blocksize, "a power of two from 64 to 4096")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> OptimizerConfig:
+        """Build a config from keyword options.
+
+        Raises:
+            TypeError: an unknown option, with the nearest known name, or a value of the wrong type.
+            ValueError: a value out of range.
+        """
+        check_names(options)
+        return cls(**options)
+
+    @classmethod
+    def from_toml(cls, table: Mapping[str, Any], file: str, **options: Any) -> OptimizerConfig:
+        """Build a config from the `[optimizer_config]` table of a TOML file.
+
+        Args:
+            table: the table as the TOML parser returned it; lists stand for tuples.
+            file: the file's path, for error messages.
+            options: what was given elsewhere (the learning rate, the command line); it wins over the table.
+
+        Raises:
+            ValueError: with the key, the file, what is allowed and, for an unknown key, the nearest known name.
+        """
+        if "lr" in table:
+            raise ValueError(
+                f"{file}: [optimizer_config] has the key 'lr'. The learning rate is not set there: "
+                "it comes from learning_rate and from the parameter groups."
+            )
+        try:
+            check_names(table)
+            for name, value in table.items():
+                _normalized(name, value)
+            return cls(**{**table, **options})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: [optimizer_config]: {error}") from None
+
+    def replace(self, **options: Any) -> OptimizerConfig:
+        """A copy with some options changed, checked as a whole again."""
+        check_names(options)
+        return dataclasses.replace(self, **options)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Option names and values, in the order of the fields."""
+        return {name: getattr(self, name) for name in OPTION_NAMES}
+
+
+OPTION_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(OptimizerConfig))
+_KINDS: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(OptimizerConfig)}
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """The words `, did you mean 'x'?` for the known name nearest to `name`, or nothing when none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""
+
+
+def check_names(options: Iterable[str]) -> None:
+    """Raise TypeError for the first option that does not exist, naming the nearest one and all that do."""
+    for name in options:
+        if name not in OPTION_NAMES:
+            known = ", ".join(OPTION_NAMES)
+            raise TypeError(f"unknown option '{name}'{nearest_name(name, OPTION_NAMES)} Known options: {known}.")
+
+
+def check_group_names(group: Iterable[str]) -> None:
+    """Raise TypeError for a key of a parameter group that looks like a misspelt option.
+
+    Groups also carry what others put there (`params`, `initial_lr`, a label), so a key is refused only where an option
+    of nearly the same name exists.
+    """
+    for name in group:
+        if name not in OPTION_NAMES and name not in ("params", "param_names", "initial_lr"):
+            close = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.8)
+            if close:
+                raise TypeError(f"unknown option '{name}', did you mean '{close[0]}'?")
+
+
+def parse_optimizer_args(words: Iterable[str]) -> dict[str, Any]:
+    """Read sd-scripts' `--optimizer_args key=value ...`: Python literals, as the host itself reads them.
+
+    Raises:
+        ValueError: a word without `=`, or a value that is not a Python literal.
+    """
+    options: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"optimizer_args: '{word}' has no '='; options are written key=value")
+        try:
+            options[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            raise ValueError(
+                f"optimizer_args: the value of '{name}' is {text!r}; "
+                "allowed: a Python literal such as 0.5, True or (0.8, 0.99, 0.999)"
+            ) from None
+    return options
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"option '{name}' is {value!r}; allowed: {allowed}")
+
+
+def _normalized(name: str, value: Any) -> Any:
+    """`value` as the field's own type, or TypeError/ValueError."""
+    kind = _KINDS[name]
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise TypeError(f"option '{name}' is {value!r}; allowed: True or False")
+        return value
+    if kind == "int":
+        return _integer(name, value, "a whole number")
+    if kind == "float":
+        return _number(name, value, "a finite number")
+    if kind == "_Triple":
+        if not isinstance(value, (tuple, list)) or len(value) != 3:
+            raise TypeError(f"option '{name}' is {value!r}; allowed: three numbers, for example (0.8, 0.99, 0.999)")
+        return tuple(_number(name, item, "three finite numbers") for item in value)
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"option '{name}' is {value!r}; allowed: whole numbers, for example (1, 5, 10, 25)")
+    return tuple(_integer(name, item, "whole numbers") for item in value)
+
+
+def _number(name: str, value: Any, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"option '{name}' is {value!r}; allowed: {allowed}")
+    if not math.isfinite(value):
+        raise ValueError(f"option '{name}' is {value!r}; allowed: {allowed}")
+    return float(value)
+
+
+def _integer(name: str, value: Any, allowed: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"option '{name}' is {value!r}; allowed: {allowed}")
+    return int(value)

@@ -1,0 +1,74 @@
+"""What is done to gradients before any rule sees them: refuse what cannot be used, and measure the group."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The square of a larger magnitude overflows float32.
+LARGEST_MAGNITUDE = 1e18
+
+
+class Magnitudes(NamedTuple):
+    """Of each tensor of one stack, (tensors,).
+
+    abs_sums: sum of |g|.
+    nonzero_counts: how many elements are not 0.
+    deviations: sum of squared deviations of |g| from the tensor's mean; None where not asked for.
+    """
+
+    abs_sums: Tensor
+    nonzero_counts: Tensor
+    deviations: Tensor | None
+
+
+def check(p: Tensor) -> None:
+    """Raise RuntimeError for a gradient that no rule here can use, naming the parameter's shape."""
+    grad = p.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of a parameter of shape {tuple(p.shape)} is sparse; only dense gradients are supported"
+        )
+    if grad.is_complex():
+        raise RuntimeError(
+            f"the gradient of a parameter of shape {tuple(p.shape)} is complex; only real gradients are supported"
+        )
+
+
+def drop_unusable_(g: Tensor) -> Tensor:
+    """Set every element of `g` that is not finite, or above 1e18 in magnitude, to 0.
+
+    Returns:
+        These elements, and 0 for all others, in a tensor of g's shape.
+    """
+    # hardshrink keeps what lies outside its bounds, NaN too. Comparing and selecting by a bool mask does the same at
+    # four times the cost on a CPU.
+    unusable = torch.nn.functional.hardshrink(g, LARGEST_MAGNITUDE)
+    g.sub_(unusable).nan_to_num_(0.0, 0.0, 0.0)
+    return unusable
+
+
+def count_(unusable: Tensor) -> Tensor:
+    """How many elements `drop_unusable_` returned, 0-d; overwrites them."""
+    return unusable.nan_to_num_(1.0, 1.0, 1.0).clamp_(-1.0, 1.0).abs_().sum()
+
+
+def measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
+    """Magnitudes of a stack of usable gradients.
+
+    Args:
+        g: the gradients, (tensors, rows, columns).
+        with_deviations: whether to measure deviations.
+        scratch: a tensor of g's shape to compute in.
+    """
+    magnitude = torch.abs(g, out=scratch).flatten(1)
+    abs_sums = magnitude.sum(dim=1)
+    deviations = None
+    if with_deviations:
+        means = abs_sums / magnitude.shape[1]
+        deviations = magnitude.sub_(means.unsqueeze(1)).square_().sum(dim=1)
+    nonzero_counts = torch.sign(g, out=scratch).abs_().sum(dim=(1, 2))
+    return Magnitudes(abs_sums, nonzero_counts, deviations)

@@ -1,0 +1,481 @@
+"""The one optimizer: groups, then batches, then the rules of a step (rules.py), then the weights.
+
+A class of the family chooses how states are stored. Everything else is the same code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint, gradients, lora
+from .batches import Batch, Layout, Storage, Traits
+from .config import OPTION_NAMES, OptimizerConfig, check_group_names
+from .rounding import stochastic_round
+from .rules import Phase, StepScalars, lr_factor, take_step_
+from .storage.full import Full
+from .techniques import agr, allora, weight_decay
+
+logger = logging.getLogger(__name__)
+
+# A group's gradients are needed twice: for its sums, then for the rules. Up to this size they are kept in between;
+# larger ones are read again, which costs time but no memory.
+_KEPT_GRADIENT_BYTES = 64 * 1024 * 1024
+
+_VERBOSE_EVERY = 100
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """What a group was built with; schedulers may write into the group's dictionary, but not in here.
+
+    Attributes:
+        config: the group's options; its max_lr is raised to `lr` where that is higher.
+        lr: the group's learning rate; unlike config.lr it may be 0, which freezes the group.
+    """
+
+    config: OptimizerConfig
+    lr: float
+
+
+@dataclass(frozen=True)
+class GroupSums:
+    """What the rules need to know of a group's gradients as a whole.
+
+    Attributes:
+        magnitude: 0-d, AGR's sum of |g|.
+        decay_strengths: for each batch, the strength of the weight decay of its tensors; None where nothing decays.
+    """
+
+    magnitude: Tensor
+    decay_strengths: list[Tensor] | list[None]
+
+
+_FULL = Full()
+_POLARITY = Full(torch.bool)
+
+
+class CameAMP(Optimizer):
+    """The engine of the Automagic_CameAMP family; use one of the four classes of `library.automagic_cameamp`.
+
+    Args:
+        params: parameters or parameter groups, as for every torch optimizer. A group may set any option for itself.
+        config: all options at once; or
+        options: the fields of `OptimizerConfig`, by name.
+
+    Raises:
+        TypeError: an unknown option, a value of the wrong type, or options beside `config`.
+        ValueError: a value out of range.
+    """
+
+    _factors: set[Tensor] | None
+    _positions: dict[Tensor, int]
+    _layouts: dict[int, Layout]
+
+    def __init__(self, params: Any, config: OptimizerConfig | None = None, **options: Any) -> None:
+        if config is None:
+            config = OptimizerConfig.from_options(options)
+        elif not isinstance(config, OptimizerConfig):
+            raise TypeError(f"config is {config!r}; allowed: an OptimizerConfig")
+        elif options:
+            raise TypeError(f"give either config or options, not both; got config and {', '.join(options)}")
+        self.config = config
+        self._group_options: list[GroupOptions] = []
+        self._names: dict[Tensor, str] = {}
+        self._unusable: Tensor | None = None
+        self._forget_layout()
+        super().__init__(params, config.as_dict())
+
+    # Groups -----------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; options it does not set are the constructor's.
+
+        Raises:
+            TypeError, ValueError: as the constructor does, with the group's number. Nothing is added then.
+        """
+        options = self._options_of(param_group, number=len(self._group_options))
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["max_lr"] = options.config.max_lr
+        self._group_options.append(options)
+        self._names.update(zip(group["params"], group.get("param_names", ())))
+        self._forget_layout()
+
+    def set_parameter_names(self, names: Mapping[Tensor, str]) -> None:
+        """Tell the names of parameters, by which LoRA factors are recognized for certain.
+
+        Args:
+            names: parameter to name; those of other optimizers are ignored.
+        """
+        own = {p for group in self.param_groups for p in group["params"]}
+        self._names.update((p, name) for p, name in names.items() if p in own)
+        self._forget_layout()
+
+    def _options_of(self, param_group: Mapping[str, Any], number: int) -> GroupOptions:
+        try:
+            check_group_names(param_group)
+            own = {name: param_group[name] for name in OPTION_NAMES if name in param_group and name != "lr"}
+            lr = param_group.get("lr", self.config.lr)
+            if isinstance(lr, (int, float)) and not isinstance(lr, bool):
+                if lr == 0:
+                    return GroupOptions(self.config.replace(**own, lr=own.get("min_lr", self.config.min_lr)), 0.0)
+                max_lr = own.get("max_lr", self.config.max_lr)
+                if isinstance(max_lr, (int, float)) and lr > max_lr:
+                    raised = self.config.replace(**{**own, "max_lr": lr, "lr": lr})
+                    logger.info(
+                        "parameter group %d: max_lr is raised from %g to the group's lr, %g", number, max_lr, lr
+                    )
+                    return GroupOptions(raised, float(lr))
+            config = self.config.replace(**own, lr=lr)
+            return GroupOptions(config, config.lr)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"parameter group {number}: {error}") from None
+
+    # The step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model again and returns the loss; optional.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: a sparse or complex gradient; before any parameter or state has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active = [self._with_gradient(group["params"]) for group in self.param_groups]
+        for params in active:
+            for p in params:
+                gradients.check(p)
+        for number, params in enumerate(active):
+            if params:
+                self._step_group(number, params)
+        return loss
+
+    @staticmethod
+    def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
+        return [p for p in params if p.grad is not None and p.numel() > 0]
+
+    def _step_group(self, number: int, params: list[Tensor]) -> None:
+        for p in params:
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+        batches = self._batches(number, params)
+        sums, kept = self._sum_up(number, batches)
+        for index, batch in enumerate(batches):
+            if kept:
+                g = kept.pop(0)  # So that nothing else holds it when the rules are done.
+            else:
+                g = batch.gradients()
+                gradients.drop_unusable_(g)
+            self._update(number, batch, g, sums.magnitude, sums.decay_strengths[index])
+        self._log_progress(number, batches)
+
+    def _sum_up(self, number: int, batches: list[Batch]) -> tuple[GroupSums, list[Tensor]]:
+        """First pass over a group's gradients: its sums, and the usable gradients themselves where they are few."""
+        config = self._group_options[number].config
+        decays = config.weight_decay > 0 and any(self._phase(number, batch).early for batch in batches)
+        keep = 4 * sum(batch.numel() for batch in batches) <= _KEPT_GRADIENT_BYTES
+        kept, measured, counts = [], [], []
+        for batch in batches:
+            g = batch.gradients()
+            unusable = gradients.drop_unusable_(g)
+            counts.append(gradients.count_(unusable))
+            measured.append(gradients.measure(g, decays, scratch=unusable))
+            del unusable
+            if keep:
+                kept.append(g)
+        self._tally(counts)
+        return _group_sums(batches, measured), kept
+
+    def _update(self, number: int, batch: Batch, g: Tensor, magnitude_sum: Tensor, decay: Tensor | None) -> None:
+        """Second pass: one stack through the rules. `g` is its usable gradient, (tensors, rows, columns)."""
+        config = self._group_options[number].config
+        traits, phase = batch.traits, self._phase(number, batch)
+        storages = self._bind(number, batch)
+        states = batch.read(storages)
+        scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number))
+        p = batch.weights()
+        take_step_(
+            p,
+            g,
+            states,
+            magnitude_sum.to(p.device),
+            decay,
+            scalars,
+            phase,
+            traits.has_polarity,
+            traits.row_scaled,
+            config,
+        )
+        batch.write(storages, states)
+        dtype = batch.params[0].dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            p = stochastic_round(p, dtype, batch.positions(), traits.step)
+        batch.write_weights(p)
+
+    def _tally(self, counts: list[Tensor]) -> None:
+        device = counts[0].device
+        total = torch.stack([count.to(device) for count in counts]).sum()
+        self._unusable = total if self._unusable is None else self._unusable.to(device) + total
+
+    def nonfinite_elements(self) -> int:
+        """How many gradient elements were not finite, or above 1e18, and so counted as 0, in this process."""
+        return 0 if self._unusable is None else int(self._unusable.item())
+
+    def _log_progress(self, number: int, batches: list[Batch]) -> None:
+        """One line now and then, made of what is known without asking the device."""
+        step = batches[0].traits.step
+        if self._group_options[number].config.verbose and step % _VERBOSE_EVERY == 0:
+            phase = self._phase(number, batches[0])
+            name = "early" if phase.early else "warm-up" if phase.warmup else "after the warm-up"
+            factor = self._scheduler_factor(number)
+            logger.info("group %d, step %d: %s, scheduler factor %.3g", number, step, name, factor)
+
+    # Learning rates ---------------------------------------------------------------------------------------------
+
+    def _scheduler_factor(self, number: int) -> float:
+        """By how much a scheduler has changed the group's learning rate since the start."""
+        lr, initial = self.param_groups[number]["lr"], self._initial_lr(number)
+        if lr == 0:
+            return 0.0
+        # A group built with lr 0 and given one later is thawed; there is no ratio to take, and its mask leads.
+        return lr / initial if initial != 0 else 1.0
+
+    def _initial_lr(self, number: int) -> float:
+        return self.param_groups[number].get("initial_lr", self._group_options[number].lr)
+
+    def _starting_lr(self, number: int) -> float:
+        """Where the mask of the group's elements starts."""
+        config = self._group_options[number].config
+        return min(max(self._initial_lr(number), config.min_lr), config.max_lr)
+
+    def get_lr_mask(self, p: Tensor) -> Tensor:
+        """The learning-rate mask of a parameter.
+
+        Returns:
+            float32 of p's shape, a copy; before p's first step, what its first step will start from.
+
+        Raises:
+            ValueError: `p` is not a parameter of this optimizer.
+        """
+        for number, group in enumerate(self.param_groups):
+            if any(p is other for other in group["params"]):
+                if "step" not in self.state.get(p, {}):
+                    return torch.full(p.shape, self._starting_lr(number), dtype=torch.float32, device=p.device)
+                buffers = {key: value.unsqueeze(0) for key, value in self.state[p].items() if isinstance(value, Tensor)}
+                return self._storage("lr_mask").read("lr_mask", buffers, 1, p.numel()).view(p.shape).clone()
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is not one of this optimizer's")
+
+    @torch.no_grad()
+    def effective_learning_rates(self) -> list[tuple[float, float, float]]:
+        """Mean, smallest and largest effective learning rate of each group; one read-back from the device in all.
+
+        The effective learning rate of an element is its mask times the scheduler's factor, and for LoRA factors times
+        ALLoRA's row scaling. Before the first step of a group it is the group's learning rate.
+        """
+        summaries = [self._summarize_lr(number) for number in range(len(self.param_groups))]
+        known = [summary for summary in summaries if summary is not None]
+        values = iter(torch.stack([s.to(known[0].device) for s in known]).tolist() if known else [])
+        rates = []
+        for number, summary in enumerate(summaries):
+            if summary is not None:
+                mean, smallest, largest = next(values)
+                rates.append((mean, smallest, largest))
+            else:
+                rates.append((float(self.param_groups[number]["lr"]),) * 3)
+        return rates
+
+    def _summarize_lr(self, number: int) -> Tensor | None:
+        """(mean, smallest, largest) of a group on its device, or None before its first step."""
+        params = [p for p in self.param_groups[number]["params"] if "step" in self.state.get(p, {})]
+        if not params:
+            return None
+        config = self._group_options[number].config
+        factor = self._scheduler_factor(number)
+        sums, lows, highs, count = [], [], [], 0
+        for batch in self._batches(number, params):
+            storages = self._bind(number, batch)
+            mask = batch.read(storages)["lr_mask"]
+            rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
+            scaling = lr_factor(factor, rows)
+            rates = mask * (1.0 if scaling is None else scaling)
+            low, high = torch.aminmax(rates)
+            sums.append(rates.sum())
+            lows.append(low)
+            highs.append(high)
+            count += rates.numel()
+        device = sums[0].device
+        total, low, high = (torch.stack([x.to(device) for x in values]) for values in (sums, lows, highs))
+        return torch.stack([total.sum() / count, low.amin(), high.amax()])
+
+    def _get_group_lr(self, group: Mapping[str, Any]) -> float:
+        """Mean effective learning rate of one of this optimizer's groups.
+
+        Raises:
+            ValueError: `group` is not an entry of `param_groups`.
+        """
+        for number, own in enumerate(self.param_groups):
+            if own is group:
+                return self.get_learning_rates()[number]
+        raise ValueError("the group is not an entry of this optimizer's param_groups")
+
+    def get_learning_rates(self) -> list[float]:
+        """Mean effective learning rate of each group."""
+        return [mean for mean, _, _ in self.effective_learning_rates()]
+
+    def get_avg_learning_rate(self) -> float:
+        """Mean over the groups of their mean effective learning rates."""
+        rates = self.get_learning_rates()
+        return sum(rates) / len(rates)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs, and the derived values that readers of a checkpoint expect.
+
+        Returns:
+            torch's layout with `magic_version` added; only tensors, numbers, strings, lists and dicts.
+        """
+        saved = super().state_dict()
+        saved["param_groups"] = [
+            {**group, **options.config.as_dict(), "lr": group["lr"]}
+            for group, options in zip(saved["param_groups"], self._group_options)
+        ]
+        derived = self._derived_values()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved["state"] = {key: {**state, **derived.get(parameters[key], {})} for key, state in saved["state"].items()}
+        saved["magic_version"] = checkpoint.VERSION
+        return saved
+
+    @torch.no_grad()
+    def _derived_values(self) -> dict[Tensor, dict[str, Any]]:
+        """For each parameter with a state: its mean learning rate, its group's largest, and its row scaling."""
+        derived: dict[Tensor, dict[str, Any]] = {}
+        means: list[Tensor] = []
+        for number, group in enumerate(self.param_groups):
+            config = self._group_options[number].config
+            largest = max(float(group["lr"]), self._initial_lr(number))
+            for batch in self._batches(number, [p for p in group["params"] if "step" in self.state.get(p, {})]):
+                masks = batch.read(self._bind(number, batch))["lr_mask"]
+                means += masks.mean(dim=(1, 2)).unbind()
+                rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
+                for index, p in enumerate(batch.params):
+                    derived[p] = (
+                        {"lr_max": largest} if rows is None else {"lr_max": largest, "row_scaling": rows[index]}
+                    )
+        if means:
+            values = torch.stack([mean.to(means[0].device) for mean in means]).tolist()
+            for p, value in zip(derived, values):
+                derived[p]["avg_lr"] = value
+        return derived
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume from a checkpoint. `lr` and `initial_lr` come from it, every other option stays the constructor's.
+
+        Unlike torch's own, every state keeps its dtype: torch would cast it to the parameter's, and a learning-rate
+        mask in bfloat16 no longer moves.
+
+        Raises:
+            ValueError: the checkpoint does not fit; it says which parameter and why. Nothing has changed then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        configs = [options.config for options in self._group_options]
+        restored = checkpoint.restore(state_dict, self.param_groups, configs, self._names)
+        for note in restored.notes:
+            logger.info("checkpoint: %s", note)
+        for group, rates in zip(self.param_groups, restored.learning_rates):
+            group.update(rates)
+        self.__setstate__({"state": restored.state, "param_groups": self.param_groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("config", "_group_options", "_names", "_unusable")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_layout()
+
+    # Batches and states -----------------------------------------------------------------------------------------
+
+    def _batches(self, number: int, params: Iterable[Tensor]) -> list[Batch]:
+        """The batches of some parameters of a group, which have taken a step."""
+        factors = self._find_factors() if self._factors is None else self._factors
+        scaled = set() if self._group_options[number].config.full_finetune else factors
+        members = []
+        for p in params:
+            state = self.state[p]
+            traits = Traits(state["step"], p in scaled, "last_polarity" in state)
+            members.append((self._positions[p], p, traits))
+        return self._layouts.setdefault(number, Layout()).batches(members)
+
+    def _phase(self, number: int, batch: Batch) -> Phase:
+        return Phase.at(batch.traits.step, self._group_options[number].config.warmup_steps)
+
+    def _bind(self, number: int, batch: Batch) -> dict[str, Storage]:
+        """Bind a batch to the states of its phase.
+
+        Returns:
+            How each of these states is kept.
+        """
+        came = self._group_options[number].config.came
+        storages = {name: self._storage(name) for name in self._phase(number, batch).state_names(came)}
+        batch.bind(self.state, storages, {"lr_mask": self._starting_lr(number)})
+        return storages
+
+    def _storage(self, name: str) -> Storage:
+        return _POLARITY if name == "last_polarity" else _FULL
+
+    def _find_factors(self) -> set[Tensor]:
+        groups = [group["params"] for group in self.param_groups]
+        factors = lora.find_factors(groups, self._names)
+        parameters = (p for group in groups for p in group)
+        self._positions = {p: position for position, p in enumerate(parameters)}
+        count, of = len(factors), len(self._positions)
+        if factors:
+            logger.info("%d of %d parameters are LoRA factors: ALLoRA is on, unless full_finetune", count, of)
+        else:
+            logger.info("none of %d parameters is a LoRA factor: ALLoRA is off", of)
+        self._factors = factors
+        return factors
+
+    def _forget_layout(self) -> None:
+        """Lay batches out anew at the next step; states stay where they are."""
+        self._factors = None
+        self._positions = {}
+        self._layouts = {}
+
+
+def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> GroupSums:
+    """Add up what was measured of the batches of a group; on the first one's device."""
+    device = measured[0].abs_sums.device
+    abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
+    magnitude = agr.magnitude_sum(abs_sums, torch.cat([m.nonzero_counts.to(device) for m in measured]))
+    deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
+    if not deviations:
+        return GroupSums(magnitude, [None] * len(batches))
+    sizes = [batch.rows * batch.columns for batch in batches]
+    counts = torch.cat([torch.full_like(m.abs_sums, size) for m, size in zip(measured, sizes)]).to(device)
+    strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
+    parts = strengths.split([len(batch) for batch in batches])
+    return GroupSums(magnitude, [part.to(batch.params[0].device) for part, batch in zip(parts, batches)])

@@ -1,0 +1,153 @@
+"""One step of one stack: the ten techniques in their order. Read it beside the papers that the technique files name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .config import OptimizerConfig
+from .techniques import (
+    adabelief,
+    agr,
+    allora,
+    came,
+    cautious,
+    consistency,
+    grams,
+    lr_mask,
+    orthograd,
+    tam,
+    weight_decay,
+)
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Which rules act; the same for a whole stack, and for hundreds of steps.
+
+    Attributes:
+        early: first half of the warm-up: torque-aware momentum, orthogonal gradient, weight decay.
+        warmup: the learning-rate mask moves.
+    """
+
+    early: bool
+    warmup: bool
+
+    @classmethod
+    def at(cls, step: int, warmup_steps: int) -> Phase:
+        """The phase of a step, counted from 1."""
+        return cls(early=step < warmup_steps / 2, warmup=step < warmup_steps)
+
+    def state_names(self, came: bool) -> tuple[str, ...]:
+        """The states that a parameter has in this phase."""
+        names = ("lr_mask", "exp_avg", "exp_avg_res")
+        return names + came * ("exp_avg_sq",) + self.warmup * ("s", "last_polarity")
+
+
+@dataclass(frozen=True)
+class StepScalars:
+    """The numbers that change with the step; floats, or 0-d tensors where a compiled graph must not depend on them.
+
+    Attributes:
+        momentum_rate: decay rate of the consistency momentum.
+        gradient_share: Grams' share of the gradient's direction.
+        clip_bound: bound of a gradient element where CAME is off.
+        scheduler: by how much a scheduler has changed the learning rate; None for not at all.
+    """
+
+    momentum_rate: Scalar
+    gradient_share: Scalar
+    clip_bound: Scalar
+    scheduler: Scalar | None
+
+    @classmethod
+    def at(cls, step: int, config: OptimizerConfig, scheduler: float) -> StepScalars:
+        """The numbers of a step, counted from 1."""
+        return cls(
+            momentum_rate=consistency.decay_rate(config.betas[0], config.beta1_decay, step),
+            gradient_share=grams.gradient_share(config.beta1_decay, step),
+            clip_bound=came.growing_bound(step),
+            scheduler=None if scheduler == 1 else scheduler,
+        )
+
+
+def take_step_(
+    p: Tensor,
+    g: Tensor,
+    states: dict[str, Tensor],
+    magnitude_sum: Tensor,
+    decay_strengths: Tensor | None,
+    scalars: StepScalars,
+    phase: Phase,
+    has_polarity: bool,
+    row_scaled: bool,
+    config: OptimizerConfig,
+) -> None:
+    """Update the weights and states of a stack of same-shape parameters, each seen as a matrix.
+
+    Args:
+        p: weights, (tensors, rows, columns) float32; updated.
+        g: gradients without unusable elements, likewise; overwritten.
+        states: the states that `phase` has, likewise; updated.
+        magnitude_sum: AGR's sum over the parameter group, 0-d.
+        decay_strengths: theta of each tensor, (tensors,); None where nothing decays.
+        scalars: what changes with the step.
+        phase: which rules act.
+        has_polarity: whether `last_polarity` holds the signs of a step before.
+        row_scaled: whether ALLoRA applies.
+        config: the group's options.
+    """
+    eps1, eps2, eps3 = config.eps
+    beta1, beta2, beta3 = config.betas
+    exp_avg, exp_avg_res = states["exp_avg"], states["exp_avg_res"]
+
+    grad = agr.regularize_(g, magnitude_sum)
+
+    if config.came:
+        sg = came.scale_by_second_moment_(grad, states["exp_avg_sq"], beta2, eps1, config.clip_threshold)
+    else:
+        sg = came.clip_elements(grad, scalars.clip_bound)
+    direction = grad.sign_()
+
+    if phase.early:
+        residual = tam.torque_aware_momentum_(exp_avg, states["s"], sg, eps1)
+    else:
+        residual = consistency.consistency_momentum_(exp_avg, sg, scalars.momentum_rate, beta1)
+
+    u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2)
+
+    u = grams.turn_to_gradient_(u, direction, scalars.gradient_share)
+
+    if phase.early:
+        u = orthograd.remove_part_along_weights_(u, p, eps3)
+
+    if phase.warmup and has_polarity:
+        lr_mask.bump_(
+            states["lr_mask"], states["last_polarity"], direction, config.lr_bump, config.min_lr, config.max_lr
+        )
+    elif phase.warmup:
+        states["last_polarity"].copy_(lr_mask.positive(direction))
+
+    if config.cautious:
+        u = cautious.mask_disagreement_(u, direction)
+
+    if phase.early and decay_strengths is not None:
+        u = weight_decay.add_decay_(u, p, decay_strengths, config.weight_decay)
+
+    rows = allora.row_scaling(p, config.eta) if row_scaled else None
+    factor = lr_factor(scalars.scheduler, rows)
+    p.addcmul_(states["lr_mask"], u if factor is None else u.mul_(factor), value=-1)
+
+
+def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:
+    """What the mask is multiplied by to give the effective learning rate: the scheduler's factor, and ALLoRA's.
+
+    Returns:
+        A number or a (tensors, rows, 1) tensor; None for 1.
+    """
+    if scheduler is None or row_scaling is None:
+        return scheduler if row_scaling is None else row_scaling
+    return row_scaling * scheduler

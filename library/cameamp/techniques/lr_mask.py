@@ -1,0 +1,29 @@
+"""Automagic's learning-rate mask (ostris/ai-toolkit): every element finds its own learning rate in the warm-up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def positive(direction: Tensor) -> Tensor:
+    """The polarity of a gradient, bool. LoRA downs have gradients of exactly 0 at first; they count as negative."""
+    return direction > 0
+
+
+def bump_(
+    lr_mask: Tensor, last_polarity: Tensor, direction: Tensor, lr_bump: float, min_lr: float, max_lr: float
+) -> None:
+    """Raise the rate of elements whose gradient kept its sign since the step before, lower the others.
+
+    Args:
+        lr_mask: learning rates, (tensors, rows, columns); updated, and kept in [min_lr, max_lr].
+        last_polarity: bool, direction > 0 at the step before; updated.
+        direction: sign of the gradient.
+        lr_bump: how far a rate moves.
+        min_lr: lower bound.
+        max_lr: upper bound.
+    """
+    polarity = positive(direction)
+    lr_mask.add_(torch.where(polarity == last_polarity, lr_bump, -lr_bump)).clamp_(min_lr, max_lr)
+    last_polarity.copy_(polarity)

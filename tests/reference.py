@@ -1,0 +1,133 @@
+"""Section by section, what one step of Automagic_CameAMP does: one parameter at a time, written to be read.
+
+This is a second implementation, kept apart from the product's on purpose: no stacks, no in-place updates, no shared
+code. Slow and plain; the tests hold the product against it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+class ReferenceCameAMP:
+    """The 32-bit optimizer for float32 parameters.
+
+    Args:
+        groups: for each group, a dict of `params` and any option that differs from `options`.
+        lora: whether the matrices are LoRA factors.
+        options: as in OptimizerConfig.
+    """
+
+    def __init__(self, groups, lora, **options):
+        self.options = {
+            "lr": 1e-6, "min_lr": 1e-7, "max_lr": 1e-3, "lr_bump": 3e-6, "eps": (1e-30, 1e-16, 1e-8),
+            "clip_threshold": 1.0, "betas": (0.8, 0.99, 0.999), "eta": 2.0, "beta1_decay": 0.9995,
+            "weight_decay": 5e-4, "warmup_steps": 500, "came": True, "full_finetune": False, "cautious": False,
+            **options,
+        }  # fmt: skip
+        self.groups = [{**self.options, **group} for group in groups]
+        self.lora = lora
+        self.state = {}
+        self.scale = [1.0] * len(groups)  # group["lr"] / initial lr, as a scheduler sets it
+
+    def step(self):
+        for group, scale in zip(self.groups, self.scale):
+            with_grad = [p for p in group["params"] if p.grad is not None]
+            if with_grad:
+                usable = {p: self.usable(p.grad) for p in with_grad}
+                everything = torch.cat([g.flatten() for g in usable.values()])
+                for p in with_grad:
+                    self.step_parameter(p, usable[p], everything.abs(), group, scale)
+
+    @staticmethod
+    def usable(g):
+        g = g.float()
+        return torch.where(g.isfinite() & (g.abs() <= 1e18), g, torch.zeros_like(g))
+
+    def step_parameter(self, p, g, group_abs, o, scale):
+        rows = p.shape[0] if p.ndim else 1
+        g = g.reshape(rows, -1)
+        w = p.detach().float().reshape(rows, -1)
+        st = self.state.setdefault(p, self.fresh(w, o))
+        st["step"] += 1
+        t = st["step"]
+        early, warmup = t < o["warmup_steps"] / 2, t < o["warmup_steps"]
+        eps1, eps2, _ = o["eps"]
+        b1, b2, b3 = o["betas"]
+
+        # 1. AGR
+        alone = (group_abs != 0).sum() < 2
+        grad = g if alone else g * (1 - g.abs() / group_abs.sum())
+
+        # 2. CAME
+        if o["came"]:
+            st["exp_avg_sq"] = b2 * st["exp_avg_sq"] + (1 - b2) * (grad**2 + eps1)
+            sg = grad / st["exp_avg_sq"].sqrt()
+            sg = sg / max(1.0, (sg**2).mean().sqrt().item() / o["clip_threshold"])
+        else:
+            sg = grad.clamp(-(t**0.25), t**0.25)
+
+        # 3. Momentum
+        if early:
+            colnorm = lambda x: (x**2).sum(dim=0, keepdim=True).sqrt().clamp(min=1e-12)
+            m = st["exp_avg"]
+            st["s"] = 0.9 * st["s"] + 0.1 * (m / colnorm(m)) * (sg / colnorm(sg))
+            st["exp_avg"] = 0.9 * m + ((1 + st["s"]) / 2 + eps1) * sg
+            bar = st["exp_avg"]
+        else:
+            b1_t = max(b1 * o["beta1_decay"] ** t, 0.4)
+            st["exp_avg"] = b1_t * st["exp_avg"] + (1 - b1_t) * sg
+            bar = b1 * st["exp_avg"] + (1 - b1) * sg
+
+        # 4. AdaBelief
+        st["exp_avg_res"] = b3 * st["exp_avg_res"] + (1 - b3) * ((sg - bar) ** 2 + eps2)
+        u = st["exp_avg"] / st["exp_avg_res"].sqrt()
+
+        # 5. Grams
+        a = o["beta1_decay"] ** t
+        u = a * u.abs() * grad.sign() + (1 - a) * u
+
+        # 6. Orthogonal gradient
+        if early and w.numel() > 1 and w.norm() > 1e-30:
+            across = u - (u * w).sum() / w.norm() ** 2 * w
+            u = across * (u.norm() / across.norm()) if across.norm() > 0 else across
+
+        # 7. Learning-rate mask
+        if warmup:
+            polarity = grad > 0
+            if t > 1:
+                moved = torch.where(polarity == st["last_polarity"], o["lr_bump"], -o["lr_bump"])
+                st["lr_mask"] = (st["lr_mask"] + moved).clamp(o["min_lr"], max(o["max_lr"], o["lr"]))
+            st["last_polarity"] = polarity
+        lr = st["lr_mask"] * scale
+
+        # Cautious
+        if o["cautious"]:
+            agrees = (u * grad > 0).float()
+            u = u * agrees * (u.numel() / (agrees.sum() + 1))
+
+        # 8. ALLoRA
+        if self.lora and not o["full_finetune"] and p.ndim >= 2:
+            lr = lr / (w.norm(dim=1, keepdim=True) + 1 / o["eta"] ** 2).sqrt()
+
+        # 9. Adaptive weight decay
+        if early and o["weight_decay"] > 0:
+            std = group_abs.std(unbiased=False).item()
+            z = (g.abs().mean().item() - group_abs.mean().item()) / std if std > 0 else 0.0
+            theta = 2 / (1 + math.exp(-4 * z))
+            w = w * (1 - lr * o["weight_decay"] * theta)
+
+        # 10. Step
+        w = w - lr * u
+        st["exact"] = w.reshape(p.shape)
+        p.data.copy_(st["exact"])
+
+    @staticmethod
+    def fresh(w, o):
+        zeros = torch.zeros_like(w)
+        return {
+            "step": 0, "exp_avg": zeros, "exp_avg_sq": zeros, "exp_avg_res": zeros, "s": zeros,
+            "lr_mask": torch.full_like(w, min(max(o["lr"], o["min_lr"]), max(o["max_lr"], o["lr"]))),
+        }  # fmt: skip

@@ -1,0 +1,211 @@
+"""The product against the plain implementation, over 600 steps and both phase changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import ReferenceCameAMP
+
+from library.automagic_cameamp import Automagic_CameAMP
+from library.cameamp import optimizer as optimizer_module
+from library.cameamp.rounding import stochastic_round
+
+STEPS = 600
+WARMUP = 400  # phases change at steps 200 and 400
+
+LORA = [(8, 32), (48, 8), (8, 16, 3, 3), (24, 8, 1, 1), (8, 32), (48, 8)]
+MIXED = [(32,), (16, 12), (6, 5, 3, 3), (16, 12), (1,), (), (1, 7), (32,)]
+
+
+def problem(shapes, seed=0):
+    """Parameters with a noisy quadratic: gradients with a signal, noise, and zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.05) for s in shapes]
+    if shapes is LORA:
+        for p in params[1::2]:
+            p.data.zero_()
+    targets = [torch.randn(p.shape, generator=generator) * 0.1 for p in params]
+    return params, targets, generator
+
+
+def set_gradients(params, targets, generator, step, others, skip=None):
+    for index, (p, target) in enumerate(zip(params, targets)):
+        if skip is not None and skip(step, index):
+            p.grad = others[index].grad = None
+            continue
+        noise = torch.randn(p.shape, generator=generator) * 0.05
+        grad = (p.detach() - target + noise) * (10.0 ** (index % 3 - 2))
+        if step == 0 and p.ndim == 2:
+            grad = torch.zeros_like(grad) if index % 2 == 0 else grad
+        if p.ndim == 4:
+            grad[0] = 0.0
+        p.grad, others[index].grad = grad.clone(), grad.clone()
+
+
+def compare(shapes, split=None, schedule=None, skip=None, group_options=({}, {}), steps=STEPS, lora=False, **options):
+    params, targets, generator = problem(shapes)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    split = len(params) if split is None else split
+    parts = [slice(0, split), slice(split, None)] if split < len(params) else [slice(0, None)]
+    groups = [{"params": params[part], **own} for part, own in zip(parts, group_options)]
+    ours = Automagic_CameAMP(groups, warmup_steps=WARMUP, **options)
+    plain = ReferenceCameAMP(
+        [{"params": others[part], **own} for part, own in zip(parts, group_options)],
+        lora=lora, warmup_steps=WARMUP, **options,
+    )  # fmt: skip
+    scheduler = torch.optim.lr_scheduler.LambdaLR(ours, schedule) if schedule else None
+    for step in range(steps):
+        set_gradients(params, targets, generator, step, others, skip)
+        if schedule:
+            plain.scale = [schedule(step)] * len(groups)
+        before = [p.detach().clone() for p in params]
+        ours.step()
+        plain.step()
+        if scheduler:
+            scheduler.step()
+        for p, other, start in zip(params, others, before):
+            if p.grad is None:
+                continue
+            assert_close(p, other, start, ours.state[p], plain.state[other], step)
+            # From here both go on from the same numbers, or rounding would be compounded for hundreds of steps.
+            adopt(p, other, ours.state[p], plain.state[other])
+
+
+def assert_close(p, other, start, state, expected, step):
+    """Equal but for float32 rounding: of the weights, of the step, and of momenta of size 1 that cancel."""
+    largest_step = (other.detach() - start).abs().max().item()
+    cancelled = 2e-6 * (expected["lr_mask"] / expected["exp_avg_res"].sqrt()).max().item()
+    tolerance = 2e-5 * largest_step + cancelled
+    assert torch.allclose(p.detach(), other.detach(), rtol=2e-7, atol=tolerance), (step, p.shape)
+    for name in ("exp_avg", "exp_avg_res", "lr_mask") + (("exp_avg_sq",) if "exp_avg_sq" in state else ()):
+        scale = 1.0 if name == "exp_avg" else expected[name].abs().max().item()
+        assert torch.allclose(state[name], expected[name].view(p.shape), rtol=2e-5, atol=1e-6 * scale), (
+            step,
+            name,
+            p.shape,
+        )
+    warmup = step + 1 < WARMUP
+    assert ("s" in state) == ("last_polarity" in state)
+    if warmup and "s" in state:
+        assert torch.equal(state["last_polarity"], expected["last_polarity"].view(p.shape))
+
+
+def adopt(p, other, state, expected):
+    other.data.copy_(p.data)
+    for name in expected.keys() & state.keys() - {"step", "last_polarity"}:
+        expected[name] = state[name].reshape(expected[name].shape).clone()
+
+
+def test_rounding_does_not_add_up():
+    """600 steps on gradients that do not depend on the weights, without ever aligning the two."""
+    params, _, generator = problem(LORA)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    start = [p.detach().clone() for p in params]
+    ours = Automagic_CameAMP(params, warmup_steps=WARMUP, lr=1e-5)
+    plain = ReferenceCameAMP([{"params": others}], lora=True, warmup_steps=WARMUP, lr=1e-5)
+    drift = [torch.randn(p.shape, generator=generator) * 0.3 for p in params]
+    for _ in range(STEPS):
+        for p, other, mean in zip(params, others, drift):
+            p.grad = other.grad = mean + torch.randn(p.shape, generator=generator)
+        ours.step()
+        plain.step()
+    for p, other, before in zip(params, others, start):
+        moved = (other - before).norm()
+        assert moved > 0.01 * before.norm()
+        assert (p - other).norm() < 1e-4 * moved
+
+
+def test_lora_factors():
+    compare(LORA, lora=True)
+
+
+def test_vectors_matrices_kernels_scalars():
+    compare(MIXED)
+
+
+def test_several_groups_with_their_own_options():
+    own = ({"lr": 1e-4}, {"lr": 5e-3, "weight_decay": 0.1, "betas": (0.9, 0.95, 0.99), "lr_bump": 1e-5})
+    compare(MIXED, split=3, group_options=own)
+
+
+def test_lora_plus_groups():
+    params = [LORA[0], LORA[2], LORA[4], LORA[1], LORA[3], LORA[5]]
+    compare(params, split=3, group_options=({}, {"lr": 1.6e-5}), lora=True)
+
+
+def test_parameters_that_skip_steps():
+    compare(MIXED, skip=lambda step, index: (step + index) % 7 == 0 or (index == 3 and step < 250))
+
+
+def warmup(step):
+    return min(1.0, step / 50)
+
+
+def cosine(step):
+    import math
+
+    return 0.5 * (1 + math.cos(math.pi * step / STEPS))
+
+
+@pytest.mark.parametrize("schedule", [lambda step: 1.0, warmup, cosine], ids=["constant", "warmup", "cosine"])
+def test_schedulers(schedule):
+    compare(LORA, schedule=schedule, lora=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"came": False},
+        {"cautious": True},
+        {"full_finetune": True},
+        {"weight_decay": 0.0},
+        {"clip_threshold": 0.3, "eta": 0.5, "beta1_decay": 0.99},
+        {"lr": 1e-3, "min_lr": 1e-5, "lr_bump": 1e-4, "eps": (1e-12, 1e-6, 1e-8)},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_options(options):
+    compare(LORA, lora=True, **options)
+
+
+def test_no_warmup():
+    params, targets, generator = problem(MIXED)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours = Automagic_CameAMP(params, warmup_steps=0, lr=1e-4)
+    plain = ReferenceCameAMP([{"params": others}], lora=False, warmup_steps=0, lr=1e-4)
+    for step in range(20):
+        set_gradients(params, targets, generator, step, others)
+        ours.step()
+        plain.step()
+    for p, other in zip(params, others):
+        assert torch.allclose(p, other, rtol=1e-5, atol=1e-8)
+        assert set(ours.state[p]) == {"step", "lr_mask", "exp_avg", "exp_avg_sq", "exp_avg_res"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights_before_rounding(dtype, monkeypatch):
+    """From the same weights each step, the value that is then rounded is the plain implementation's."""
+    exact = {}
+
+    def capture(x, dtype, positions, step):
+        exact.update(zip(positions.tolist(), x.clone()))
+        return stochastic_round(x, dtype, positions, step)
+
+    monkeypatch.setattr(optimizer_module, "stochastic_round", capture)
+    params, targets, generator = problem(LORA)
+    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in params]
+    others = [torch.nn.Parameter(p.detach().float()) for p in params]
+    ours = Automagic_CameAMP(params, warmup_steps=WARMUP, lr=1e-4)
+    plain = ReferenceCameAMP([{"params": others}], lora=True, warmup_steps=WARMUP, lr=1e-4)
+    for step in range(STEPS):
+        for p, other, target in zip(params, others, targets):
+            grad = (p.detach().float() - target + torch.randn(p.shape, generator=generator)).to(dtype)
+            p.grad, other.grad = grad, grad.float()
+        before = [p.detach().float() for p in params]
+        ours.step()
+        plain.step()
+        for index, (p, other, start) in enumerate(zip(params, others, before)):
+            assert p.dtype == dtype
+            assert_close(exact[index].view(p.shape), other, start, ours.state[p], plain.state[other], step)
+            other.data.copy_(p.detach())
+            adopt(other, other, ours.state[p], plain.state[other])
