@@ -116,29 +116,34 @@ class OptimizerConfig:
         return cls(**options)
 
     @classmethod
-    def from_toml(cls, table: Mapping[str, Any], file: str, **options: Any) -> OptimizerConfig:
-        """Build a config from the `[optimizer_config]` table of a TOML file.
+    def from_toml(cls, table: Mapping[str, Any], file: str, arguments: Mapping[str, Any], lr: float) -> OptimizerConfig:
+        """Build a config from the `[optimizer_config]` table of a TOML file and the options beside it.
 
         Args:
             table: the table as the TOML parser returned it; lists stand for tuples.
             file: the file's path, for error messages.
-            options: what was given elsewhere (the learning rate, the command line); it wins over the table.
+            arguments: what `parse_optimizer_args` returned; it wins over the table.
+            lr: the learning rate, which neither of the two may set.
 
         Raises:
-            ValueError: with the key, the file, what is allowed and, for an unknown key, the nearest known name.
+            ValueError: with the key, where it stands, what is allowed and, for an unknown key, the nearest known name.
         """
-        if "lr" in table:
-            raise ValueError(
-                f"{file}: [optimizer_config] has the key 'lr'. The learning rate is not set there: "
-                "it comes from learning_rate and from the parameter groups."
-            )
+        for source, options in ((f"{file}: [optimizer_config]", table), ("optimizer_args", arguments)):
+            if "lr" in options:
+                raise ValueError(
+                    f"{source}: has the key 'lr'. The learning rate is not set there: "
+                    "it comes from learning_rate and from the parameter groups."
+                )
+            try:
+                check_names(options)
+                for name, value in options.items():
+                    _normalized(name, value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{source}: {error}") from None
         try:
-            check_names(table)
-            for name, value in table.items():
-                _normalized(name, value)
-            return cls(**{**table, **options})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: [optimizer_config]: {error}") from None
+            return cls(**{**table, **arguments, "lr": lr})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
     def replace(self, **options: Any) -> OptimizerConfig:
         """A copy with some options changed, checked as a whole again."""

@@ -6,6 +6,7 @@ A class of the family chooses how states are stored. Everything else is the same
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Storage, Traits
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
+from .fused import FusedRules
 from .rounding import stochastic_round
 from .rules import Phase, StepScalars, lr_factor, take_step_
 from .storage.full import Full
@@ -77,6 +79,7 @@ class CameAMP(Optimizer):
     _factors: set[Tensor] | None
     _positions: dict[Tensor, int]
     _layouts: dict[int, Layout]
+    _fused: FusedRules | None
 
     def __init__(self, params: Any, config: OptimizerConfig | None = None, **options: Any) -> None:
         if config is None:
@@ -205,28 +208,34 @@ class CameAMP(Optimizer):
     def _update(self, number: int, batch: Batch, g: Tensor, magnitude_sum: Tensor, decay: Tensor | None) -> None:
         """Second pass: one stack through the rules. `g` is its usable gradient, (tensors, rows, columns)."""
         config = self._group_options[number].config
-        traits, phase = batch.traits, self._phase(number, batch)
+        traits = batch.traits
         storages = self._bind(number, batch)
         states = batch.read(storages)
         scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number))
         p = batch.weights()
-        take_step_(
+        rules = self._fused_rules().take_step_ if config.fused else take_step_
+        rules(
             p,
             g,
             states,
             magnitude_sum.to(p.device),
             decay,
-            scalars,
-            phase,
-            traits.has_polarity,
-            traits.row_scaled,
-            config,
+            scalars=scalars,
+            phase=self._phase(number, batch),
+            has_polarity=traits.has_polarity,
+            row_scaled=traits.row_scaled,
+            config=config,
         )
         batch.write(storages, states)
         dtype = batch.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
             p = stochastic_round(p, dtype, batch.positions(), traits.step)
         batch.write_weights(p)
+
+    def _fused_rules(self) -> FusedRules:
+        if self._fused is None:
+            self._fused = FusedRules()
+        return self._fused
 
     def _tally(self, counts: list[Tensor]) -> None:
         device = counts[0].device
@@ -302,13 +311,13 @@ class CameAMP(Optimizer):
 
     def _summarize_lr(self, number: int) -> Tensor | None:
         """(mean, smallest, largest) of a group on its device, or None before its first step."""
-        params = [p for p in self.param_groups[number]["params"] if "step" in self.state.get(p, {})]
-        if not params:
+        batches = self._batches_with_state(number)
+        if not batches:
             return None
         config = self._group_options[number].config
         factor = self._scheduler_factor(number)
         sums, lows, highs, count = [], [], [], 0
-        for batch in self._batches(number, params):
+        for batch in batches:
             storages = self._bind(number, batch)
             mask = batch.read(storages)["lr_mask"]
             rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
@@ -370,7 +379,7 @@ class CameAMP(Optimizer):
         for number, group in enumerate(self.param_groups):
             config = self._group_options[number].config
             largest = max(float(group["lr"]), self._initial_lr(number))
-            for batch in self._batches(number, [p for p in group["params"] if "step" in self.state.get(p, {})]):
+            for batch in self._batches_with_state(number):
                 masks = batch.read(self._bind(number, batch))["lr_mask"]
                 means += masks.mean(dim=(1, 2)).unbind()
                 rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
@@ -404,7 +413,7 @@ class CameAMP(Optimizer):
             logger.info("checkpoint: %s", note)
         for group, rates in zip(self.param_groups, restored.learning_rates):
             group.update(rates)
-        self.__setstate__({"state": restored.state, "param_groups": self.param_groups})
+        self.__setstate__({"state": defaultdict(dict, restored.state), "param_groups": self.param_groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -428,6 +437,11 @@ class CameAMP(Optimizer):
             traits = Traits(state["step"], p in scaled, "last_polarity" in state)
             members.append((self._positions[p], p, traits))
         return self._layouts.setdefault(number, Layout()).batches(members)
+
+    def _batches_with_state(self, number: int) -> list[Batch]:
+        """The batches of all parameters of a group that have ever taken a step."""
+        params = [p for p in self.param_groups[number]["params"] if "step" in self.state.get(p, {})]
+        return self._batches(number, params) if params else []
 
     def _phase(self, number: int, batch: Batch) -> Phase:
         return Phase.at(batch.traits.step, self._group_options[number].config.warmup_steps)
@@ -464,6 +478,7 @@ class CameAMP(Optimizer):
         self._factors = None
         self._positions = {}
         self._layouts = {}
+        self._fused = None
 
 
 def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> GroupSums:

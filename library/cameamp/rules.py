@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,8 +24,7 @@ from .techniques import (
 Scalar = float | Tensor
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """Which rules act; the same for a whole stack, and for hundreds of steps.
 
     Attributes:
@@ -47,8 +46,7 @@ class Phase:
         return names + came * ("exp_avg_sq",) + self.warmup * ("s", "last_polarity")
 
 
-@dataclass(frozen=True)
-class StepScalars:
+class StepScalars(NamedTuple):
     """The numbers that change with the step; floats, or 0-d tensors where a compiled graph must not depend on them.
 
     Attributes:

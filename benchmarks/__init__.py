@@ -1,0 +1,1 @@
+"""Measurements. Every figure is a ratio to a named peer, or a count, of one run."""

@@ -1,0 +1,33 @@
+"""The embedded trainer's command line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from .options import parse
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say.
+
+    Returns:
+        The exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+        UserError: a mistake in the options or files.
+    """
+    run = parse(arguments)
+    # Only now, so that a mistake is reported before seconds of imports.
+    from .trainer import Trainer
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    trainer = Trainer(run)
+    losses = trainer.train()
+    if losses is None:
+        return 130
+    before, after = losses
+    print(f"written to {trainer.output}: the LoRA, its samples, its course" + (", its state" * run.options.save_state))
+    print(f"held-out loss before {before:.5f}, after {after:.5f}")
+    return 0

@@ -1,0 +1,237 @@
+"""Options of a training run: from a TOML file and the command line, checked before anything is loaded.
+
+The names are sd-scripts' own. This module imports neither torch nor any other slow package, so that a mistake is
+reported at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import toml
+
+from ..cameamp.config import OptimizerConfig, nearest_name, parse_optimizer_args
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; shown as one line, without a traceback."""
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run of the embedded trainer. The help texts say what each option means."""
+
+    optimizer_type: str = _option("Automagic_CameAMP", "one of ours in any letter case, or a class of torch.optim")
+    optimizer_args: tuple[str, ...] = _option(
+        (), "options of the optimizer, key=value; they win over [optimizer_config]"
+    )
+    learning_rate: float = _option(1e-6, "learning rate")
+    lr_scheduler: str = _option("constant", "learning-rate scheduler, by diffusers' name")
+    lr_warmup_steps: int = _option(0, "warm-up steps of the scheduler")
+    max_train_steps: int = _option(500, "optimizer steps to train")
+    train_batch_size: int = _option(32, "images in a batch")
+    gradient_accumulation_steps: int = _option(1, "batches in an optimizer step")
+    max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0 for no clipping")
+    mixed_precision: str = _option("no", "precision of the forward pass", choices=("no", "bf16"))
+    network_dim: int = _option(8, "rank of the LoRA")
+    network_alpha: float = _option(8.0, "alpha of the LoRA; its output is scaled by alpha / rank")
+    seed: int = _option(42, "seed of weights, batches and noise")
+    output_dir: str = _option("output", "folder to write to")
+    output_name: str = _option("lora", "name that the written files start with")
+    save_every_n_steps: int = _option(0, "also save the LoRA, and the state with --save_state, every so many steps")
+    save_state: bool = _option(False, "save what --resume needs, at the end and with every save")
+    resume: str = _option("", "state folder to continue from")
+    logging_dir: str = _option("", "folder of the tensorboard logs; logs in the output folder where not given")
+    validate_every_n_steps: int = _option(50, "measure the held-out loss every so many steps")
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to train, fully resolved.
+
+    Attributes:
+        options: the trainer's own options.
+        optimizer_config: the optimizer's, where it is one of ours; else None.
+    """
+
+    options: Options
+    optimizer_config: OptimizerConfig | None
+
+
+def is_embedded(arguments: Sequence[str]) -> bool:
+    """Whether the command line, or the file that it names, asks for the embedded trainer.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    known, _ = _parser().parse_known_args(arguments)
+    if getattr(known, "embedded", False):
+        return True
+    path = getattr(known, "config_file", None)
+    return path is not None and _flatten(read_toml(path)).get("embedded") is True
+
+
+def parse(arguments: Sequence[str]) -> Run:
+    """Read the command line and the TOML file it names; the command line wins.
+
+    Raises:
+        UserError: whatever is wrong, with the key, the file and what is allowed.
+    """
+    given = vars(_parser().parse_args(arguments))
+    given.pop("embedded", None)
+    path = given.pop("config_file", None)
+    from_file: dict[str, Any] = {}
+    table: dict[str, Any] = {}
+    if path is not None:
+        document = read_toml(path)
+        table = document.pop("optimizer_config", {})
+        from_file = _flatten(document)
+        from_file.pop("embedded", None)
+        for name, value in from_file.items():
+            _check_file_option(path, name, value)
+    values = {name: _normalized(name, value) for name, value in {**from_file, **given}.items()}
+    options = Options(**values)
+    _check_ranges(options)
+    return Run(options, _optimizer_config(options, table, path or "the command line"))
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is not valid TOML; with the line and its key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        return toml.loads(text)
+    except toml.TomlDecodeError as error:
+        line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
+        key = line.partition("=")[0].strip()
+        hint = ""
+        if "homogeneous" in str(error):
+            hint = " Numbers of one list must be all whole or all decimal: write 1.0 beside 0.8, not 1."
+        raise UserError(f"{path}, line {error.lineno}, key '{key}': {error.msg}.{hint}") from None
+
+
+def optimizer_name(optimizer_type: str) -> str | None:
+    """The name of our optimizer that `optimizer_type` means, in any letter case or as a dotted path; else None."""
+    short = optimizer_type.rpartition("library.automagic_cameamp.")[2]
+    return next((name for name in OWN_OPTIMIZERS if name.lower() == short.lower()), None)
+
+
+OWN_OPTIMIZERS = ("Automagic_CameAMP",)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_network_patch.py --embedded",
+        description="Train a LoRA of a small diffusion model on handwritten digits.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--embedded", action="store_true", help="use the embedded trainer instead of sd-scripts")
+    parser.add_argument("--config_file", help="TOML file with these options, and a table [optimizer_config]")
+    for field in _FIELDS.values():
+        text, choices = field.metadata["help"], field.metadata.get("choices")
+        flag = f"--{field.name}"
+        if isinstance(field.default, bool):
+            parser.add_argument(flag, action="store_true", help=text)
+        elif isinstance(field.default, tuple):
+            parser.add_argument(flag, nargs="*", help=text)
+        else:
+            parser.add_argument(flag, type=type(field.default), choices=choices, help=f"{text} ({field.default})")
+    return parser
+
+
+def _flatten(document: dict[str, Any]) -> dict[str, Any]:
+    """One level of tables taken away, as sd-scripts does it; [optimizer_config] is a table of its own."""
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict) and name != "optimizer_config":
+            flat.update(value)
+        else:
+            flat[name] = value
+    return flat
+
+
+def _check_file_option(path: str, name: str, value: Any) -> None:
+    if name not in _FIELDS:
+        raise UserError(f"{path}: unknown key '{name}'{nearest_name(name, _FIELDS)}")
+    default: Any = _FIELDS[name].default
+    allowed: tuple[type, ...] = (type(default),)
+    if isinstance(default, float):
+        allowed = (float, int)
+    elif isinstance(default, tuple):
+        allowed = (list,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(default, bool)):
+        kind = " or ".join(
+            {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(
+                t.__name__, "a list of texts"
+            )
+            for t in allowed[:1]
+        )
+        raise UserError(f"{path}: key '{name}' is {value!r}; allowed: {kind}")
+    choices = _FIELDS[name].metadata.get("choices")
+    if choices and value not in choices:
+        raise UserError(f"{path}: key '{name}' is {value!r}; allowed: {', '.join(choices)}")
+    if isinstance(default, tuple) and not all(isinstance(item, str) for item in value):
+        raise UserError(f"{path}: key '{name}' is {value!r}; allowed: a list of texts")
+
+
+def _normalized(name: str, value: Any) -> Any:
+    default: Any = _FIELDS[name].default
+    return tuple(value) if isinstance(default, tuple) else type(default)(value)
+
+
+_AT_LEAST_ONE = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "network_dim")
+_AT_LEAST_ZERO = ("lr_warmup_steps", "save_every_n_steps", "validate_every_n_steps", "max_grad_norm", "seed")
+
+
+def _check_ranges(options: Options) -> None:
+    for names, lowest in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for name in names:
+            if not getattr(options, name) >= lowest:
+                raise UserError(
+                    f"option '{name}' is {getattr(options, name)!r}; allowed: a number of at least {lowest}"
+                )
+    if options.network_alpha <= 0:
+        raise UserError(f"option 'network_alpha' is {options.network_alpha!r}; allowed: a number above 0")
+    if not options.learning_rate > 0:
+        raise UserError(f"option 'learning_rate' is {options.learning_rate!r}; allowed: a number above 0")
+    if re.search(r"[/\\:]|^\.*$", options.output_name):
+        raise UserError(f"option 'output_name' is {options.output_name!r}; allowed: a file name without a folder")
+    if options.resume and not os.path.isdir(options.resume):
+        raise UserError(f"option 'resume' is {options.resume!r}, which is not a folder")
+
+
+def _optimizer_config(options: Options, table: Any, source: str) -> OptimizerConfig | None:
+    if not isinstance(table, dict):
+        raise UserError(f"{source}: [optimizer_config] is {table!r}; allowed: a table")
+    if optimizer_name(options.optimizer_type) is None:
+        if table:
+            raise UserError(
+                f"{source}: [optimizer_config] is for {', '.join(OWN_OPTIMIZERS)}, not {options.optimizer_type}"
+            )
+        return None
+    try:
+        arguments = parse_optimizer_args(options.optimizer_args)
+        return OptimizerConfig.from_toml(table, source, arguments, lr=options.learning_rate)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,289 @@
+"""The training run: accelerate's loop, as sd-scripts writes it, around a small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import library.automagic_cameamp as family
+
+from ..cameamp.optimizer import CameAMP
+from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch
+from .model import TIMESTEPS, load_base
+from .network import LoRANetwork
+from .options import Run, UserError, optimizer_name
+from .pictures import History, sample_digits, save_course, save_samples
+
+_HELD_OUT_REPEATS = 4
+_PROGRESS_FILE = "progress.json"
+
+
+class Trainer:
+    """One run, from loading to the last file.
+
+    Args:
+        run: resolved options.
+
+    Raises:
+        UserError: the output folder cannot be written, or an option does not fit; nothing has been written then.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.options = run.options
+        self.output = Path(self.options.output_dir)
+        logs = Path(self.options.logging_dir) if self.options.logging_dir else self.output / "logs"
+        for folder in (self.output, logs):
+            _require_writable(folder)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=self.options.gradient_accumulation_steps,
+            mixed_precision=self.options.mixed_precision,
+            log_with="tensorboard",
+            project_dir=str(logs),
+        )
+        set_seed(self.options.seed)
+        self.base = load_base().to(self.accelerator.device)
+        self.lora = LoRANetwork(self.base, self.options.network_dim, self.options.network_alpha)
+        optimizer = self._new_optimizer()
+        try:
+            scheduler = get_scheduler(
+                self.options.lr_scheduler,
+                optimizer,
+                num_warmup_steps=self.options.lr_warmup_steps * self.accelerator.num_processes,
+                num_training_steps=self.options.max_train_steps * self.accelerator.num_processes,
+            )
+        except ValueError as error:
+            raise UserError(f"option 'lr_scheduler' is {self.options.lr_scheduler!r}: {error}") from None
+        self.network, self.optimizer, self.scheduler = self.accelerator.prepare(self.lora, optimizer, scheduler)
+        self.history = History()
+        self.step = 0
+        self.data = load(NEW_DIGITS, held_out=False)
+        held_out = held_out_batches(load(NEW_DIGITS, held_out=True), TIMESTEPS, _HELD_OUT_REPEATS)
+        self.held_out = [self._on_device(batch) for batch in held_out]
+
+    def train(self) -> tuple[float, float] | None:
+        """Train and write everything.
+
+        Returns:
+            The held-out loss before and after; None if the user interrupted the run, whose state is saved then.
+        """
+        options = self.options
+        samples_before = sample_digits(self.base, self.accelerator.device)
+        if options.resume:
+            self._load_state(Path(options.resume))
+        self.accelerator.init_trackers(options.output_name)
+        if not self.history.held_out:
+            self.history.held_out.append((0, self.held_out_loss()))
+        progress = tqdm(
+            total=options.max_train_steps,
+            initial=self.step,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        with _interruptible() as interrupted, progress:
+            while self.step < options.max_train_steps:
+                loss = self._train_step()
+                rates = self._learning_rates()
+                self._record(loss, rates)
+                progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[0][0]:.2e}")
+                progress.update()
+                last = self.step == options.max_train_steps
+                every = options.save_every_n_steps
+                if every and self.step % every == 0 and not last:
+                    self._save(f"-step{self.step:08d}")
+                if interrupted and not last:
+                    folder = self._save_state(f"-step{self.step:08d}")
+                    print(f"\ninterrupted after step {self.step}; to continue: the same command with --resume {folder}")
+                    self.accelerator.end_training()
+                    return None
+        if self.history.held_out[-1][0] != self.step:
+            self.history.held_out.append((self.step, self.held_out_loss()))
+        self._save("")
+        if self.accelerator.is_main_process:
+            samples = sample_digits(self.base, self.accelerator.device)
+            save_samples(samples_before, samples, self.output / f"{options.output_name}-samples.png")
+            title = f"{options.optimizer_type}, lr {options.learning_rate:g}"
+            save_course(self.history, title, self.output / f"{options.output_name}-course.png")
+        self.accelerator.end_training()
+        return self.history.held_out[0][1], self.history.held_out[-1][1]
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss on the held-out images of the new digits, with the same noise at every call."""
+        return torch.stack([self.network(batch) for batch in self.held_out]).mean().item()
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def _train_step(self) -> float:
+        accumulation = self.options.gradient_accumulation_steps
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(accumulation):
+            batch = self._batch(self.step * accumulation + part)
+            with self.accelerator.accumulate(self.network):
+                loss = self.network(batch)
+                total += loss.detach() / accumulation
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.options.max_grad_norm > 0:
+                    self.accelerator.clip_grad_norm_(self.network.parameters(), self.options.max_grad_norm)
+                self.optimizer.step()
+                self.scheduler.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return self.accelerator.reduce(total, "mean").item()
+
+    def _batch(self, number: int) -> NoisyBatch:
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        number = number * ranks + rank
+        options = self.options
+        return self._on_device(training_batch(self.data, options.train_batch_size, TIMESTEPS, options.seed, number))
+
+    def _on_device(self, batch: NoisyBatch) -> NoisyBatch:
+        return NoisyBatch(*(tensor.to(self.accelerator.device) for tensor in batch))
+
+    def _learning_rates(self) -> list[tuple[float, float, float]]:
+        optimizer = self.optimizer.optimizer
+        if isinstance(optimizer, CameAMP):
+            return optimizer.effective_learning_rates()
+        return [(group["lr"],) * 3 for group in optimizer.param_groups]
+
+    def _record(self, loss: float, rates: list[tuple[float, float, float]]) -> None:
+        self.history.loss.append(loss)
+        self.history.learning_rates.append(rates)
+        values = {"loss": loss}
+        for number, (mean, smallest, largest) in enumerate(rates):
+            values |= {f"lr/group{number}": mean, f"lr/group{number}_min": smallest, f"lr/group{number}_max": largest}
+        every = self.options.validate_every_n_steps
+        if every and self.step % every == 0:
+            held_out = self.held_out_loss()
+            self.history.held_out.append((self.step, held_out))
+            values["loss/held_out"] = held_out
+        self.accelerator.log(values, step=self.step)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        groups = self.lora.parameter_groups()
+        own = optimizer_name(self.options.optimizer_type)
+        if own is not None:
+            optimizer = getattr(family, own)(groups, config=self.run.optimizer_config)
+            optimizer.set_parameter_names({p: name for name, p in self.lora.named_parameters()})
+            return optimizer
+        other = getattr(torch.optim, self.options.optimizer_type, None)
+        if not isinstance(other, type) or not issubclass(other, torch.optim.Optimizer):
+            raise UserError(
+                f"option 'optimizer_type' is {self.options.optimizer_type!r}; allowed: {_ALLOWED_OPTIMIZERS}"
+            )
+        return other(groups, lr=self.options.learning_rate)  # type: ignore[call-arg]
+
+    # Files ------------------------------------------------------------------------------------------------------
+
+    def _save(self, suffix: str) -> None:
+        if self.accelerator.is_main_process:
+            self._save_lora(self.output / f"{self.options.output_name}{suffix}.safetensors")
+        if self.options.save_state:
+            self._save_state(suffix)
+
+    def _save_lora(self, path: Path) -> None:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.lora.state_dict().items()}
+        partial = path.with_name(path.name + ".partial")
+        save_file(tensors, str(partial), metadata=self._metadata())
+        os.replace(partial, path)
+
+    def _metadata(self) -> dict[str, str]:
+        options = self.options
+        optimizer = self.optimizer.optimizer
+        name = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        config = self.run.optimizer_config
+        arguments = "" if config is None else ",".join(f"{key}={value}" for key, value in config.as_dict().items())
+        facts = {
+            "ss_optimizer": f"{name}({arguments})" if arguments else name,
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": options.network_dim,
+            "ss_network_alpha": options.network_alpha,
+            "ss_learning_rate": options.learning_rate,
+            "ss_lr_scheduler": options.lr_scheduler,
+            "ss_lr_warmup_steps": options.lr_warmup_steps,
+            "ss_steps": self.step,
+            "ss_max_train_steps": options.max_train_steps,
+            "ss_gradient_accumulation_steps": options.gradient_accumulation_steps,
+            "ss_max_grad_norm": options.max_grad_norm,
+            "ss_mixed_precision": options.mixed_precision,
+            "ss_seed": options.seed,
+            "ss_output_name": options.output_name,
+        }
+        return {key: str(value) for key, value in facts.items()}
+
+    def _save_state(self, suffix: str) -> Path:
+        """Save what resuming needs, beside its place and then renamed, so that a broken save replaces nothing."""
+        folder = self.output / f"{self.options.output_name}{suffix}-state"
+        partial = folder.with_name(folder.name + ".partial")
+        if self.accelerator.is_main_process and partial.exists():
+            shutil.rmtree(partial)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        if self.accelerator.is_main_process:
+            progress = {"step": self.step, "history": vars(self.history)}
+            (partial / _PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _load_state(self, folder: Path) -> None:
+        try:
+            progress = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
+            step, history = progress["step"], History(**progress["history"])
+            self.accelerator.load_state(str(folder))
+        except Exception as error:  # Whatever a damaged file makes a reader raise.
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"cannot resume from {folder}: {type(error).__name__}: {reason[0] if reason else 'no message'}"
+            ) from None
+        if step >= self.options.max_train_steps:
+            raise UserError(
+                f"cannot resume from {folder}: it has {step} steps already, and max_train_steps is "
+                f"{self.options.max_train_steps}"
+            )
+        self.step, self.history = step, history
+
+
+_ALLOWED_OPTIMIZERS = f"{', '.join(family.__all__)} or a class of torch.optim"
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {folder}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[Any]]:
+    """Gather a first Ctrl-C in the list it gives, so that the step under way is finished; a second one interrupts."""
+    received: list[Any] = []
+
+    def remember(number: int, _frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = signal.signal(signal.SIGINT, remember)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,89 @@
+"""What a step costs: operations, read-backs, bytes of state and of temporary memory. Never time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.cost import operations, state_bytes, temporary_bytes
+from benchmarks.models import load, parameters
+from library.automagic_cameamp import Automagic_CameAMP
+
+PHASES = {"early": 1_000_000, "late warm-up": 100, "after": 0}
+
+
+def prepared(shapes, phase, **options):
+    """An optimizer whose next steps lie in a phase."""
+    optimizer = Automagic_CameAMP(parameters(shapes), warmup_steps=PHASES[phase], **options)
+    optimizer.step()
+    for state in optimizer.state.values():
+        state["step"] = PHASES[phase] // 2 + 10 if phase == "late warm-up" else 1
+    return optimizer
+
+
+@pytest.mark.parametrize(("phase", "limit"), [("early", 1800), ("late warm-up", 1200), ("after", 1000)])
+def test_operations_of_an_sdxl_lora(phase, limit):
+    optimizer = prepared(load("sdxl_lora16"), phase)
+    counted = operations(optimizer.step)
+    assert 100 < counted.counts.total() <= limit
+    assert counted.read_backs == []
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("options", [{}, {"came": False, "cautious": True, "verbose": True}], ids=["default", "others"])
+def test_no_read_back(phase, options):
+    shapes = [(4, 32), (32, 4), (16, 8, 3, 3), (5,), (), (1, 1)] * 2
+    params = parameters(shapes)
+    params[3].grad = None
+    params = [torch.nn.Parameter(p.bfloat16()) if p.ndim == 4 else p for p in params]
+    for p in params:
+        if p.ndim == 4:
+            p.grad = torch.ones_like(p)
+    optimizer = Automagic_CameAMP(params, warmup_steps=PHASES[phase], **options)
+    for _ in range(3):  # the first step too, which makes the states
+        assert operations(optimizer.step).read_backs == []
+
+
+def test_the_counter_sees_read_backs():
+    """Or the tests above would show nothing."""
+    x = torch.tensor([1.0, 0.0])
+    assert operations(lambda: x.sum().item()).read_backs
+    assert operations(lambda: x.nonzero()).read_backs
+    assert operations(lambda: x[x > 0]).read_backs
+    assert operations(lambda: bool((x > 0).any())).read_backs
+    assert operations(lambda: x + 1).counts.total() == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    [("sdxl_lora16", None), ("sd15_full", 100_000_000)],
+)
+@pytest.mark.parametrize("phase", PHASES)
+def test_temporary_memory(model, limit, phase):
+    shapes = load(model, limit)
+    largest = max(torch.Size(shape).numel() for shape in shapes)
+    optimizer = prepared(shapes, phase)
+    assert temporary_bytes(optimizer.step) <= max(256 * 2**20, 6 * 4 * largest)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_temporary_memory_of_one_large_tensor(phase):
+    """Where six copies of the largest tensor are the bound."""
+    optimizer = prepared([(4096, 4096), (64,)], phase)
+    assert temporary_bytes(optimizer.step) <= 6 * 4 * 4096 * 4096
+
+
+@pytest.mark.parametrize(("phase", "expected"), [("early", 21), ("late warm-up", 21), ("after", 16)])
+def test_state_bytes(phase, expected):
+    optimizer = prepared([(64, 64), (16, 16, 3, 3), (4096,)], phase)
+    count = sum(p.numel() for p in optimizer.param_groups[0]["params"])
+    assert state_bytes(optimizer) == expected * count
+
+
+def test_states_of_the_warm_up_are_freed():
+    optimizer = Automagic_CameAMP(parameters([(64, 64)]), warmup_steps=3)
+    sizes = []
+    for _ in range(4):
+        optimizer.step()
+        sizes.append(state_bytes(optimizer) // 64**2)
+    assert sizes == [21, 21, 16, 16]

@@ -1,0 +1,63 @@
+"""fused=True: the same numbers, and a fallback where compiling fails."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from library.automagic_cameamp import Automagic_CameAMP
+from library.cameamp import fused as fused_module
+
+SHAPES = [(8, 40), (48, 8), (8, 40), (48, 8), (9,)]
+
+
+def trained(steps=10, **options):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
+    optimizer = Automagic_CameAMP(params, lr=1e-3, warmup_steps=8, **options)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        scheduler.step()
+    return params
+
+
+def assert_same_training(a, b):
+    for p, q in zip(a, b):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_same_numbers_in_all_phases():
+    assert_same_training(trained(fused=True), trained())
+
+
+def test_compile_failure_falls_back_with_one_warning(caplog, monkeypatch):
+    def failing(*arguments, **options):
+        def call(*arguments, **options):
+            raise torch._dynamo.exc.InternalTorchDynamoError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(fused_module.torch, "compile", failing)
+    caplog.set_level(logging.WARNING)
+    assert_same_training(trained(fused=True), trained())
+    (line,) = [r.message for r in caplog.records if r.name.startswith("library")]
+    assert "no compiler here" in line
+
+
+def test_other_failures_are_not_hidden(monkeypatch):
+    def failing(*arguments, **options):
+        def call(*arguments, **options):
+            raise MemoryError("out of memory")
+
+        return call
+
+    monkeypatch.setattr(fused_module.torch, "compile", failing)
+    try:
+        trained(fused=True)
+    except MemoryError:
+        return
+    raise AssertionError("the failure was swallowed")

@@ -1,0 +1,192 @@
+"""Gradients and parameters at the edges: what is refused, what is ignored, and that nothing ever becomes non-finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from library.automagic_cameamp import Automagic_CameAMP
+
+
+def all_finite(optimizer):
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return all(t.isfinite().all() for t in tensors)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38, -1.1e18])
+def test_unusable_elements_count_as_zero(bad):
+    def run(value):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(6, 6)), torch.nn.Parameter(torch.randn(6))]
+        optimizer = Automagic_CameAMP(params, lr=1e-4, warmup_steps=6)
+        for number in range(9):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            params[0].grad[1, number % 6] = value
+            if number == 4:
+                params[1].grad.fill_(value)
+            optimizer.step()
+        return params, optimizer
+
+    expected, _ = run(0.0)
+    params, optimizer = run(bad)
+    assert all(torch.equal(a, b) for a, b in zip(expected, params))
+    assert all_finite(optimizer)
+    assert optimizer.nonfinite_elements() == 9 + 6
+
+
+def test_the_largest_usable_magnitude():
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = Automagic_CameAMP([p], lr=1e-4)
+    for _ in range(3):
+        p.grad = torch.full((4, 4), 1e18)
+        optimizer.step()
+    assert optimizer.nonfinite_elements() == 0
+    assert all_finite(optimizer)
+
+
+def test_gradients_are_left_as_they_are():
+    for shapes in ([(5, 5)], [(5, 5), (5, 5)]):
+        params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+        optimizer = Automagic_CameAMP(params)
+        for p in params:
+            p.grad = torch.randn_like(p)
+            p.grad[0, 0] = float("inf")
+        before = [p.grad.clone() for p in params]
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(params, before))
+
+
+def test_sparse_and_complex_gradients_are_refused_before_anything_changes():
+    good = torch.nn.Parameter(torch.randn(3, 3))
+    embedding = torch.nn.Embedding(10, 4, sparse=True)
+    optimizer = Automagic_CameAMP([good, embedding.weight])
+    good.grad = torch.ones(3, 3)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    before = good.detach().clone()
+    with pytest.raises(RuntimeError, match=r"\(10, 4\) is sparse"):
+        optimizer.step()
+    assert torch.equal(good, before)
+    assert not optimizer.state
+
+    number = torch.nn.Parameter(torch.ones(2, 7, dtype=torch.complex64))
+    optimizer = Automagic_CameAMP([number])
+    number.grad = torch.ones_like(number)
+    with pytest.raises(RuntimeError, match=r"\(2, 7\) is complex"):
+        optimizer.step()
+
+
+def test_no_gradient_no_step():
+    p, q = torch.nn.Parameter(torch.randn(3, 3)), torch.nn.Parameter(torch.randn(3, 3))
+    optimizer = Automagic_CameAMP([p, q], lr=1e-4)
+    before = q.detach().clone()
+    for _ in range(3):
+        p.grad = torch.randn(3, 3)
+        optimizer.step()
+    assert torch.equal(q, before)
+    assert q not in optimizer.state
+    assert optimizer.state[p]["step"] == 3
+
+
+def test_step_without_any_gradient():
+    optimizer = Automagic_CameAMP([torch.nn.Parameter(torch.randn(3))])
+    optimizer.step()
+    assert optimizer.step(lambda: 1.5) == 1.5
+
+
+def test_closure():
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = Automagic_CameAMP([p], lr=1e-3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert first == 9.0
+    assert optimizer.step(closure) < 9.0
+
+
+@pytest.mark.parametrize("shapes", [[()], [(1,)], [(1, 1)], [(), (1,), (1, 1)], [(0, 4), (3, 3)], [(0,)]], ids=str)
+@pytest.mark.parametrize("warmup_steps", [0, 6])
+def test_tiny_and_empty_parameters(shapes, warmup_steps):
+    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    optimizer = Automagic_CameAMP(params, lr=1e-3, warmup_steps=warmup_steps)
+    for _ in range(10):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert all_finite(optimizer)
+    optimizer.get_learning_rates()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_single_element_with_gradient_is_not_regularized_away():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = Automagic_CameAMP([p], lr=1e-3, warmup_steps=0)
+    p.grad = torch.zeros(4, 4)
+    p.grad[1, 2] = 0.5
+    optimizer.step()
+    assert (p != 1).sum() == 1
+
+
+def test_lora_plus_groups_whose_gradients_are_all_zero_at_first():
+    """A fresh LoRA's ups are 0, so its downs get no gradient: with LoRA+, a whole group of exact zeros."""
+    downs = [torch.nn.Parameter(torch.randn(4, 16)) for _ in range(3)]
+    ups = [torch.nn.Parameter(torch.zeros(16, 4)) for _ in range(3)]
+    optimizer = Automagic_CameAMP([{"params": downs}, {"params": ups, "lr": 1.6e-5}], warmup_steps=8)
+    before = [p.detach().clone() for p in downs]
+    for number in range(12):
+        for p in downs:
+            p.grad = torch.zeros_like(p) if number == 0 else torch.randn_like(p)
+        for p in ups:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert all_finite(optimizer)
+        if number == 0:
+            # Weight decay of at most lr * weight_decay * 2 is all that may have moved them.
+            assert all(torch.allclose(p, b, rtol=1e-7) for p, b in zip(downs, before))
+    assert not torch.equal(downs[0], before[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1e-30, 1e-20, 1e15])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_extreme_gradients_and_zero_weights_stay_finite(scale, dtype):
+    params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype)) for s in [(6, 6), (3, 4, 2, 2), (7,)]]
+    options = {"lr": 1e-1, "max_lr": 1.0, "min_lr": 0.0, "lr_bump": 0.5, "weight_decay": 10.0, "warmup_steps": 40}
+    optimizer = Automagic_CameAMP(params, **options)
+    for _ in range(80):
+        for p in params:
+            p.grad = (torch.randn(p.shape) * scale).to(dtype)
+        optimizer.step()
+    assert all_finite(optimizer)
+
+
+def test_parameters_moved_to_another_dtype_before_the_first_step():
+    layer = torch.nn.Linear(8, 8)
+    optimizer = Automagic_CameAMP(layer.parameters(), lr=1e-3)
+    layer.to(torch.bfloat16)
+    layer(torch.randn(2, 8, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    assert layer.weight.dtype == torch.bfloat16
+    assert optimizer.state[layer.weight]["lr_mask"].dtype == torch.float32
+
+
+def test_non_contiguous_weights_and_gradients():
+    def run(layout):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(layout(torch.randn(8, 4, 3, 3))) for _ in range(2)]
+        optimizer = Automagic_CameAMP([{"params": params[:1]}, {"params": params[1:]}], lr=1e-3, warmup_steps=6)
+        for _ in range(9):
+            for p in params:
+                p.grad = layout(torch.randn(8, 4, 3, 3))
+            optimizer.step()
+        return params
+
+    plain = run(lambda x: x)
+    other = run(lambda x: x.to(memory_format=torch.channels_last))
+    assert other[0].is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(a, b) for a, b in zip(plain, other))
