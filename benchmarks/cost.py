@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from library.cameamp.optimizer import CameAMP
+from library.cameamp.workspace import Workspace
+
 # Operations that only make a new view of a tensor, or note something; no kernel is launched.
 _NO_KERNEL = {
     "_record_function_enter_new", "_record_function_exit", "_reshape_alias", "_unsafe_view", "alias", "as_strided",
@@ -67,13 +70,16 @@ def operations(step: Callable[[], Any]) -> Operations:
     return counted
 
 
-def temporary_bytes(step: Callable[[], Any]) -> int:
-    """Largest amount of CPU memory that a step holds beyond what was there before it.
+def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Largest amount of CPU memory that a step needs beyond the states.
 
-    Counted by torch's own allocator, so what the kernels need inside counts too.
+    Counted by torch's own allocator, so what the kernels need inside counts too, and so does what the Automagic_CameAMP
+    optimizers keep between steps on a CPU.
     """
+    if isinstance(optimizer, CameAMP):
+        optimizer._workspace = Workspace()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        optimizer.step()
     held = highest = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):

@@ -73,7 +73,7 @@ def main() -> None:
     for name, optimizer in optimizers.items():
         low, middle, high = statistics.quantiles(seconds[name], n=4)
         launched = operations(optimizer.step).counts.total()
-        state, temporary = state_bytes(optimizer) / count, temporary_bytes(optimizer.step) / 2**20
+        state, temporary = state_bytes(optimizer) / count, temporary_bytes(optimizer) / 2**20
         print(
             f"{name:34}{middle / peer:7.2f}{f'{low / peer:.2f} - {high / peer:.2f}':>15}{middle * 1e3:9.1f}"
             f"{launched:12}{state:11.2f}{temporary:10.1f}"

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# At most this many elements side by side: with the half dozen temporary stacks of the rules, 16 MiB each, and the
-# gradients kept between the two passes (optimizer.py), temporary memory stays under 256 MiB.
-_LARGEST_STACK = 4 * 1024 * 1024
+# At most this many elements side by side: the half dozen temporary stacks of the rules, 16 MiB each, stay well under
+# 256 MiB.
+LARGEST_STACK = 4 * 1024 * 1024
 # Larger stacks launch fewer operations, smaller ones stay in a CPU's caches. About a dozen do well at both.
 _STACKS = 12
 _SMALLEST_STACK = 512 * 1024
@@ -107,16 +107,19 @@ class Batch:
         for name, storage in storages.items():
             storage.write(name, self._buffers, stacks[name])
 
-    def gradients(self) -> Tensor:
-        """The gradients as float32, (tensors, rows, columns); a copy to write into."""
+    def gradients(self, out: Tensor | None = None) -> Tensor:
+        """The gradients as float32, (tensors, rows, columns): a copy to write into, in `out` where given."""
         grads = [p.grad for p in self.params if p.grad is not None]
         if len(grads) == 1:
-            return grads[0].reshape(1, self.rows, self.columns).to(torch.float32, copy=True)
-        return self._stack(grads)
+            single = grads[0].reshape(1, self.rows, self.columns)
+            return single.to(torch.float32, copy=True) if out is None else out.copy_(single)
+        return self._stack(grads, out)
 
-    def weights(self) -> Tensor:
-        """The parameters as float32, (tensors, rows, columns); a copy, but for a single float32 parameter."""
-        return self._stack(self.params)
+    def weights(self, out: Tensor | None = None) -> Tensor:
+        """The parameters as float32, (tensors, rows, columns): a copy, but for a single contiguous float32 one."""
+        if len(self.params) == 1:
+            return self.params[0].reshape(1, self.rows, self.columns).float()
+        return self._stack(self.params, out)
 
     def write_weights(self, stack: Tensor) -> None:
         """Write a stack of the parameters' own dtype back into them."""
@@ -131,9 +134,11 @@ class Batch:
             self._positions_on_device = numbers.to(device, non_blocking=True)
         return self._positions_on_device
 
-    def _stack(self, tensors: list[Tensor]) -> Tensor:
-        stacked = tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-        return stacked.reshape(-1, self.rows, self.columns).float()
+    def _stack(self, tensors: list[Tensor], out: Tensor | None) -> Tensor:
+        if out is not None and tensors[0].dtype == out.dtype:
+            torch.stack(tensors, out=out.view(-1, *tensors[0].shape))
+            return out
+        return torch.stack(tensors).reshape(-1, self.rows, self.columns).float()
 
     def _holds(self, state: Mapping[Tensor, State], key: str) -> bool:
         slices = self._slices.get(key)
@@ -168,7 +173,7 @@ class Layout:
         for position, p, traits in params:
             alike.setdefault((p.shape, p.dtype, p.device, traits), []).append((position, p))
             total += p.numel()
-        limit = min(max(total // _STACKS, _SMALLEST_STACK), _LARGEST_STACK)
+        limit = min(max(total // _STACKS, _SMALLEST_STACK), LARGEST_STACK)
         result: dict[int, Batch] = {}
         for (_, _, _, traits), members in alike.items():
             size = members[0][1].numel()

@@ -23,12 +23,9 @@ from .rounding import stochastic_round
 from .rules import Phase, StepScalars, lr_factor, take_step_
 from .storage.full import Full
 from .techniques import agr, allora, weight_decay
+from .workspace import Work, Workspace
 
 logger = logging.getLogger(__name__)
-
-# A group's gradients are needed twice: for its sums, then for the rules. Up to this size they are kept in between;
-# larger ones are read again, which costs time but no memory.
-_KEPT_GRADIENT_BYTES = 64 * 1024 * 1024
 
 _VERBOSE_EVERY = 100
 
@@ -80,6 +77,7 @@ class CameAMP(Optimizer):
     _positions: dict[Tensor, int]
     _layouts: dict[int, Layout]
     _fused: FusedRules | None
+    _workspace: Workspace
 
     def __init__(self, params: Any, config: OptimizerConfig | None = None, **options: Any) -> None:
         if config is None:
@@ -178,41 +176,37 @@ class CameAMP(Optimizer):
             state = self.state[p]
             state["step"] = state.get("step", 0) + 1
         batches = self._batches(number, params)
-        sums, kept = self._sum_up(number, batches)
-        for index, batch in enumerate(batches):
-            if kept:
-                g = kept.pop(0)  # So that nothing else holds it when the rules are done.
-            else:
-                g = batch.gradients()
-                gradients.drop_unusable_(g)
-            self._update(number, batch, g, sums.magnitude, sums.decay_strengths[index])
+        sums = self._sum_up(number, batches)
+        for batch, decay in zip(batches, sums.decay_strengths):
+            self._update(number, batch, sums.magnitude, decay)
         self._log_progress(number, batches)
 
-    def _sum_up(self, number: int, batches: list[Batch]) -> tuple[GroupSums, list[Tensor]]:
-        """First pass over a group's gradients: its sums, and the usable gradients themselves where they are few."""
+    def _sum_up(self, number: int, batches: list[Batch]) -> GroupSums:
+        """First pass over a group's gradients. They are gathered again for the second: cheaper than keeping them."""
         config = self._group_options[number].config
         decays = config.weight_decay > 0 and any(self._phase(number, batch).early for batch in batches)
-        keep = 4 * sum(batch.numel() for batch in batches) <= _KEPT_GRADIENT_BYTES
-        kept, measured, counts = [], [], []
+        measured, counts = [], []
         for batch in batches:
-            g = batch.gradients()
-            unusable = gradients.drop_unusable_(g)
+            work = self._workspace.lend(batch)
+            g = batch.gradients(work.gradients)
+            unusable = gradients.drop_unusable_(g, work.scratch)
             counts.append(gradients.count_(unusable))
             measured.append(gradients.measure(g, decays, scratch=unusable))
-            del unusable
-            if keep:
-                kept.append(g)
+            del g, unusable
         self._tally(counts)
-        return _group_sums(batches, measured), kept
+        return _group_sums(batches, measured)
 
-    def _update(self, number: int, batch: Batch, g: Tensor, magnitude_sum: Tensor, decay: Tensor | None) -> None:
-        """Second pass: one stack through the rules. `g` is its usable gradient, (tensors, rows, columns)."""
+    def _update(self, number: int, batch: Batch, magnitude_sum: Tensor, decay: Tensor | None) -> None:
+        """Second pass: one stack through the rules."""
         config = self._group_options[number].config
         traits = batch.traits
         storages = self._bind(number, batch)
         states = batch.read(storages)
         scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number))
-        p = batch.weights()
+        work = self._workspace.lend(batch)
+        g = batch.gradients(work.gradients)
+        gradients.drop_unusable_(g, work.scratch)
+        p = batch.weights(work.weights)
         rules = self._fused_rules().take_step_ if config.fused else take_step_
         rules(
             p,
@@ -220,6 +214,7 @@ class CameAMP(Optimizer):
             states,
             magnitude_sum.to(p.device),
             decay,
+            work=Work() if config.fused else work,
             scalars=scalars,
             phase=self._phase(number, batch),
             has_polarity=traits.has_polarity,
@@ -479,6 +474,7 @@ class CameAMP(Optimizer):
         self._positions = {}
         self._layouts = {}
         self._fused = None
+        self._workspace = Workspace()
 
 
 def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> GroupSums:

@@ -20,6 +20,7 @@ from .techniques import (
     tam,
     weight_decay,
 )
+from .workspace import Work
 
 Scalar = float | Tensor
 
@@ -78,6 +79,7 @@ def take_step_(
     states: dict[str, Tensor],
     magnitude_sum: Tensor,
     decay_strengths: Tensor | None,
+    work: Work,
     scalars: StepScalars,
     phase: Phase,
     has_polarity: bool,
@@ -92,6 +94,7 @@ def take_step_(
         states: the states that `phase` has, likewise; updated.
         magnitude_sum: AGR's sum over the parameter group, 0-d.
         decay_strengths: theta of each tensor, (tensors,); None where nothing decays.
+        work: memory to compute in.
         scalars: what changes with the step.
         phase: which rules act.
         has_polarity: whether `last_polarity` holds the signs of a step before.
@@ -102,25 +105,25 @@ def take_step_(
     beta1, beta2, beta3 = config.betas
     exp_avg, exp_avg_res = states["exp_avg"], states["exp_avg_res"]
 
-    grad = agr.regularize_(g, magnitude_sum)
+    grad = agr.regularize_(g, magnitude_sum, work.scratch)
 
     if config.came:
-        sg = came.scale_by_second_moment_(grad, states["exp_avg_sq"], beta2, eps1, config.clip_threshold)
+        sg = came.scale_by_second_moment_(grad, states["exp_avg_sq"], beta2, eps1, config.clip_threshold, work.scaled)
     else:
-        sg = came.clip_elements(grad, scalars.clip_bound)
+        sg = came.clip_elements(grad, scalars.clip_bound, work.scaled)
     direction = grad.sign_()
 
     if phase.early:
-        residual = tam.torque_aware_momentum_(exp_avg, states["s"], sg, eps1)
+        residual = tam.torque_aware_momentum_(exp_avg, states["s"], sg, eps1, work.scratch)
     else:
         residual = consistency.consistency_momentum_(exp_avg, sg, scalars.momentum_rate, beta1)
 
     u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2)
 
-    u = grams.turn_to_gradient_(u, direction, scalars.gradient_share)
+    u = grams.turn_to_gradient_(u, direction, scalars.gradient_share, work.scratch)
 
     if phase.early:
-        u = orthograd.remove_part_along_weights_(u, p, eps3)
+        u = orthograd.remove_part_along_weights_(u, p, eps3, work.scratch)
 
     if phase.warmup and has_polarity:
         lr_mask.bump_(

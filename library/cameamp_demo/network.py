@@ -28,8 +28,8 @@ class LoRAModule(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
         if isinstance(layer, nn.Conv2d):
-            window: Any = (layer.kernel_size, layer.stride, layer.padding)
-            self.lora_down: nn.Module = nn.Conv2d(layer.in_channels, rank, *window, bias=False)
+            window: dict[str, Any] = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding")}
+            self.lora_down: nn.Module = nn.Conv2d(layer.in_channels, rank, **window, bias=False)
             self.lora_up: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             self.lora_down = nn.Linear(layer.in_features, rank, bias=False)

@@ -191,7 +191,7 @@ def _check_file_option(path: str, name: str, value: Any) -> None:
     choices = _FIELDS[name].metadata.get("choices")
     if choices and value not in choices:
         raise UserError(f"{path}: key '{name}' is {value!r}; allowed: {', '.join(choices)}")
-    if isinstance(default, tuple) and not all(isinstance(item, str) for item in value):
+    if isinstance(value, list) and not all(isinstance(item, str) for item in value):
         raise UserError(f"{path}: key '{name}' is {value!r}; allowed: a list of texts")
 
 

@@ -20,14 +20,15 @@ def magnitude_sum(abs_sums: Tensor, nonzero_counts: Tensor) -> Tensor:
     return torch.where(nonzero_counts.sum() < 2, torch.inf, abs_sums.sum())
 
 
-def regularize_(g: Tensor, total: Tensor) -> Tensor:
+def regularize_(g: Tensor, total: Tensor, scratch: Tensor | None = None) -> Tensor:
     """g * (1 - |g| / total): an element's share of the whole gradient is taken off it.
 
     Args:
         g: gradient, (tensors, rows, columns); overwritten by the result.
         total: 0-d, from `magnitude_sum`.
+        scratch: memory to compute in, of g's shape; allocated where None.
 
     Returns:
         The regularized gradient, of g's sign.
     """
-    return g.addcmul_(g, g.abs().div_(total), value=-1)
+    return g.addcmul_(g, torch.abs(g, out=scratch).div_(total), value=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def scale_by_second_moment_(
-    grad: Tensor, exp_avg_sq: Tensor, beta2: float, eps: float, clip_threshold: float
+    grad: Tensor, exp_avg_sq: Tensor, beta2: float, eps: float, clip_threshold: float, out: Tensor | None = None
 ) -> Tensor:
     """Update the second moment, divide the gradient by its root, and bound each tensor's root mean square.
 
@@ -20,12 +20,13 @@ def scale_by_second_moment_(
         beta2: its decay rate.
         eps: its floor.
         clip_threshold: bound of the root mean square of one tensor's result.
+        out: memory for the result, of grad's shape; allocated where None.
 
     Returns:
         The scaled gradient.
     """
     exp_avg_sq.mul_(beta2).add_((1 - beta2) * eps).addcmul_(grad, grad, value=1 - beta2)
-    scaled = exp_avg_sq.rsqrt().mul_(grad)
+    scaled = torch.rsqrt(exp_avg_sq, out=out).mul_(grad)
     root_mean_square = torch.linalg.vector_norm(scaled.flatten(1), dim=1) / math.sqrt(scaled[0].numel())
     excess = (root_mean_square / clip_threshold).clamp_min_(1.0)
     return scaled.mul_(excess.reciprocal_().view(-1, 1, 1))
@@ -36,6 +37,6 @@ def growing_bound(step: int) -> float:
     return step**0.25
 
 
-def clip_elements(grad: Tensor, bound: Any) -> Tensor:
+def clip_elements(grad: Tensor, bound: Any, out: Tensor | None = None) -> Tensor:
     """AdaBelief's clip, used instead where CAME is off: each element within `bound`, a number or 0-d tensor, of 0."""
-    return grad.clamp(-bound, bound)
+    return torch.clamp(grad, -bound, bound, out=out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,15 +11,18 @@ def gradient_share(beta1_decay: float, step: int) -> float:
     return beta1_decay**step
 
 
-def turn_to_gradient_(update: Tensor, direction: Tensor, share: float | Tensor) -> Tensor:
+def turn_to_gradient_(
+    update: Tensor, direction: Tensor, share: float | Tensor, scratch: Tensor | None = None
+) -> Tensor:
     """Blend the update with its own magnitude in the gradient's direction.
 
     Args:
         update: the update, (tensors, rows, columns); overwritten by the result.
         direction: sign of the gradient.
         share: how much of the direction is the gradient's, from `gradient_share`.
+        scratch: memory to compute in, of update's shape; allocated where None.
 
     Returns:
         share * |update| * direction + (1 - share) * update.
     """
-    return update.lerp_(update.abs().mul_(direction), share)
+    return update.lerp_(torch.abs(update, out=scratch).mul_(direction), share)

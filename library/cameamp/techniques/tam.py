@@ -11,7 +11,9 @@ DECAY = 0.9
 _SMALLEST_NORM = 1e-12
 
 
-def torque_aware_momentum_(exp_avg: Tensor, s: Tensor, scaled_grad: Tensor, eps: float) -> Tensor:
+def torque_aware_momentum_(
+    exp_avg: Tensor, s: Tensor, scaled_grad: Tensor, eps: float, scratch: Tensor | None = None
+) -> Tensor:
     """Update the momentum by the gradient, damped where the two disagree.
 
     Args:
@@ -19,11 +21,12 @@ def torque_aware_momentum_(exp_avg: Tensor, s: Tensor, scaled_grad: Tensor, eps:
         s: smoothed correlation of momentum and gradient; updated.
         scaled_grad: scaled gradient; overwritten by the result.
         eps: floor of the damping.
+        scratch: memory to compute in, of s's shape; allocated where None.
 
     Returns:
         The residual: how far the scaled gradient lies from the new momentum.
     """
-    scratch = torch.empty_like(exp_avg)
+    scratch = torch.empty_like(exp_avg) if scratch is None else scratch
     norms = _column_norms(exp_avg, scratch).mul_(_column_norms(scaled_grad, scratch))
     correlation = torch.mul(exp_avg, scaled_grad, out=scratch).div_(norms)
     s.lerp_(correlation, 1 - DECAY)
