@@ -187,9 +187,9 @@ def test_16_bit_weights_before_rounding(dtype, monkeypatch):
     """From the same weights each step, the value that is then rounded is the plain implementation's."""
     exact = {}
 
-    def capture(x, dtype, positions, step):
-        exact.update(zip(positions.tolist(), x.clone()))
-        return stochastic_round(x, dtype, positions, step)
+    def capture(x, dtype, dither):
+        exact.update(zip(dither.positions.tolist(), x.clone()))
+        return stochastic_round(x, dtype, dither)
 
     monkeypatch.setattr(optimizer_module, "stochastic_round", capture)
     params, targets, generator = problem(LORA)

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from library.automagic_cameamp import Automagic_CameAMP
-from library.cameamp.rounding import stochastic_round, uniform_noise
+from library.cameamp import rounding
+from library.cameamp.rounding import Dither, stochastic_round, uniform_noise
 
 DTYPES = [torch.bfloat16, torch.float16]
 
 
 def rounded(x, dtype, step=1, positions=None):
     positions = torch.arange(x.shape[0], dtype=torch.int32) if positions is None else positions
-    return stochastic_round(x.clone(), dtype, positions, step)
+    return stochastic_round(x.clone(), dtype, Dither(positions, step))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -55,7 +56,7 @@ def test_finite_stays_finite(dtype):
 
 
 def test_noise_is_uniform_and_independent():
-    noise = uniform_noise(torch.Size((8, 250, 100)), torch.arange(8, dtype=torch.int32), step=3)
+    noise = uniform_noise(Dither(torch.arange(8, dtype=torch.int32), 3), 0, 25_000)
     assert noise.min() >= 0
     assert noise.max() < 1
     assert abs(noise.mean().item() - 0.5) < 0.003
@@ -69,11 +70,20 @@ def test_noise_is_uniform_and_independent():
 
 def test_noise_depends_on_step_and_position_alone():
     positions = torch.tensor([4, 9], dtype=torch.int32)
-    noise = uniform_noise(torch.Size((2, 5, 6)), positions, step=7)
-    assert torch.equal(noise, uniform_noise(torch.Size((2, 5, 6)), positions, step=7))
-    assert torch.equal(noise[1:], uniform_noise(torch.Size((1, 5, 6)), positions[1:], step=7))
-    assert not torch.equal(noise, uniform_noise(torch.Size((2, 5, 6)), positions, step=8))
+    noise = uniform_noise(Dither(positions, 7), 0, 30)
+    assert torch.equal(noise, uniform_noise(Dither(positions, 7), 0, 30))
+    assert torch.equal(noise[1:], uniform_noise(Dither(positions[1:], 7), 0, 30))
+    assert torch.equal(noise[:, 12:], uniform_noise(Dither(positions, 7), 12, 18))
+    assert not torch.equal(noise, uniform_noise(Dither(positions, 8), 0, 30))
     assert not torch.equal(noise[0], noise[1])
+
+
+def test_parts_do_not_change_the_result(monkeypatch):
+    x = torch.randn(2, 30, 7)
+    dither = Dither(torch.tensor([1, 2], dtype=torch.int32), 5)
+    whole = stochastic_round(x, torch.bfloat16, dither)
+    monkeypatch.setattr(rounding, "_PART", 64)
+    assert torch.equal(stochastic_round(x, torch.bfloat16, dither), whole)
 
 
 def test_small_steps_add_up():

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, MutableMapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .rounding import Dither
+from .storage import Buffers, Storage
 
 # At most this many elements side by side: the half dozen temporary stacks of the rules, 16 MiB each, stay well under
 # 256 MiB.
@@ -22,20 +25,6 @@ _STACKS = 12
 _SMALLEST_STACK = 512 * 1024
 
 State = MutableMapping[str, Any]
-
-
-class Storage(Protocol):
-    """How one state of a stack is kept; see `storage`."""
-
-    def keys(self, name: str) -> tuple[str, ...]: ...
-
-    def allocate(
-        self, name: str, shape: torch.Size, n: int, fill: float, device: torch.device
-    ) -> dict[str, Tensor]: ...
-
-    def read(self, name: str, buffers: dict[str, Tensor], rows: int, columns: int) -> Tensor: ...
-
-    def write(self, name: str, buffers: dict[str, Tensor], stack: Tensor) -> None: ...
 
 
 class Traits(NamedTuple):
@@ -68,7 +57,7 @@ class Batch:
         self.rows = shape[0] if len(shape) > 0 else 1
         self.columns = shape.numel() // self.rows
         self._positions = positions
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: Buffers = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._positions_on_device: Tensor | None = None
 
@@ -87,9 +76,13 @@ class Batch:
             storages: for each state name, how it is kept.
             fills: what an element starts at, where a parameter does not have the state yet; 0 if not named.
         """
-        for name, storage in storages.items():
-            if not all(self._holds(state, key) for key in storage.keys(name)):
-                self._rebuild(state, name, storage, fills.get(name, 0.0))
+        fresh = {
+            name: self._allocate(name, storage, fills.get(name, 0.0))
+            for name, storage in storages.items()
+            if not all(self._holds(state, key) for key in storage.keys(name))
+        }
+        for name, buffers in fresh.items():
+            self._fill(state, name, storages[name], buffers)
         wanted = {key for name, storage in storages.items() for key in storage.keys(name)}
         for key in self._buffers.keys() - wanted:
             del self._buffers[key], self._slices[key]
@@ -98,14 +91,13 @@ class Batch:
                 for key in state[p].keys() - wanted - {"step"}:
                     del state[p][key]
 
-    def read(self, storages: Mapping[str, Storage]) -> dict[str, Tensor]:
-        """The states as stacks of (tensors, rows, columns)."""
-        return {name: kept.read(name, self._buffers, self.rows, self.columns) for name, kept in storages.items()}
+    def states(self, storages: Mapping[str, Storage]) -> BatchStates:
+        """The states, to be read and written one at a time: they need memory while they are out of their storage."""
+        return BatchStates(self, self._buffers, storages)
 
-    def write(self, storages: Mapping[str, Storage], stacks: Mapping[str, Tensor]) -> None:
-        """Keep what the rules made of the stacks that `read` gave."""
-        for name, storage in storages.items():
-            storage.write(name, self._buffers, stacks[name])
+    def dither(self) -> Dither:
+        """The noise of this step."""
+        return Dither(self.positions(), self.traits.step)
 
     def gradients(self, out: Tensor | None = None) -> Tensor:
         """The gradients as float32, (tensors, rows, columns): a copy to write into, in `out` where given."""
@@ -144,16 +136,46 @@ class Batch:
         slices = self._slices.get(key)
         return slices is not None and all(state[p].get(key) is part for p, part in zip(self.params, slices))
 
-    def _rebuild(self, state: Mapping[Tensor, State], name: str, storage: Storage, fill: float) -> None:
-        first = self.params[0]
-        buffers = storage.allocate(name, first.shape, len(self.params), fill, first.device)
+    def _allocate(self, name: str, storage: Storage, fill: float) -> Buffers:
+        """New buffers for one state. What this device cannot store fails here, before any value depends on it."""
+        dither = self.dither()
+        buffers = storage.allocate(name, self.params[0].shape, len(self.params), fill, dither)
+        storage.write(name, buffers, storage.read(name, buffers, self.rows, self.columns), dither)
+        return buffers
+
+    def _fill(self, state: Mapping[Tensor, State], name: str, storage: Storage, buffers: Buffers) -> None:
+        """Fill new buffers with what the parameters have of a state, kept so or in full, and hand them over."""
+        shape, dither = self.params[0].shape, self.dither()
+        for index, p in enumerate(self.params):
+            kept = {key: state[p][key] for key in buffers if key in state[p]}
+            if not kept and name in state[p]:
+                alone = Dither(dither.positions[index : index + 1], dither.step)
+                kept = storage.allocate(name, shape, 1, 0.0, alone)
+                storage.write(name, kept, state[p][name].clone().view(1, self.rows, self.columns), alone)
+                del state[p][name]
+            for key, value in kept.items():
+                buffers[key][index].copy_(value.view(buffers[key][index].shape))
         for key, buffer in buffers.items():
-            slices = buffer.unbind()
-            for p, part in zip(self.params, slices):
-                if key in state[p]:
-                    part.copy_(state[p][key])
+            self._buffers[key], self._slices[key] = buffer, buffer.unbind()
+            for p, part in zip(self.params, self._slices[key]):
                 state[p][key] = part
-            self._buffers[key], self._slices[key] = buffer, slices
+
+
+class BatchStates:
+    """Access to the states of a batch as stacks of (tensors, rows, columns)."""
+
+    def __init__(self, batch: Batch, buffers: Buffers, storages: Mapping[str, Storage]) -> None:
+        self._batch = batch
+        self._buffers = buffers
+        self._storages = storages
+
+    def read(self, name: str) -> Tensor:
+        """A state, for a rule to update in place."""
+        return self._storages[name].read(name, self._buffers, self._batch.rows, self._batch.columns)
+
+    def write(self, name: str, stack: Tensor) -> None:
+        """Keep an updated state; `stack` may be overwritten."""
+        self._storages[name].write(name, self._buffers, stack, self._batch.dither())
 
 
 class Layout:

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .config import OPTION_NAMES, OptimizerConfig
 from .rules import Phase
+from .storage import Storage
+from .storage.convert import storage_of, to_full
 
 # Layout of the checkpoints written here; 1 and 2 are those of an older implementation.
 VERSION = 3
-
-_DTYPES = {
-    "lr_mask": torch.float32,
-    "exp_avg": torch.float32,
-    "exp_avg_sq": torch.float32,
-    "exp_avg_res": torch.float32,
-    "s": torch.float32,
-    "last_polarity": torch.bool,
-}
-_NEVER_NEGATIVE = ("lr_mask", "exp_avg_sq", "exp_avg_res")
 
 # Written for whoever reads a checkpoint; computed from the rest, so ignored here.
 _DERIVED = ("avg_lr", "lr_max", "row_scaling")
@@ -50,6 +41,7 @@ def restore(
     groups: Sequence[Mapping[str, Any]],
     configs: Sequence[OptimizerConfig],
     names: Mapping[Tensor, str],
+    storage: Callable[[str, Tensor, OptimizerConfig], Storage],
 ) -> Restored:
     """Check a checkpoint against an optimizer, and convert it.
 
@@ -58,6 +50,7 @@ def restore(
         groups: the optimizer's parameter groups.
         configs: their options.
         names: parameter names where known, for error messages.
+        storage: how the optimizer keeps a state of a parameter under a group's options.
 
     Returns:
         The new states, on their parameters' devices. Neither argument is changed.
@@ -70,7 +63,8 @@ def restore(
     states = saved["state"]
     seen = set()
     position = 0
-    differences = []
+    converted = 0
+    differences: list[str] = []
     for number, (group, saved_group, config) in enumerate(zip(groups, saved["param_groups"], configs)):
         restored.learning_rates.append(_learning_rates(number, saved_group))
         differences += _option_differences(number, saved_group, config)
@@ -79,11 +73,19 @@ def restore(
             position += 1
             seen.add(key)
             if states.get(key):
-                saved_config = _phase_options(saved_group, config)
-                restored.state[p] = _restore_parameter(states[key], p, label, saved_config, config)
+                saved_options = _phase_options(saved_group, config)
+                try:
+                    restored.state[p], was_converted = _restore_parameter(
+                        states[key], p, saved_options, config, storage
+                    )
+                except ValueError as error:
+                    raise ValueError(f"{label}: {error}") from None
+                converted += was_converted
     unknown = [key for key in states if key not in seen]
     if unknown:
         raise ValueError(f"the checkpoint has states of parameters that no group lists: {unknown[:5]}")
+    if converted:
+        restored.notes.append(f"the states of {converted} parameters are converted to the precision of this optimizer")
     if differences:
         restored.notes.append(
             "options differ from the checkpoint's; the constructor's are used: " + "; ".join(differences)
@@ -147,52 +149,58 @@ def _phase_options(saved_group: Mapping[str, Any], config: OptimizerConfig) -> t
 
 
 def _restore_parameter(
-    saved: Any, p: Tensor, label: str, saved_options: tuple[int, bool], config: OptimizerConfig
-) -> dict[str, Any]:
+    saved: Any,
+    p: Tensor,
+    saved_options: tuple[int, bool],
+    config: OptimizerConfig,
+    storage: Callable[[str, Tensor, OptimizerConfig], Storage],
+) -> tuple[dict[str, Any], bool]:
+    """The new state of one parameter, and whether any of it was kept in another way."""
     if not isinstance(saved, Mapping):
-        raise ValueError(f"{label}: its state is {type(saved).__name__}, not a dictionary")
-    step = _step(saved, label)
+        raise ValueError(f"its state is {type(saved).__name__}, not a dictionary")
+    step = _step(saved)
     warmup_steps, came = saved_options
     owed = Phase.at(step, warmup_steps).state_names(came)
-    for name in owed:
-        if name not in saved:
-            raise ValueError(
-                f"{label}: the state '{name}' is missing, which step {step} of {warmup_steps} warm-up steps has"
-            )
-    for name in saved:
-        if name not in owed and name not in _DERIVED and name != "step":
-            raise ValueError(f"{label}: the state '{name}' is not one that step {step} of this optimizer has")
+    wanted = Phase.at(step, config.warmup_steps).state_names(config.came)
     restored: dict[str, Any] = {"step": step}
+    known = {"step", *_DERIVED}
+    converted = False
     for name in owed:
-        _check_tensor(saved[name], name, p, label)
-    for name in set(owed) & set(Phase.at(step, config.warmup_steps).state_names(config.came)):
-        restored[name] = saved[name].to(p.device)
-    mask = restored["lr_mask"]
-    if mask.numel() and (mask.amin() < config.min_lr or mask.amax() > config.max_lr):
-        restored["lr_mask"] = mask.clamp(config.min_lr, config.max_lr)
-    return restored
+        kept = storage_of(name, saved, p.shape)
+        if kept is None:
+            raise ValueError(f"the state '{name}' is missing, which step {step} of {warmup_steps} warm-up steps has")
+        known.update(kept.keys(name))
+        if name not in wanted:
+            continue
+        own = storage(name, p, config)
+        value = to_full(name, saved, kept, p.shape) if kept != own or name == "lr_mask" else None
+        outside = name == "lr_mask" and _outside(value, config)
+        if kept == own and not outside:
+            restored.update((key, saved[key].to(p.device)) for key in kept.keys(name))
+            continue
+        assert value is not None
+        restored[name] = (value.clamp(config.min_lr, config.max_lr) if outside else value).to(p.device)
+        converted |= type(kept) is not type(own)
+    for key in saved:
+        if key not in known:
+            raise ValueError(f"the state '{key}' is not one that step {step} of this optimizer has")
+    return restored, converted
 
 
-def _step(saved: Mapping[str, Any], label: str) -> int:
+def _outside(mask: Tensor | None, config: OptimizerConfig) -> bool:
+    """Whether a learning-rate mask leaves the bounds, by more than rounding."""
+    if mask is None or mask.numel() == 0:
+        return False
+    return bool(mask.amin() < config.min_lr * (1 - 1e-6) or mask.amax() > config.max_lr * (1 + 1e-6))
+
+
+def _step(saved: Mapping[str, Any]) -> int:
     step = saved.get("step")
     if isinstance(step, Tensor) and step.numel() == 1 and not step.is_floating_point():
         step = step.item()
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"{label}: its step is {step!r}, not a whole number of at least 0")
+        raise ValueError(f"its step is {step!r}, not a whole number of at least 0")
     return step
-
-
-def _check_tensor(value: Any, name: str, p: Tensor, label: str) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{label}: the state '{name}' is {type(value).__name__}, not a tensor")
-    if value.shape != p.shape:
-        raise ValueError(f"{label}: the state '{name}' has shape {tuple(value.shape)}")
-    if value.dtype != _DTYPES[name]:
-        raise ValueError(f"{label}: the state '{name}' is {value.dtype}, not {_DTYPES[name]}")
-    if value.dtype != torch.bool and not torch.isfinite(value).all():
-        raise ValueError(f"{label}: the state '{name}' has elements that are not finite")
-    if name in _NEVER_NEGATIVE and (value < 0).any():
-        raise ValueError(f"{label}: the state '{name}' has negative elements")
 
 
 def _label(position: int, p: Tensor, names: Mapping[Tensor, str]) -> str:

@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .rules import StepScalars, take_step_
+from .rules import Phase, States, StepScalars, take_step_
 
 logger = logging.getLogger(__name__)
 
@@ -19,11 +20,15 @@ class FusedRules:
         self._compiled: Any = torch.compile(take_step_, dynamic=True)
         self._broken = False
 
-    def take_step_(self, *stack: Any, **more: Any) -> None:
+    def take_step_(
+        self, p: Tensor, g: Tensor, states: States, *, scalars: StepScalars, phase: Phase, **more: Any
+    ) -> None:
         """As `rules.take_step_`; the first call of each graph compiles it, which takes seconds."""
         if not self._broken:
             try:
-                self._compiled(*stack, **{**more, "scalars": _as_tensors(more["scalars"])})
+                loaded = _Loaded(states, phase.state_names(more["config"].came))
+                self._compiled(p, g, loaded, scalars=_as_tensors(scalars), phase=phase, **more)
+                loaded.keep(states)
                 return
             except Exception as error:
                 # A graph is compiled before anything of it runs, so nothing has changed yet.
@@ -32,7 +37,26 @@ class FusedRules:
                 self._broken = True
                 reason = str(error).strip().partition("\n")[0]
                 logger.warning("fused: compiling failed, the rules run uncompiled from here on: %s", reason)
-        take_step_(*stack, **more)
+        take_step_(p, g, states, scalars=scalars, phase=phase, **more)
+
+
+class _Loaded:
+    """States read beforehand, for a graph that knows no storages."""
+
+    def __init__(self, states: States, names: tuple[str, ...]) -> None:
+        self._stacks = {name: states.read(name) for name in names}
+        self._written: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor:
+        return self._stacks[name]
+
+    def write(self, name: str, stack: Tensor) -> None:
+        self._written[name] = stack
+
+    def keep(self, states: States) -> None:
+        """Write what was written."""
+        for name, stack in self._written.items():
+            states.write(name, stack)
 
 
 def _as_tensors(scalars: StepScalars) -> StepScalars:

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, gradients, lora
-from .batches import Batch, Layout, Storage, Traits
+from .batches import Batch, Layout, Traits
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
 from .fused import FusedRules
 from .rounding import stochastic_round
 from .rules import Phase, StepScalars, lr_factor, take_step_
-from .storage.full import Full
+from .storage import Storage
+from .storage.choice import full
+from .storage.convert import is_kept, to_full
 from .techniques import agr, allora, weight_decay
 from .workspace import Work, Workspace
 
@@ -56,10 +58,6 @@ class GroupSums:
     decay_strengths: list[Tensor] | list[None]
 
 
-_FULL = Full()
-_POLARITY = Full(torch.bool)
-
-
 class CameAMP(Optimizer):
     """The engine of the Automagic_CameAMP family; use one of the four classes of `library.automagic_cameamp`.
 
@@ -72,6 +70,9 @@ class CameAMP(Optimizer):
         TypeError: an unknown option, a value of the wrong type, or options beside `config`.
         ValueError: a value out of range.
     """
+
+    # How a state is kept, from its name, the parameter's element count and the group's options.
+    _choose_storage: Callable[[str, int, OptimizerConfig], Storage] = staticmethod(full)
 
     _factors: set[Tensor] | None
     _positions: dict[Tensor, int]
@@ -90,6 +91,7 @@ class CameAMP(Optimizer):
         self._group_options: list[GroupOptions] = []
         self._names: dict[Tensor, str] = {}
         self._unusable: Tensor | None = None
+        self._unquantizable: set[Tensor] = set()
         self._forget_layout()
         super().__init__(params, config.as_dict())
 
@@ -201,7 +203,7 @@ class CameAMP(Optimizer):
         config = self._group_options[number].config
         traits = batch.traits
         storages = self._bind(number, batch)
-        states = batch.read(storages)
+        states = batch.states(storages)
         scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number))
         work = self._workspace.lend(batch)
         g = batch.gradients(work.gradients)
@@ -212,8 +214,8 @@ class CameAMP(Optimizer):
             p,
             g,
             states,
-            magnitude_sum.to(p.device),
-            decay,
+            magnitude_sum=magnitude_sum.to(p.device),
+            decay_strengths=decay,
             work=Work() if config.fused else work,
             scalars=scalars,
             phase=self._phase(number, batch),
@@ -221,10 +223,10 @@ class CameAMP(Optimizer):
             row_scaled=traits.row_scaled,
             config=config,
         )
-        batch.write(storages, states)
+        del g, work
         dtype = batch.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
-            p = stochastic_round(p, dtype, batch.positions(), traits.step)
+            p = stochastic_round(p, dtype, batch.dither())
         batch.write_weights(p)
 
     def _fused_rules(self) -> FusedRules:
@@ -277,12 +279,14 @@ class CameAMP(Optimizer):
         Raises:
             ValueError: `p` is not a parameter of this optimizer.
         """
-        for number, group in enumerate(self.param_groups):
+        for number, (group, options) in enumerate(zip(self.param_groups, self._group_options)):
             if any(p is other for other in group["params"]):
                 if "step" not in self.state.get(p, {}):
                     return torch.full(p.shape, self._starting_lr(number), dtype=torch.float32, device=p.device)
-                buffers = {key: value.unsqueeze(0) for key, value in self.state[p].items() if isinstance(value, Tensor)}
-                return self._storage("lr_mask").read("lr_mask", buffers, 1, p.numel()).view(p.shape).clone()
+                state = self.state[p]
+                if "lr_mask" in state:
+                    return state["lr_mask"].clone()
+                return to_full("lr_mask", state, self._storage("lr_mask", p, options.config), p.shape)
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is not one of this optimizer's")
 
     @torch.no_grad()
@@ -314,7 +318,7 @@ class CameAMP(Optimizer):
         sums, lows, highs, count = [], [], [], 0
         for batch in batches:
             storages = self._bind(number, batch)
-            mask = batch.read(storages)["lr_mask"]
+            mask = batch.states(storages).read("lr_mask")
             rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
             scaling = lr_factor(factor, rows)
             rates = mask * (1.0 if scaling is None else scaling)
@@ -375,7 +379,7 @@ class CameAMP(Optimizer):
             config = self._group_options[number].config
             largest = max(float(group["lr"]), self._initial_lr(number))
             for batch in self._batches_with_state(number):
-                masks = batch.read(self._bind(number, batch))["lr_mask"]
+                masks = batch.states(self._bind(number, batch)).read("lr_mask")
                 means += masks.mean(dim=(1, 2)).unbind()
                 rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
                 for index, p in enumerate(batch.params):
@@ -403,7 +407,7 @@ class CameAMP(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         configs = [options.config for options in self._group_options]
-        restored = checkpoint.restore(state_dict, self.param_groups, configs, self._names)
+        restored = checkpoint.restore(state_dict, self.param_groups, configs, self._names, self._storage)
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
         for group, rates in zip(self.param_groups, restored.learning_rates):
@@ -413,7 +417,7 @@ class CameAMP(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("config", "_group_options", "_names", "_unusable")
+        own = ("config", "_group_options", "_names", "_unusable", "_unquantizable")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -429,7 +433,8 @@ class CameAMP(Optimizer):
         members = []
         for p in params:
             state = self.state[p]
-            traits = Traits(state["step"], p in scaled, "last_polarity" in state)
+            has_polarity = "last_polarity" in state or "last_polarity_q" in state
+            traits = Traits(state["step"], p in scaled, has_polarity)
             members.append((self._positions[p], p, traits))
         return self._layouts.setdefault(number, Layout()).batches(members)
 
@@ -447,13 +452,34 @@ class CameAMP(Optimizer):
         Returns:
             How each of these states is kept.
         """
-        came = self._group_options[number].config.came
-        storages = {name: self._storage(name) for name in self._phase(number, batch).state_names(came)}
-        batch.bind(self.state, storages, {"lr_mask": self._starting_lr(number)})
+        fills = {"lr_mask": self._starting_lr(number)}
+        storages = self._storages(number, batch)
+        try:
+            batch.bind(self.state, storages, fills)
+        except (RuntimeError, NotImplementedError) as error:
+            if batch.params[0] in self._unquantizable:
+                raise
+            reason = str(error).partition("\n")[0]
+            shape = tuple(batch.params[0].shape)
+            logger.warning("states of parameters of shape %s stay in 32 bits, quantizing failed: %s", shape, reason)
+            for p in batch.params:
+                for name, storage in storages.items():
+                    if name not in self.state[p] and is_kept(name, self.state[p], storage):
+                        self.state[p][name] = to_full(name, self.state[p], storage, p.shape)
+            self._unquantizable.update(batch.params)
+            storages = self._storages(number, batch)
+            batch.bind(self.state, storages, fills)
         return storages
 
-    def _storage(self, name: str) -> Storage:
-        return _POLARITY if name == "last_polarity" else _FULL
+    def _storages(self, number: int, batch: Batch) -> dict[str, Storage]:
+        """How each state that a batch has in its phase is kept."""
+        config = self._group_options[number].config
+        names = self._phase(number, batch).state_names(config.came)
+        return {name: self._storage(name, batch.params[0], config) for name in names}
+
+    def _storage(self, name: str, p: Tensor, config: OptimizerConfig) -> Storage:
+        choose = full if p in self._unquantizable else type(self)._choose_storage
+        return choose(name, p.numel(), config)
 
     def _find_factors(self) -> set[Tensor]:
         groups = [group["params"] for group in self.param_groups]

@@ -7,6 +7,10 @@ position and the element, so that a resumed run draws the same and the global ge
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,42 +21,81 @@ _FORMATS = {torch.bfloat16: (8, -125), torch.float16: (11, -13)}
 _NOISE_BITS = 13
 
 
-def stochastic_round(x: Tensor, dtype: torch.dtype, positions: Tensor, step: int) -> Tensor:
+# Elements whose noise is made at a time; the integers behind it take several times its memory.
+_PART = 4 * 1024 * 1024
+
+
+class Dither(NamedTuple):
+    """Noise for one stack at one step.
+
+    Attributes:
+        positions: int32 number of each tensor, (tensors,), that tells its noise from its neighbours'.
+        step: number of the step, likewise.
+    """
+
+    positions: Tensor
+    step: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the noise is made."""
+        return self.positions.device
+
+    def in_parts(self, x: Tensor) -> tuple[tuple[Tensor, ...], list[Callable[[], Tensor]]]:
+        """Cut a (tensors, elements) stack into parts of moderate size.
+
+        Returns:
+            The parts, which are views, and for each a function that makes its noise in [0, 1), of its shape.
+        """
+        parts = x.split(max(1, _PART // len(x)), dim=1)
+        starts = [sum(part.shape[1] for part in parts[:index]) for index in range(len(parts))]
+        return parts, [partial(uniform_noise, self, start, part.shape[1]) for start, part in zip(starts, parts)]
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, dither: Dither) -> Tensor:
     """Round float32 to a 16-bit dtype, up or down with the probabilities that keep the mean.
 
     Args:
         x: values, (tensors, rows, columns) float32.
         dtype: torch.bfloat16 or torch.float16.
-        positions: int32 number of each tensor, (tensors,), that tells its noise from its neighbours'.
-        step: number of the step, likewise.
+        dither: the noise that decides.
 
     Returns:
         `x` in `dtype`: exactly `x` where it is representable, finite where `x` is.
     """
+    rounded = torch.empty(x.shape, dtype=dtype, device=x.device)
+    parts, noises = dither.in_parts(x.flatten(1))
+    for part, noise, out in zip(parts, noises, dither.in_parts(rounded.flatten(1))[0]):
+        out.copy_(_round_with(part, dtype, noise()))
+    return rounded
+
+
+def _round_with(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    """`x` rounded to what `dtype` can hold; still float32."""
     bits, smallest_exponent = _FORMATS[dtype]
     exponent = torch.frexp(x).exponent.clamp_min_(smallest_exponent).sub_(bits)
     # In units of the last place x has `bits` bits before the point; adding noise below 1 and cutting there is exact.
-    units = torch.ldexp(x, -exponent).add_(uniform_noise(x.shape, positions, step)).floor_()
+    units = torch.ldexp(x, -exponent).add_(noise).floor_()
     rounded = torch.ldexp(units, exponent)
     largest = torch.finfo(dtype).max
-    return rounded.clamp_(-largest, largest).to(dtype)
+    return rounded.clamp_(-largest, largest)
 
 
-def uniform_noise(shape: torch.Size, positions: Tensor, step: int) -> Tensor:
+def uniform_noise(dither: Dither, start: int, count: int) -> Tensor:
     """Noise in [0, 1), a pure function of (step, position, element).
 
     Args:
-        shape: (tensors, rows, columns).
-        positions: int32, (tensors,); its device is the result's.
-        step: number of the step.
+        dither: step and positions.
+        start: the first element.
+        count: how many.
 
     Returns:
-        float32 multiples of 2^-13.
+        (tensors, count) float32 multiples of 2^-13.
     """
-    elements = torch.arange(shape.numel() // shape[0], dtype=torch.int32, device=positions.device)
-    streams = _mix(positions + _wrapped(step * 0x9E3779B1))
+    elements = torch.arange(start, start + count, dtype=torch.int32, device=dither.device)
+    streams = _mix(dither.positions + _wrapped(dither.step * 0x9E3779B1))
     hashed = _mix(streams.unsqueeze(1) + elements)
-    return hashed.bitwise_and_((1 << _NOISE_BITS) - 1).to(torch.float32).mul_(2.0**-_NOISE_BITS).view(shape)
+    return hashed.bitwise_and_((1 << _NOISE_BITS) - 1).to(torch.float32).mul_(2.0**-_NOISE_BITS)
 
 
 def _mix(x: Tensor) -> Tensor:

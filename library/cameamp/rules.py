@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,6 +23,16 @@ from .techniques import (
 from .workspace import Work
 
 Scalar = float | Tensor
+
+
+class States(Protocol):
+    """The states of a stack, by name."""
+
+    def read(self, name: str) -> Tensor:
+        """A state, (tensors, rows, columns), to update in place."""
+
+    def write(self, name: str, stack: Tensor) -> None:
+        """Keep an updated state; `stack` may be overwritten."""
 
 
 class Phase(NamedTuple):
@@ -76,7 +86,7 @@ class StepScalars(NamedTuple):
 def take_step_(
     p: Tensor,
     g: Tensor,
-    states: dict[str, Tensor],
+    states: States,
     magnitude_sum: Tensor,
     decay_strengths: Tensor | None,
     work: Work,
@@ -91,7 +101,7 @@ def take_step_(
     Args:
         p: weights, (tensors, rows, columns) float32; updated.
         g: gradients without unusable elements, likewise; overwritten.
-        states: the states that `phase` has, likewise; updated.
+        states: the states that `phase` has; each is written back as soon as it is not needed.
         magnitude_sum: AGR's sum over the parameter group, 0-d.
         decay_strengths: theta of each tensor, (tensors,); None where nothing decays.
         work: memory to compute in.
@@ -103,34 +113,44 @@ def take_step_(
     """
     eps1, eps2, eps3 = config.eps
     beta1, beta2, beta3 = config.betas
-    exp_avg, exp_avg_res = states["exp_avg"], states["exp_avg_res"]
 
     grad = agr.regularize_(g, magnitude_sum, work.scratch)
 
     if config.came:
-        sg = came.scale_by_second_moment_(grad, states["exp_avg_sq"], beta2, eps1, config.clip_threshold, work.scaled)
+        exp_avg_sq = states.read("exp_avg_sq")
+        sg = came.scale_by_second_moment_(grad, exp_avg_sq, beta2, eps1, config.clip_threshold, work.scaled)
+        states.write("exp_avg_sq", exp_avg_sq)
+        del exp_avg_sq
     else:
         sg = came.clip_elements(grad, scalars.clip_bound, work.scaled)
     direction = grad.sign_()
 
+    exp_avg = states.read("exp_avg")
     if phase.early:
-        residual = tam.torque_aware_momentum_(exp_avg, states["s"], sg, eps1, work.scratch)
+        s = states.read("s")
+        residual = tam.torque_aware_momentum_(exp_avg, s, sg, eps1, work.scratch)
+        states.write("s", s)
+        del s
     else:
         residual = consistency.consistency_momentum_(exp_avg, sg, scalars.momentum_rate, beta1)
 
+    exp_avg_res = states.read("exp_avg_res")
     u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2)
+    states.write("exp_avg_res", exp_avg_res)
+    states.write("exp_avg", exp_avg)
+    del exp_avg, exp_avg_res
 
     u = grams.turn_to_gradient_(u, direction, scalars.gradient_share, work.scratch)
 
     if phase.early:
         u = orthograd.remove_part_along_weights_(u, p, eps3, work.scratch)
 
-    if phase.warmup and has_polarity:
-        lr_mask.bump_(
-            states["lr_mask"], states["last_polarity"], direction, config.lr_bump, config.min_lr, config.max_lr
-        )
-    elif phase.warmup:
-        states["last_polarity"].copy_(lr_mask.positive(direction))
+    mask = states.read("lr_mask")
+    if phase.warmup:
+        polarity = lr_mask.positive(direction)
+        if has_polarity:
+            lr_mask.bump_(mask, polarity, states.read("last_polarity"), config.lr_bump, config.min_lr, config.max_lr)
+        states.write("last_polarity", polarity)
 
     if config.cautious:
         u = cautious.mask_disagreement_(u, direction)
@@ -140,7 +160,9 @@ def take_step_(
 
     rows = allora.row_scaling(p, config.eta) if row_scaled else None
     factor = lr_factor(scalars.scheduler, rows)
-    p.addcmul_(states["lr_mask"], u if factor is None else u.mul_(factor), value=-1)
+    p.addcmul_(mask, u if factor is None else u.mul_(factor), value=-1)
+    if phase.warmup and has_polarity:
+        states.write("lr_mask", mask)
 
 
 def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:

@@ -136,7 +136,7 @@ def optimizer_name(optimizer_type: str) -> str | None:
     return next((name for name in OWN_OPTIMIZERS if name.lower() == short.lower()), None)
 
 
-OWN_OPTIMIZERS = ("Automagic_CameAMP",)
+OWN_OPTIMIZERS = ("Automagic_CameAMP", "Automagic_CameAMP8bit")
 
 
 def _parser() -> argparse.ArgumentParser:

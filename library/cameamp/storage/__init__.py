@@ -1,10 +1,32 @@
-"""How a state tensor is kept between steps. No storage knows what it stores.
+"""How a state tensor is kept between steps. No storage knows what it stores, no rule how its state is stored.
 
 A storage turns one state of a stack of n same-shape parameters into named buffers, whose slices are what
-`optimizer.state[p]` holds, and gives the rules a float32 (or bool) stack to work on:
-
-    keys(name)                     the state keys that hold the state `name`
-    allocate(name, shape, n, ...)  fresh buffers, {key: (n, ...)}
-    read(name, buffers)            the stack, (n, rows, columns)
-    write(name, buffers, stack)    keep what the rules made of it
+`optimizer.state[p]` holds, and gives the rules a float32 (or bool) stack to work on.
 """
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..rounding import Dither
+
+Buffers = dict[str, Tensor]
+
+
+class Storage(Protocol):
+    """How one state of a stack is kept."""
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        """The state keys that hold the state `name`."""
+
+    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
+        """Buffers for n parameters of `shape` whose elements are all `fill`, on dither's device: {key: (n, ...)}."""
+
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+        """The state as (n, rows, columns), for rules to update in place."""
+
+    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        """Keep what the rules made of the stack that `read` gave; `stack` may be overwritten."""

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..rounding import Dither
+from . import Buffers
 
+
+@dataclass(frozen=True)
 class Full:
     """One buffer per state, of the dtype the rules compute in."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self.dtype = dtype
+    dtype: torch.dtype = torch.float32
 
     def keys(self, name: str) -> tuple[str, ...]:
-        """The state keys of the state `name`."""
         return (name,)
 
-    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, device: torch.device) -> dict[str, Tensor]:
-        """Buffers of n parameters of `shape`, every element `fill`."""
-        return {name: torch.full((n, *shape), fill, dtype=self.dtype, device=device)}
+    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
+        return {name: torch.full((n, *shape), fill, dtype=self.dtype, device=dither.device)}
 
-    def read(self, name: str, buffers: dict[str, Tensor], rows: int, columns: int) -> Tensor:
-        """The state as (n, rows, columns): the buffer itself, so that updates need no writing back."""
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
         return buffers[name].view(-1, rows, columns)
 
-    def write(self, name: str, buffers: dict[str, Tensor], stack: Tensor) -> None:
-        """Nothing to do: `stack` is the buffer."""
+    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        buffer = buffers[name]
+        if stack.data_ptr() != buffer.data_ptr():  # Rules mostly update the buffer itself.
+            buffer.copy_(stack.view_as(buffer))

@@ -12,18 +12,16 @@ def positive(direction: Tensor) -> Tensor:
 
 
 def bump_(
-    lr_mask: Tensor, last_polarity: Tensor, direction: Tensor, lr_bump: float, min_lr: float, max_lr: float
+    lr_mask: Tensor, polarity: Tensor, last_polarity: Tensor, lr_bump: float, min_lr: float, max_lr: float
 ) -> None:
     """Raise the rate of elements whose gradient kept its sign since the step before, lower the others.
 
     Args:
         lr_mask: learning rates, (tensors, rows, columns); updated, and kept in [min_lr, max_lr].
-        last_polarity: bool, direction > 0 at the step before; updated.
-        direction: sign of the gradient.
+        polarity: bool, whether the gradient is positive.
+        last_polarity: bool, whether it was at the step before.
         lr_bump: how far a rate moves.
         min_lr: lower bound.
         max_lr: upper bound.
     """
-    polarity = positive(direction)
     lr_mask.add_(torch.where(polarity == last_polarity, lr_bump, -lr_bump)).clamp_(min_lr, max_lr)
-    last_polarity.copy_(polarity)

@@ -1,0 +1,131 @@
+"""8-bit states: bitsandbytes' dynamic maps, blockwise (arXiv 2110.02861), with codes that are exact on every device.
+
+A code is an index into a table of 256 values between -1 and 1 (or 0 and 1) that lie closer together near 0; a block of
+elements shares a scale, its largest magnitude. bitsandbytes' own CPU kernel looks codes up in 65,536 even bins, so that
+it decodes 0 as something else and small values as multiples of themselves; here a value always gets its nearest code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rounding import Dither
+from . import Buffers
+
+SMALLEST_BLOCK = 64
+
+# Elements that are coded at a time: the integers needed in between take three times the memory of the values.
+_PART = 4 * 1024 * 1024
+
+# A float32's sign, exponent and first 7 bits of its fraction are its upper 16 bits; those of 1.0 and of -1.0:
+_ONE, _MINUS_ONE = 0x3F80, 0xBF80
+
+
+def block_of(count: int, largest: int) -> int | None:
+    """The largest power of two from 64 to `largest` that divides an element count; None if there is none."""
+    block = largest
+    while block >= SMALLEST_BLOCK:
+        if count % block == 0:
+            return block
+        block //= 2
+    return None
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """Blocks of one scale each, in a dynamic map.
+
+    Attributes:
+        signed: whether values can be negative.
+        root: keep the square root; for values that are divided by their root, and may span twice the magnitudes.
+        block: elements in a block; divides the element count of a parameter.
+    """
+
+    signed: bool
+    root: bool
+    block: int
+
+    def keys(self, name: str) -> tuple[str, ...]:
+        return (f"{name}_q", f"{name}_q_scale")
+
+    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
+        if fill != 0:
+            raise ValueError(f"a blockwise state starts at 0, not {fill}")
+        zero = int((_map(self.signed) == 0).nonzero()[0])
+        codes = torch.full((n, *shape), zero, dtype=torch.uint8, device=dither.device)
+        return {
+            f"{name}_q": codes,
+            f"{name}_q_scale": torch.zeros(n, shape.numel() // self.block, device=dither.device),
+        }
+
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+        codes = buffers[f"{name}_q"]
+        values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        tables = _tables(self.signed, codes.device)
+        for part, of in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
+            torch.index_select(tables.values, 0, of.int(), out=part)
+        values.view(-1, self.block).mul_(buffers[f"{name}_q_scale"].view(-1, 1))
+        return (values.square_() if self.root else values).view(-1, rows, columns)
+
+    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        codes = buffers[f"{name}_q"]
+        blocks = stack.reshape(-1, self.block)
+        if self.root:
+            blocks.sqrt_()
+        scale = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
+        buffers[f"{name}_q_scale"].copy_(scale.view_as(buffers[f"{name}_q_scale"]))
+        blocks.div_(torch.where(scale > 0, scale, 1.0).unsqueeze(1))
+        tables = _tables(self.signed, codes.device)
+        for part, of in zip(blocks.view(-1).split(_PART), codes.view(-1).split(_PART)):
+            _nearest_codes(part, tables, out=of)
+
+
+class _Tables(NamedTuple):
+    """What coding needs, on one device.
+
+    Attributes:
+        values: the 256 values, ascending.
+        midpoints: between each value and the next; infinity after the last.
+        first: for the upper 16 bits of a float32 from -1 to 1, the code of the smallest number that has them.
+    """
+
+    values: Tensor
+    midpoints: Tensor
+    first: Tensor
+
+
+def _nearest_codes(x: Tensor, tables: _Tables, out: Tensor) -> None:
+    """The code of the value nearest to each element of x, which lies within -1 and 1; 1-d, into uint8 `out`.
+
+    Numbers with the same upper 16 bits lie so close together that at most one midpoint falls between them.
+    """
+    upper = (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    torch.index_select(tables.first, 0, upper, out=out)
+    beyond = x > tables.midpoints.index_select(0, out.int())
+    out.add_(beyond.view(torch.uint8))
+
+
+@cache
+def _map(signed: bool) -> Tensor:
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=signed)
+
+
+@cache
+def _tables(signed: bool, device: torch.device) -> _Tables:
+    values = _map(signed)
+    midpoints = torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([torch.inf])])
+    upper = torch.arange(_MINUS_ONE + 1 if signed else _ONE + 1, dtype=torch.int64)
+    bits = upper << 16
+    # Of negative numbers the one with all lower bits set is the smallest, but none is below -1.
+    negative = upper >= 0x8000
+    bits = torch.where(negative, (bits | 0xFFFF) - 2**32, bits).to(torch.int32)
+    smallest = bits.view(torch.float32).nan_to_num(1.0).clamp(-1.0, 1.0)
+    first = torch.bucketize(smallest, midpoints[:-1]).to(torch.uint8)
+    return _Tables(*(table.to(device, non_blocking=True) for table in (values, midpoints, first)))
