@@ -48,9 +48,9 @@ def main(arguments: list[str]) -> int:
 
 def install(requirements: str) -> None:
     """Make the virtual environment and install what a file lists, once for each content of the file."""
-    if not PYTHON.exists():
+    if not usable():
         print(f"making {VENV}")
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("requirements*.txt")))).hexdigest()
     stamp = VENV / f"{requirements}.installed"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
@@ -60,9 +60,24 @@ def install(requirements: str) -> None:
     stamp.write_text(wanted, encoding="utf-8")
 
 
+def usable() -> bool:
+    """Whether the virtual environment is whole; one that was interrupted while it was made has no pip."""
+    return (
+        PYTHON.exists() and subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0
+    )
+
+
 def run(arguments: list[str]) -> None:
     """Run the virtual environment's Python in the project's folder."""
-    subprocess.run([str(PYTHON), *arguments], cwd=ROOT, check=True)
+    process = subprocess.Popen([str(PYTHON), *arguments], cwd=ROOT)
+    while True:
+        try:
+            if process.wait() != 0:
+                raise subprocess.CalledProcessError(process.returncode, arguments)
+            return
+        except KeyboardInterrupt:
+            # The child got it too, and may want to save what it has; it ends by itself.
+            continue
 
 
 if __name__ == "__main__":

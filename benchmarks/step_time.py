@@ -1,4 +1,4 @@
-"""Time of a step in each phase, as a ratio to torch's AdamW and pytorch_optimizer's CAME in the same run.
+"""Time of a step in each phase, as a ratio to torch's AdamW, beside other peers in the same run.
 
     python -m benchmarks.step_time [--model sd15_lora16] [--rounds 15]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from library.automagic_cameamp import Automagic_CameAMP
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
 
 from .cost import operations, state_bytes, temporary_bytes
 from .models import NAMES, load, parameters
@@ -26,20 +26,23 @@ _PEER = "torch AdamW foreach"
 
 def contenders(shapes: list[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer]:
     """The optimizers to compare, each on parameters of its own; ours in the phase that its name says."""
+    from bitsandbytes.optim import AdamW8bit
     from pytorch_optimizer import CAME
 
-    late = Automagic_CameAMP(parameters(shapes), warmup_steps=1_000_000)
     made: dict[str, torch.optim.Optimizer] = {
         _PEER: torch.optim.AdamW(parameters(shapes), lr=1e-6, foreach=True),
         "pytorch_optimizer CAME": CAME(parameters(shapes), lr=1e-6),
-        "Automagic_CameAMP, early": Automagic_CameAMP(parameters(shapes), warmup_steps=1_000_000),
-        "Automagic_CameAMP, late warm-up": late,
-        "Automagic_CameAMP, after": Automagic_CameAMP(parameters(shapes), warmup_steps=0),
+        "bitsandbytes AdamW8bit": AdamW8bit(parameters(shapes), lr=1e-6),
     }
-    # Half of the warm-up is over once the step counter says so.
-    late.step()
-    for state in late.state.values():
-        state["step"] = 600_000
+    for ours in (Automagic_CameAMP, Automagic_CameAMP8bit):
+        late = ours(parameters(shapes), warmup_steps=1_000_000)
+        late.step()
+        # Half of the warm-up is over once the step counter says so.
+        for state in late.state.values():
+            state["step"] = 600_000
+        made[f"{ours.__name__}, early"] = ours(parameters(shapes), warmup_steps=1_000_000)
+        made[f"{ours.__name__}, late warm-up"] = late
+        made[f"{ours.__name__}, after"] = ours(parameters(shapes), warmup_steps=0)
     return made
 
 
@@ -69,13 +72,13 @@ def main() -> None:
     optimizers = contenders(shapes)
     seconds = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, args.rounds)
     peer = statistics.median(seconds[_PEER])
-    print(f"{'':34}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}")
+    print(f"{'':38}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}")
     for name, optimizer in optimizers.items():
         low, middle, high = statistics.quantiles(seconds[name], n=4)
         launched = operations(optimizer.step).counts.total()
         state, temporary = state_bytes(optimizer) / count, temporary_bytes(optimizer) / 2**20
         print(
-            f"{name:34}{middle / peer:7.2f}{f'{low / peer:.2f} - {high / peer:.2f}':>15}{middle * 1e3:9.1f}"
+            f"{name:38}{middle / peer:7.2f}{f'{low / peer:.2f} - {high / peer:.2f}':>15}{middle * 1e3:9.1f}"
             f"{launched:12}{state:11.2f}{temporary:10.1f}"
         )
 

@@ -134,6 +134,24 @@ def test_resuming_is_exact(at, dtype):
     )
 
 
+@pytest.mark.parametrize("bounds", [(1e-7, 1e-3), (3e-7, 7e-4), (1e-6, 1e-2)])
+def test_loading_keeps_every_code(bounds):
+    """Whatever the bounds are when rounded to float32."""
+    options = {"lr": 5e-4, "min_lr": bounds[0], "max_lr": bounds[1]}
+    first = Training(**options).run(10)
+    after = resumed(first, Automagic_CameAMP8bit, **options)
+    assert_same(after.everything(), first.everything())
+
+
+def test_running_out_of_memory_is_not_a_reason_for_larger_states(monkeypatch):
+    def failing(self, name, buffers, stack, dither):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Blockwise, "write", failing)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Training().run(1)
+
+
 @pytest.mark.parametrize("at", [3, 6, 11])
 @pytest.mark.parametrize(
     ("first", "second"),

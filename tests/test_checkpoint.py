@@ -310,8 +310,58 @@ def test_another_optimizers_checkpoint_is_refused():
     for p in params:
         p.grad = torch.ones_like(p)
     other.step()
-    with pytest.raises(ValueError, match="parameter 0 of shape"):
+    with pytest.raises(ValueError, match="another optimizer's"):
         Training().optimizer.load_state_dict(other.state_dict())
+
+
+def test_resuming_with_another_lr_keeps_the_checkpoints():
+    """The scheduler's factor is a ratio to the lr that the masks started from, which only the checkpoint knows."""
+    p, q = torch.nn.Parameter(torch.randn(6, 6)), torch.nn.Parameter(torch.randn(6, 6))
+    first, second = Automagic_CameAMP([p], lr=1e-5), Automagic_CameAMP([q], lr=1e-4)
+    p.grad = torch.randn(6, 6)
+    first.step()
+    second.load_state_dict(first.state_dict())
+    assert second.get_learning_rates() == pytest.approx(first.get_learning_rates())
+    assert second.param_groups[0]["lr"] == 1e-5
+
+
+def test_an_empty_checkpoint_of_another_optimizer_is_refused():
+    params = [torch.nn.Parameter(torch.randn(s)) for s in SHAPES]
+    other = torch.optim.SGD([{"params": params[:3]}, {"params": params[3:]}], lr=0.1)
+    with pytest.raises(ValueError, match="another optimizer's"):
+        Training().optimizer.load_state_dict(other.state_dict())
+
+
+def test_reading_after_a_longer_warm_up_begins_no_sign_history():
+    def run(read):
+        second = Training(warmup_steps=100)
+        second.optimizer.load_state_dict(Training(warmup_steps=4).run(6).optimizer.state_dict())
+        if read:
+            second.optimizer.state_dict()
+            second.optimizer.get_learning_rates()
+        second.taken = 6
+        return second.run(2).everything()
+
+    assert_same(run(True), run(False))
+
+
+def test_numpy_learning_rates_are_saved_as_numbers():
+    import numpy
+
+    p = torch.nn.Parameter(torch.randn(3, 3))
+    optimizer = Automagic_CameAMP([p], lr=1e-4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: numpy.cos(step / 100))
+    p.grad = torch.randn(3, 3)
+    optimizer.step()
+    scheduler.step()
+    through_torch_save(optimizer.state_dict())
+
+
+def test_a_state_that_is_a_tensor_is_refused():
+    saved = Training().run(3).optimizer.state_dict()
+    saved["state"][1] = torch.ones(3)
+    with pytest.raises(ValueError, match="its state is Tensor"):
+        Training().optimizer.load_state_dict(saved)
 
 
 def test_names_appear_in_messages():

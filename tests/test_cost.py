@@ -87,3 +87,20 @@ def test_states_of_the_warm_up_are_freed():
         optimizer.step()
         sizes.append(state_bytes(optimizer) // 64**2)
     assert sizes == [21, 21, 16, 16]
+
+
+def test_parameters_left_behind_hold_no_one_elses_memory():
+    params = [torch.nn.Parameter(torch.randn(32, 32)) for _ in range(32)]
+    optimizer = Automagic_CameAMP(params, warmup_steps=1000)
+    for number in range(len(params)):
+        for p in params[number:]:
+            p.grad = torch.randn(32, 32)
+        optimizer.step()
+        params[number].grad = None
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    assert sum(storages.values()) == state_bytes(optimizer)

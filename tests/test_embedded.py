@@ -189,6 +189,52 @@ def test_without_embedded_a_clear_error(capsys):
     assert "--embedded" in refused(capsys)
 
 
+def test_optimizer_args_reach_other_optimizers(tmp_path, capsys):
+    other = [*arguments(tmp_path)[:-2], "--optimizer_type", "AdamW", "--optimizer_args"]
+    assert "nonsense" in refused(capsys, *other, "nonsense=3")
+    assert main([*other, "weight_decay=0.5"]) == 0
+
+
+def test_eight_bit_by_one_word(tmp_path):
+    command = arguments(tmp_path, "--optimizer_type", "Automagic_CameAMP8bit", "--save_every_n_steps", "3")
+    command[command.index("--network_dim") + 1] = "128"
+    assert main(command) == 0
+    saved = torch.load(tmp_path / "a-state" / "optimizer.bin", weights_only=True)
+    assert any("exp_avg_q" in state for state in saved["state"].values())
+    resumed = [*command, "--resume", str(tmp_path / "a-step00000003-state")]
+    resumed[resumed.index(str(tmp_path))] = str(tmp_path / "again")
+    assert main(resumed) == 0
+    first, second = (factors(folder / "a.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_eight_bit_without_bitsandbytes_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    assert "pip install" in refused(capsys, *arguments(tmp_path, "--optimizer_type", "Automagic_CameAMP8bit"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
+def test_bootstrap_waits_for_what_it_started(tmp_path):
+    """After Ctrl-C, which both of them get, the trainer still has a state to save."""
+    code = (
+        "import bootstrap, sys; bootstrap.PYTHON = sys.executable; "
+        "bootstrap.install = lambda name: None; bootstrap.DEMO = ['-c', sys.argv[1]]; "
+        "sys.exit(bootstrap.main(['demo']))"
+    )
+    child = (
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGINT, lambda *_: (time.sleep(1.5), "
+        f"pathlib.Path({str(tmp_path / 'saved')!r}).touch(), sys.exit(130))); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, child], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert (tmp_path / "saved").exists()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
 def test_ctrl_c_saves_a_state_to_resume_from(tmp_path):
     command = [*COMMAND, *arguments(tmp_path, steps=100_000)[1:]]

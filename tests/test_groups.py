@@ -187,3 +187,10 @@ def test_verbose_logs_and_never_prints(caplog, capsys):
     step(optimizer, 100)
     assert "step 100: after the warm-up" in caplog.text
     assert capsys.readouterr().out == ""
+
+
+def test_groups_removed_by_hand_are_refused():
+    optimizer = Automagic_CameAMP([{"params": [matrix()]}, {"params": [matrix()]}])
+    optimizer.param_groups.pop(0)
+    with pytest.raises(RuntimeError, match="param_groups"):
+        step(optimizer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.automagic_cameamp import Automagic_CameAMP
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
+from library.cameamp.workspace import Work, Workspace
 
 
 def all_finite(optimizer):
@@ -173,6 +174,53 @@ def test_parameters_moved_to_another_dtype_before_the_first_step():
     optimizer.step()
     assert layer.weight.dtype == torch.bfloat16
     assert optimizer.state[layer.weight]["lr_mask"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("lend", [True, False], ids=["work memory lent", "allocated"])
+@pytest.mark.parametrize("optimizer_class", [Automagic_CameAMP, Automagic_CameAMP8bit])
+@pytest.mark.parametrize("came", [True, False])
+def test_transposed_parameters(optimizer_class, came, lend, monkeypatch):
+    """Alone in their batch, with and without the memory that only CPUs keep."""
+    if not lend:
+        monkeypatch.setattr(Workspace, "lend", lambda self, batch: Work())
+
+    def run(layout):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(layout(torch.randn(64, 96, generator=generator)))
+        optimizer = optimizer_class([p], lr=1e-3, warmup_steps=6, came=came)
+        for _ in range(9):
+            p.grad = layout(torch.randn(64, 96, generator=generator))
+            optimizer.step()
+        return p
+
+    transposed = run(lambda x: x.t().contiguous().t())
+    assert not transposed.is_contiguous()
+    assert torch.allclose(transposed, run(lambda x: x), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("optimizer_class", [Automagic_CameAMP, Automagic_CameAMP8bit])
+def test_another_default_dtype_changes_nothing(optimizer_class, default):
+    def run():
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.randn(64, 64, generator=generator, dtype=torch.float32).to(dtype))
+            for dtype in (torch.float32, torch.float32, torch.bfloat16)
+        ]
+        optimizer = optimizer_class(params, lr=1e-3, warmup_steps=6)
+        for _ in range(9):
+            for p in params:
+                p.grad = torch.randn(64, 64, generator=generator, dtype=torch.float32).to(p.dtype)
+            optimizer.step()
+        return params
+
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got))
 
 
 def test_non_contiguous_weights_and_gradients():

@@ -8,7 +8,7 @@ another batch are copied into new buffers, and nothing else has to know.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +104,9 @@ class Batch:
         grads = [p.grad for p in self.params if p.grad is not None]
         if len(grads) == 1:
             single = grads[0].reshape(1, self.rows, self.columns)
-            return single.to(torch.float32, copy=True) if out is None else out.copy_(single)
+            if out is not None:
+                return out.copy_(single)
+            return single.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         return self._stack(grads, out)
 
     def weights(self, out: Tensor | None = None) -> Tensor:
@@ -130,11 +132,13 @@ class Batch:
         if out is not None and tensors[0].dtype == out.dtype:
             torch.stack(tensors, out=out.view(-1, *tensors[0].shape))
             return out
-        return torch.stack(tensors).reshape(-1, self.rows, self.columns).float()
+        return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
 
     def _holds(self, state: Mapping[Tensor, State], key: str) -> bool:
         slices = self._slices.get(key)
-        return slices is not None and all(state[p].get(key) is part for p, part in zip(self.params, slices))
+        if slices is None or self._buffers[key].device != self.params[0].device:
+            return False
+        return all(state[p].get(key) is part for p, part in zip(self.params, slices))
 
     def _allocate(self, name: str, storage: Storage, fill: float) -> Buffers:
         """New buffers for one state. What this device cannot store fails here, before any value depends on it."""
@@ -184,11 +188,14 @@ class Layout:
     def __init__(self) -> None:
         self._known: dict[int, Batch] = {}
 
-    def batches(self, params: Iterable[tuple[int, Tensor, Traits]]) -> list[Batch]:
+    def batches(self, params: Sequence[tuple[int, Tensor, Traits]]) -> tuple[list[Batch], list[Tensor]]:
         """Batches of parameters whose shape, dtype, device and traits agree.
 
         Args:
             params: position in the optimizer, the parameter and its traits.
+
+        Returns:
+            The batches, and the parameters that are in none of them but were in a batch that no longer exists.
         """
         alike: dict[tuple, list[tuple[int, Tensor]]] = {}
         total = 0
@@ -203,8 +210,12 @@ class Layout:
             length = math.ceil(len(members) / parts)
             for start in range(0, len(members), length):
                 result[members[start][0]] = self._batch(members[start : start + length], traits)
+        dropped = [batch for position, batch in self._known.items() if result.get(position) is not batch]
         self._known = result
-        return list(result.values())
+        if not dropped:
+            return list(result.values()), []
+        present = {p for _, p, _ in params}
+        return list(result.values()), [p for batch in dropped for p in batch.params if p not in present]
 
     def _batch(self, members: list[tuple[int, Tensor]], traits: Traits) -> Batch:
         positions = [position for position, _ in members]

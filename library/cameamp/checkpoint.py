@@ -27,7 +27,7 @@ class Restored:
 
     Attributes:
         state: the new state of each parameter that has one.
-        learning_rates: for each group, `lr` and, if a scheduler was at work, `initial_lr`.
+        learning_rates: for each group, `lr` and `initial_lr`.
         notes: what differs from the checkpoint, a log line each.
     """
 
@@ -72,7 +72,7 @@ def restore(
             label = _label(position, p, names)
             position += 1
             seen.add(key)
-            if states.get(key):
+            if key in states and (not isinstance(states[key], Mapping) or states[key]):
                 saved_options = _phase_options(saved_group, config)
                 try:
                     restored.state[p], was_converted = _restore_parameter(
@@ -124,8 +124,12 @@ def _learning_rates(number: int, saved_group: Mapping[str, Any]) -> dict[str, fl
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"parameter group {number} of the checkpoint has {name} {value!r}")
             rates[name] = value
-    if "lr" not in rates:
-        raise ValueError(f"parameter group {number} of the checkpoint has no lr")
+    if "lr" not in rates or "warmup_steps" not in saved_group:
+        raise ValueError(
+            f"parameter group {number} of the checkpoint is another optimizer's: it has no lr or no warmup_steps"
+        )
+    # The scheduler's factor is a ratio of the two; without the second it would be taken to the constructor's lr.
+    rates.setdefault("initial_lr", rates["lr"])
     return rates
 
 
@@ -176,7 +180,7 @@ def _restore_parameter(
         value = to_full(name, saved, kept, p.shape) if kept != own or name == "lr_mask" else None
         outside = name == "lr_mask" and _outside(value, config)
         if kept == own and not outside:
-            restored.update((key, saved[key].to(p.device)) for key in kept.keys(name))
+            restored.update((key, saved[key].to(p.device, copy=True)) for key in kept.keys(name))
             continue
         assert value is not None
         restored[name] = (value.clamp(config.min_lr, config.max_lr) if outside else value).to(p.device)

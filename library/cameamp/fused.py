@@ -17,7 +17,7 @@ class FusedRules:
     """Calls `rules.take_step_` compiled: one graph for each combination of phase and options, whatever the shapes."""
 
     def __init__(self) -> None:
-        self._compiled: Any = torch.compile(take_step_, dynamic=True)
+        self._compiled: Any = torch.compile(take_step_, dynamic=True, fullgraph=True)
         self._broken = False
 
     def take_step_(
@@ -63,8 +63,8 @@ def _as_tensors(scalars: StepScalars) -> StepScalars:
     """Numbers that change with the step as 0-d tensors: as Python numbers each would be compiled into the graph."""
     momentum_rate, gradient_share, clip_bound, scheduler = scalars
     return StepScalars(
-        torch.tensor(momentum_rate),
-        torch.tensor(gradient_share),
-        torch.tensor(clip_bound),
-        torch.tensor(1.0 if scheduler is None else scheduler),
+        torch.tensor(momentum_rate, dtype=torch.float32),
+        torch.tensor(gradient_share, dtype=torch.float32),
+        torch.tensor(clip_bound, dtype=torch.float32),
+        torch.tensor(1.0 if scheduler is None else scheduler, dtype=torch.float32),
     )

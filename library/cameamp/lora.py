@@ -41,7 +41,9 @@ def _all_in_pairs(groups: Sequence[Sequence[Tensor]]) -> bool:
 
     Pairs are neighbours within a group, as every LoRA library registers them, or, with LoRA+, the n-th down of the
     groups that hold downs and the n-th up of the groups that hold ups. A bottleneck of r features is no pair when it
-    stands the wrong way around, as in a transformer's feed-forward layer; nor is anything beside a bias.
+    stands the wrong way around, as in a transformer's feed-forward layer; nor is anything beside a bias. What shapes
+    cannot tell apart is a bias-free autoencoder that narrows and widens again: name its parameters, or set
+    full_finetune.
     """
     shapes = [[_as_matrix(p) for p in group] for group in groups if len(group) > 0]
     matrices = [shape for group in shapes for shape in group]

@@ -24,6 +24,7 @@ from .rules import Phase, StepScalars, lr_factor, take_step_
 from .storage import Storage
 from .storage.choice import full
 from .storage.convert import is_kept, to_full
+from .storage.full import Full
 from .techniques import agr, allora, weight_decay
 from .workspace import Work, Workspace
 
@@ -90,7 +91,7 @@ class CameAMP(Optimizer):
         self.config = config
         self._group_options: list[GroupOptions] = []
         self._names: dict[Tensor, str] = {}
-        self._unusable: Tensor | None = None
+        self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
         self._unquantizable: set[Tensor] = set()
         self._forget_layout()
         super().__init__(params, config.as_dict())
@@ -160,6 +161,8 @@ class CameAMP(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if len(self.param_groups) != len(self._group_options):
+            raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
         active = [self._with_gradient(group["params"]) for group in self.param_groups]
         for params in active:
             for p in params:
@@ -235,13 +238,13 @@ class CameAMP(Optimizer):
         return self._fused
 
     def _tally(self, counts: list[Tensor]) -> None:
-        device = counts[0].device
-        total = torch.stack([count.to(device) for count in counts]).sum()
-        self._unusable = total if self._unusable is None else self._unusable.to(device) + total
+        for count in counts:
+            known = self._unusable.get(count.device)
+            self._unusable[count.device] = count if known is None else known + count
 
     def nonfinite_elements(self) -> int:
         """How many gradient elements were not finite, or above 1e18, and so counted as 0, in this process."""
-        return 0 if self._unusable is None else int(self._unusable.item())
+        return sum(int(count.item()) for count in self._unusable.values())
 
     def _log_progress(self, number: int, batches: list[Batch]) -> None:
         """One line now and then, made of what is known without asking the device."""
@@ -263,7 +266,7 @@ class CameAMP(Optimizer):
         return lr / initial if initial != 0 else 1.0
 
     def _initial_lr(self, number: int) -> float:
-        return self.param_groups[number].get("initial_lr", self._group_options[number].lr)
+        return float(self.param_groups[number].get("initial_lr", self._group_options[number].lr))
 
     def _starting_lr(self, number: int) -> float:
         """Where the mask of the group's elements starts."""
@@ -317,7 +320,7 @@ class CameAMP(Optimizer):
         factor = self._scheduler_factor(number)
         sums, lows, highs, count = [], [], [], 0
         for batch in batches:
-            storages = self._bind(number, batch)
+            storages = self._bind(number, batch, reading=True)
             mask = batch.states(storages).read("lr_mask")
             rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
             scaling = lr_factor(factor, rows)
@@ -361,8 +364,8 @@ class CameAMP(Optimizer):
         """
         saved = super().state_dict()
         saved["param_groups"] = [
-            {**group, **options.config.as_dict(), "lr": group["lr"]}
-            for group, options in zip(saved["param_groups"], self._group_options)
+            {**group, **options.config.as_dict(), "lr": float(group["lr"]), "initial_lr": self._initial_lr(number)}
+            for number, (group, options) in enumerate(zip(saved["param_groups"], self._group_options))
         ]
         derived = self._derived_values()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -379,7 +382,7 @@ class CameAMP(Optimizer):
             config = self._group_options[number].config
             largest = max(float(group["lr"]), self._initial_lr(number))
             for batch in self._batches_with_state(number):
-                masks = batch.states(self._bind(number, batch)).read("lr_mask")
+                masks = batch.states(self._bind(number, batch, reading=True)).read("lr_mask")
                 means += masks.mean(dim=(1, 2)).unbind()
                 rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
                 for index, p in enumerate(batch.params):
@@ -436,7 +439,12 @@ class CameAMP(Optimizer):
             has_polarity = "last_polarity" in state or "last_polarity_q" in state
             traits = Traits(state["step"], p in scaled, has_polarity)
             members.append((self._positions[p], p, traits))
-        return self._layouts.setdefault(number, Layout()).batches(members)
+        layout = self._layouts.setdefault(number, Layout())
+        batches, left_behind = layout.batches(members)
+        for p in left_behind:
+            # Its states are slices of buffers that nobody else needs any more.
+            self.state[p].update((key, value.clone()) for key, value in self.state[p].items() if torch.is_tensor(value))
+        return batches
 
     def _batches_with_state(self, number: int) -> list[Batch]:
         """The batches of all parameters of a group that have ever taken a step."""
@@ -446,18 +454,26 @@ class CameAMP(Optimizer):
     def _phase(self, number: int, batch: Batch) -> Phase:
         return Phase.at(batch.traits.step, self._group_options[number].config.warmup_steps)
 
-    def _bind(self, number: int, batch: Batch) -> dict[str, Storage]:
+    def _bind(self, number: int, batch: Batch, reading: bool = False) -> dict[str, Storage]:
         """Bind a batch to the states of its phase.
+
+        Args:
+            number: the group's.
+            batch: the batch.
+            reading: make no sign history that is not there; only a step may begin one.
 
         Returns:
             How each of these states is kept.
         """
         fills = {"lr_mask": self._starting_lr(number)}
         storages = self._storages(number, batch)
+        if reading and not batch.traits.has_polarity:
+            storages = {name: storage for name, storage in storages.items() if name not in ("s", "last_polarity")}
         try:
             batch.bind(self.state, storages, fills)
         except (RuntimeError, NotImplementedError) as error:
-            if batch.params[0] in self._unquantizable:
+            all_full = all(isinstance(storage, Full) for storage in storages.values())
+            if all_full or isinstance(error, torch.cuda.OutOfMemoryError) or "memory" in str(error):
                 raise
             reason = str(error).partition("\n")[0]
             shape = tuple(batch.params[0].shape)

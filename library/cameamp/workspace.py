@@ -35,7 +35,7 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = _memory(0)
 
     def lend(self, batch: Batch) -> Work:
         """Memory for a batch, until the next call."""
@@ -43,5 +43,10 @@ class Workspace:
         if batch.params[0].device.type != "cpu" or size > LARGEST_STACK:
             return Work()
         if self._memory.numel() < 4 * size:
-            self._memory = torch.empty(4 * size)
+            self._memory = _memory(4 * size)
         return Work(*self._memory[: 4 * size].view(4, -1, batch.rows, batch.columns).unbind())
+
+
+def _memory(count: int) -> Tensor:
+    # Said in full: users may have set another default dtype or device.
+    return torch.empty(count, dtype=torch.float32, device="cpu")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import library.automagic_cameamp as family
 
+from ..cameamp.config import parse_optimizer_args
 from ..cameamp.optimizer import CameAMP
 from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch
 from .model import TIMESTEPS, load_base
@@ -46,6 +47,8 @@ class Trainer:
         self.run = run
         self.options = run.options
         self.output = Path(self.options.output_dir)
+        if optimizer_name(self.options.optimizer_type) is None:
+            _torch_optimizer(self.options.optimizer_type)
         logs = Path(self.options.logging_dir) if self.options.logging_dir else self.output / "logs"
         for folder in (self.output, logs):
             _require_writable(folder)
@@ -66,7 +69,7 @@ class Trainer:
                 num_warmup_steps=self.options.lr_warmup_steps * self.accelerator.num_processes,
                 num_training_steps=self.options.max_train_steps * self.accelerator.num_processes,
             )
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"option 'lr_scheduler' is {self.options.lr_scheduler!r}: {error}") from None
         self.network, self.optimizer, self.scheduler = self.accelerator.prepare(self.lora, optimizer, scheduler)
         self.history = History()
@@ -177,15 +180,17 @@ class Trainer:
         groups = self.lora.parameter_groups()
         own = optimizer_name(self.options.optimizer_type)
         if own is not None:
-            optimizer = getattr(family, own)(groups, config=self.run.optimizer_config)
+            try:
+                optimizer = getattr(family, own)(groups, config=self.run.optimizer_config)
+            except RuntimeError as error:  # No bitsandbytes for 8-bit states.
+                raise UserError(str(error)) from None
             optimizer.set_parameter_names({p: name for name, p in self.lora.named_parameters()})
             return optimizer
-        other = getattr(torch.optim, self.options.optimizer_type, None)
-        if not isinstance(other, type) or not issubclass(other, torch.optim.Optimizer):
-            raise UserError(
-                f"option 'optimizer_type' is {self.options.optimizer_type!r}; allowed: {_ALLOWED_OPTIMIZERS}"
-            )
-        return other(groups, lr=self.options.learning_rate)  # type: ignore[call-arg]
+        other = _torch_optimizer(self.options.optimizer_type)
+        try:
+            return other(groups, lr=self.options.learning_rate, **parse_optimizer_args(self.options.optimizer_args))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer_args: {error}") from None
 
     # Files ------------------------------------------------------------------------------------------------------
 
@@ -261,6 +266,13 @@ class Trainer:
 
 
 _ALLOWED_OPTIMIZERS = f"{', '.join(family.__all__)} or a class of torch.optim"
+
+
+def _torch_optimizer(name: str) -> Any:
+    found = getattr(torch.optim, name, None)
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+        raise UserError(f"option 'optimizer_type' is {name!r}; allowed: {_ALLOWED_OPTIMIZERS}")
+    return found
 
 
 def _require_writable(folder: Path) -> None:

@@ -60,7 +60,7 @@ class Blockwise:
         codes = torch.full((n, *shape), zero, dtype=torch.uint8, device=dither.device)
         return {
             f"{name}_q": codes,
-            f"{name}_q_scale": torch.zeros(n, shape.numel() // self.block, device=dither.device),
+            f"{name}_q_scale": torch.zeros(n, shape.numel() // self.block, dtype=torch.float32, device=dither.device),
         }
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
@@ -120,7 +120,7 @@ def _map(signed: bool) -> Tensor:
 @cache
 def _tables(signed: bool, device: torch.device) -> _Tables:
     values = _map(signed)
-    midpoints = torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([torch.inf])])
+    midpoints = torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
     upper = torch.arange(_MINUS_ONE + 1 if signed else _ONE + 1, dtype=torch.int64)
     bits = upper << 16
     # Of negative numbers the one with all lower bits set is the smallest, but none is below -1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +26,20 @@ class Linear:
     low: float
     high: float
 
+    def __post_init__(self) -> None:
+        # As the scale holds them, or bounds that were saved would differ from those of the options by rounding.
+        for name in ("low", "high"):
+            (rounded,) = struct.unpack("f", struct.pack("f", getattr(self, name)))
+            object.__setattr__(self, name, rounded)
+
     def keys(self, name: str) -> tuple[str, ...]:
         return (f"{name}_q", f"{name}_q_scale")
 
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         device = dither.device
-        scale = torch.empty(n, 2, device=device)
+        scale = torch.empty(n, 2, dtype=torch.float32, device=device)
         buffers = {f"{name}_q": torch.empty(n, *shape, dtype=torch.uint8, device=device), f"{name}_q_scale": scale}
-        self.write(name, buffers, torch.full((n, 1, shape.numel()), fill, device=device), dither)
+        self.write(name, buffers, torch.full((n, 1, shape.numel()), fill, dtype=torch.float32, device=device), dither)
         return buffers
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:

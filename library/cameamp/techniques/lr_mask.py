@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -24,4 +23,5 @@ def bump_(
         min_lr: lower bound.
         max_lr: upper bound.
     """
-    lr_mask.add_(torch.where(polarity == last_polarity, lr_bump, -lr_bump)).clamp_(min_lr, max_lr)
+    bumps = (polarity == last_polarity).to(lr_mask.dtype).mul_(2 * lr_bump).sub_(lr_bump)
+    lr_mask.add_(bumps).clamp_(min_lr, max_lr)
