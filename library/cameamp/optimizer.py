@@ -238,9 +238,9 @@ class CameAMP(Optimizer):
         return self._fused
 
     def _tally(self, counts: list[Tensor]) -> None:
-        for count in counts:
-            known = self._unusable.get(count.device)
-            self._unusable[count.device] = count if known is None else known + count
+        for device in {count.device for count in counts}:
+            known = [self._unusable[device]] if device in self._unusable else []
+            self._unusable[device] = torch.stack(known + [c for c in counts if c.device == device]).sum()
 
     def nonfinite_elements(self) -> int:
         """How many gradient elements were not finite, or above 1e18, and so counted as 0, in this process."""
