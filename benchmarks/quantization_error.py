@@ -87,11 +87,20 @@ def main() -> None:
             "--optimizer_args", f"warmup_steps={args.steps // 2}",
         ]))  # fmt: skip
         optimizer = trainer.optimizer.optimizer
+        print("what 0 decodes as in a block whose largest element is 1:", what_zero_becomes())
         print(f"{'step':>5} {'state':12} {'code (* is used)':32} {'relative error':>15} {'lost':>8}")
         for number in range(1, args.steps + 1):
             trainer._train_step()
             if number in (10, args.steps // 4, args.steps // 2 - 1, args.steps):
                 report(number, optimizer)
+
+
+def what_zero_becomes() -> str:
+    """0 through bitsandbytes' own kernel of this device, and through ours."""
+    block = torch.zeros(4096)
+    block[0] = 1.0
+    results = {way: code(block)[1].item() for way, code in coders("exp_avg", (0.0, 1.0)).items()}
+    return ", ".join(f"{way} {value:.2g}" for way, value in results.items())
 
 
 def report(number: int, optimizer: torch.optim.Optimizer) -> None:
