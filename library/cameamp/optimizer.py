@@ -316,13 +316,10 @@ class CameAMP(Optimizer):
         batches = self._batches_with_state(number)
         if not batches:
             return None
-        config = self._group_options[number].config
         factor = self._scheduler_factor(number)
         sums, lows, highs, count = [], [], [], 0
         for batch in batches:
-            storages = self._bind(number, batch, reading=True)
-            mask = batch.states(storages).read("lr_mask")
-            rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
+            mask, rows = self._mask_and_row_scaling(number, batch)
             scaling = lr_factor(factor, rows)
             rates = mask * (1.0 if scaling is None else scaling)
             low, high = torch.aminmax(rates)
@@ -333,6 +330,12 @@ class CameAMP(Optimizer):
         device = sums[0].device
         total, low, high = (torch.stack([x.to(device) for x in values]) for values in (sums, lows, highs))
         return torch.stack([total.sum() / count, low.amin(), high.amax()])
+
+    def _mask_and_row_scaling(self, number: int, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The masks of a batch, (tensors, rows, columns), and ALLoRA's (tensors, rows, 1) where it applies."""
+        mask = batch.states(self._bind(number, batch, reading=True)).read("lr_mask")
+        eta = self._group_options[number].config.eta
+        return mask, allora.row_scaling(batch.weights(), eta) if batch.traits.row_scaled else None
 
     def _get_group_lr(self, group: Mapping[str, Any]) -> float:
         """Mean effective learning rate of one of this optimizer's groups.
@@ -379,12 +382,10 @@ class CameAMP(Optimizer):
         derived: dict[Tensor, dict[str, Any]] = {}
         means: list[Tensor] = []
         for number, group in enumerate(self.param_groups):
-            config = self._group_options[number].config
             largest = max(float(group["lr"]), self._initial_lr(number))
             for batch in self._batches_with_state(number):
-                masks = batch.states(self._bind(number, batch, reading=True)).read("lr_mask")
+                masks, rows = self._mask_and_row_scaling(number, batch)
                 means += masks.mean(dim=(1, 2)).unbind()
-                rows = allora.row_scaling(batch.weights(), config.eta) if batch.traits.row_scaled else None
                 for index, p in enumerate(batch.params):
                     derived[p] = (
                         {"lr_max": largest} if rows is None else {"lr_max": largest, "row_scaling": rows[index]}
@@ -466,9 +467,7 @@ class CameAMP(Optimizer):
             How each of these states is kept.
         """
         fills = {"lr_mask": self._starting_lr(number)}
-        storages = self._storages(number, batch)
-        if reading and not batch.traits.has_polarity:
-            storages = {name: storage for name, storage in storages.items() if name not in ("s", "last_polarity")}
+        storages = self._storages(number, batch, reading)
         try:
             batch.bind(self.state, storages, fills)
         except (RuntimeError, NotImplementedError) as error:
@@ -483,14 +482,17 @@ class CameAMP(Optimizer):
                     if name not in self.state[p] and is_kept(name, self.state[p], storage):
                         self.state[p][name] = to_full(name, self.state[p], storage, p.shape)
             self._unquantizable.update(batch.params)
-            storages = self._storages(number, batch)
+            storages = self._storages(number, batch, reading)
             batch.bind(self.state, storages, fills)
         return storages
 
-    def _storages(self, number: int, batch: Batch) -> dict[str, Storage]:
+    def _storages(self, number: int, batch: Batch, reading: bool) -> dict[str, Storage]:
         """How each state that a batch has in its phase is kept."""
         config = self._group_options[number].config
-        names = self._phase(number, batch).state_names(config.came)
+        phase = self._phase(number, batch)
+        if reading and not batch.traits.has_polarity:
+            phase = phase._replace(warmup=False)
+        names = phase.state_names(config.came)
         return {name: self._storage(name, batch.params[0], config) for name in names}
 
     def _storage(self, name: str, p: Tensor, config: OptimizerConfig) -> Storage:
