@@ -1,5 +1,9 @@
 """Train with the Automagic_CameAMP optimizers.
 
+python train_network_patch.py --sd_scripts DIR [--train_script sdxl_train_network.py] <options of that script>
+    trains in sd-scripts; DIR may be left out where SD_SCRIPTS_DIR, this folder, ./sd-scripts or ../sd-scripts has it.
+    --print_optimizer_config prints the optimizer's resolved options as TOML, and exits.
+
 python train_network_patch.py --embedded --config_file configs/embedded_lora.toml
     trains a small LoRA on this machine, with nothing else installed.
 """
@@ -16,16 +20,17 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for a mistake in the options or files, 130 after Ctrl-C.
     """
-    from library.cameamp_demo.options import UserError, is_embedded
+    from library.cameamp_cli import UserError
+    from library.cameamp_demo.options import is_embedded
 
     try:
-        if not is_embedded(arguments):
-            raise UserError(
-                "training inside sd-scripts is not available yet; use --embedded, or embedded = true in the file"
-            )
-        from library.cameamp_demo.main import main as train_embedded
-
-        return train_embedded(arguments)
+        if not {"-h", "--help"}.isdisjoint(arguments):
+            print(__doc__)
+        if is_embedded(arguments):
+            from library.cameamp_demo.main import main as train
+        else:
+            from library.cameamp_host.main import main as train
+        return train(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

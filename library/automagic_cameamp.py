@@ -14,7 +14,7 @@ from .cameamp.config import OptimizerConfig
 from .cameamp.optimizer import CameAMP
 from .cameamp.storage.choice import eight_bit, require_bitsandbytes
 
-__all__ = ["Automagic_CameAMP", "Automagic_CameAMP8bit", "OptimizerConfig"]
+__all__ = ["Automagic_CameAMP", "Automagic_CameAMP8bit", "OptimizerConfig", "report_loss"]
 
 
 class Automagic_CameAMP(CameAMP):
@@ -33,3 +33,15 @@ class Automagic_CameAMP8bit(CameAMP):
     def __init__(self, params: Any, config: OptimizerConfig | None = None, **options: Any) -> None:
         require_bitsandbytes()
         super().__init__(params, config, **options)
+
+
+def report_loss(optimizer: Any, loss: Any) -> None:
+    """Tell an optimizer the loss of a batch, before it steps; several reports before one step are averaged.
+
+    Args:
+        optimizer: one of this family, also inside accelerate's wrapper; others are left alone.
+        loss: a number or a 0-d tensor, which stays on its device.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, CameAMP):
+        inner.report_loss(loss)

@@ -19,6 +19,7 @@ from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
 from .fused import FusedRules
+from .readings import read
 from .rounding import stochastic_round
 from .rules import Phase, StepScalars, lr_factor, take_step_
 from .storage import Storage
@@ -176,6 +177,9 @@ class CameAMP(Optimizer):
     def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
         return [p for p in params if p.grad is not None and p.numel() > 0]
 
+    def report_loss(self, loss: Any) -> None:
+        """Tell the loss of a batch; for the contextual optimizers, the others have no use for it."""
+
     def _step_group(self, number: int, params: list[Tensor]) -> None:
         for p in params:
             state = self.state[p]
@@ -292,24 +296,25 @@ class CameAMP(Optimizer):
                 return to_full("lr_mask", state, self._storage("lr_mask", p, options.config), p.shape)
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is not one of this optimizer's")
 
-    @torch.no_grad()
     def effective_learning_rates(self) -> list[tuple[float, float, float]]:
         """Mean, smallest and largest effective learning rate of each group; one read-back from the device in all.
 
         The effective learning rate of an element is its mask times the scheduler's factor, and for LoRA factors times
         ALLoRA's row scaling. Before the first step of a group it is the group's learning rate.
         """
-        summaries = [self._summarize_lr(number) for number in range(len(self.param_groups))]
-        known = [summary for summary in summaries if summary is not None]
-        values = iter(torch.stack([s.to(known[0].device) for s in known]).tolist() if known else [])
-        rates = []
-        for number, summary in enumerate(summaries):
-            if summary is not None:
-                mean, smallest, largest = next(values)
-                rates.append((mean, smallest, largest))
-            else:
-                rates.append((float(self.param_groups[number]["lr"]),) * 3)
-        return rates
+        return read([self])[0].learning_rates
+
+    @torch.no_grad()
+    def group_summaries(self) -> list[Tensor | float]:
+        """What `effective_learning_rates` reads, for each group, while still on the device."""
+        summaries = (self._summarize_lr(number) for number in range(len(self.param_groups)))
+        return [
+            float(group["lr"]) if summary is None else summary for group, summary in zip(self.param_groups, summaries)
+        ]
+
+    def context_summary(self) -> dict[str, Tensor]:
+        """What drives a contextual optimizer, while still on the device; nothing in the others."""
+        return {}
 
     def _summarize_lr(self, number: int) -> Tensor | None:
         """(mean, smallest, largest) of a group on its device, or None before its first step."""

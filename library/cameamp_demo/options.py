@@ -12,16 +12,10 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import toml
-
 from ..cameamp.config import OptimizerConfig, nearest_name, parse_optimizer_args
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; shown as one line, without a traceback."""
+from ..cameamp_cli import OWN_OPTIMIZERS, UserError, config_path, optimizer_name, read_toml
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -78,11 +72,15 @@ def is_embedded(arguments: Sequence[str]) -> bool:
     Raises:
         UserError: the file cannot be read.
     """
-    known, _ = _parser().parse_known_args(arguments)
-    if getattr(known, "embedded", False):
-        return True
-    path = getattr(known, "config_file", None)
-    return path is not None and _flatten(read_toml(path)).get("embedded") is True
+    # Not the trainer's own parser: sd-scripts' options of the same names may take values that it refuses.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--embedded", action="store_true")
+    parser.add_argument("--output_config", action="store_true")
+    parser.add_argument("--config_file")
+    known, _ = parser.parse_known_args(arguments)
+    if known.embedded or known.config_file is None or known.output_config:
+        return known.embedded
+    return _flatten(read_toml(config_path(known.config_file))).get("embedded") is True
 
 
 def parse(arguments: Sequence[str]) -> Run:
@@ -97,6 +95,7 @@ def parse(arguments: Sequence[str]) -> Run:
     from_file: dict[str, Any] = {}
     table: dict[str, Any] = {}
     if path is not None:
+        path = config_path(path)
         document = read_toml(path)
         table = document.pop("optimizer_config", {})
         from_file = _flatten(document)
@@ -107,36 +106,6 @@ def parse(arguments: Sequence[str]) -> Run:
     options = Options(**values)
     _check_ranges(options)
     return Run(options, _optimizer_config(options, table, path or "the command line"))
-
-
-def read_toml(path: str) -> dict[str, Any]:
-    """Read a TOML file.
-
-    Raises:
-        UserError: it cannot be read, or is not valid TOML; with the line and its key.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    try:
-        return toml.loads(text)
-    except toml.TomlDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
-        key = line.partition("=")[0].strip()
-        hint = ""
-        if "homogeneous" in str(error):
-            hint = " Numbers of one list must be all whole or all decimal: write 1.0 beside 0.8, not 1."
-        raise UserError(f"{path}, line {error.lineno}, key '{key}': {error.msg}.{hint}") from None
-
-
-def optimizer_name(optimizer_type: str) -> str | None:
-    """The name of our optimizer that `optimizer_type` means, in any letter case or as a dotted path; else None."""
-    short = optimizer_type.rpartition("library.automagic_cameamp.")[2]
-    return next((name for name in OWN_OPTIMIZERS if name.lower() == short.lower()), None)
-
-
-OWN_OPTIMIZERS = ("Automagic_CameAMP", "Automagic_CameAMP8bit")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -23,10 +23,11 @@ import library.automagic_cameamp as family
 
 from ..cameamp.config import parse_optimizer_args
 from ..cameamp.optimizer import CameAMP
+from ..cameamp_cli import UserError, optimizer_name
 from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch
 from .model import TIMESTEPS, load_base
 from .network import LoRANetwork
-from .options import Run, UserError, optimizer_name
+from .options import Run
 from .pictures import History, sample_digits, save_course, save_samples
 
 _HELD_OUT_REPEATS = 4

@@ -1,0 +1,47 @@
+"""Reading what a run wants to see of its optimizers, in one transfer from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Readings(NamedTuple):
+    """What one optimizer is doing.
+
+    Attributes:
+        learning_rates: for each group, the mean, smallest and largest effective learning rate of its elements.
+        context: what drives a contextual optimizer, by name; empty for the others.
+    """
+
+    learning_rates: list[tuple[float, float, float]]
+    context: dict[str, float]
+
+
+class Readable(Protocol):
+    """An optimizer whose readings are still on the device."""
+
+    def group_summaries(self) -> list[Tensor | float]:
+        """For each group a tensor (mean, smallest, largest), or one number for all three where it is known."""
+
+    def context_summary(self) -> Mapping[str, Tensor]:
+        """0-d tensors by name."""
+
+
+def read(optimizers: Sequence[Readable]) -> list[Readings]:
+    """The readings of some optimizers; at most one read-back from the device in all."""
+    summaries = [optimizer.group_summaries() for optimizer in optimizers]
+    contexts = [optimizer.context_summary() for optimizer in optimizers]
+    on_device = [s.flatten() for groups in summaries for s in groups if isinstance(s, Tensor)]
+    on_device += [value.flatten() for context in contexts for value in context.values()]
+    numbers = iter(
+        torch.cat([t.to(on_device[0].device, torch.float32) for t in on_device]).tolist() if on_device else []
+    )
+    rates: list[list[tuple[float, float, float]]] = [
+        [(next(numbers), next(numbers), next(numbers)) if isinstance(s, Tensor) else (s, s, s) for s in groups]
+        for groups in summaries
+    ]
+    return [Readings(own, {name: next(numbers) for name in context}) for own, context in zip(rates, contexts)]

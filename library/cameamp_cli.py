@@ -1,0 +1,51 @@
+"""What the command lines share: mistakes shown as one line, TOML files, the names of our optimizers.
+
+Imports no slow package, so that a mistake is reported at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import toml
+
+OWN_OPTIMIZERS = ("Automagic_CameAMP", "Automagic_CameAMP8bit")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; shown as one line, without a traceback."""
+
+
+def optimizer_name(optimizer_type: str) -> str | None:
+    """The name of our optimizer that `optimizer_type` means, in any letter case or as a dotted path; else None."""
+    module, _, short = optimizer_type.lower().rpartition(".")
+    if module not in ("", "library.automagic_cameamp"):
+        return None
+    return next((name for name in OWN_OPTIMIZERS if name.lower() == short), None)
+
+
+def config_path(path: str) -> str:
+    """The file that `--config_file` names; like sd-scripts, `.toml` may be left out."""
+    return path if path.endswith(".toml") else path + ".toml"
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        UserError: it cannot be read, or is not valid TOML; with the line and its key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        return toml.loads(text)
+    except toml.TomlDecodeError as error:
+        line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
+        key = line.partition("=")[0].strip()
+        hint = ""
+        if "homogeneous" in str(error):
+            hint = " Numbers of one list must be all whole or all decimal: write 1.0 beside 0.8, not 1."
+        raise UserError(f"{path}, line {error.lineno}, key '{key}': {error.msg}.{hint}") from None

@@ -1,0 +1,66 @@
+"""Finding sd-scripts and the training script to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..cameamp_cli import UserError
+
+# What every checkout has, and nothing else is likely to.
+_MARKS = ("library/train_util.py", "train_network.py")
+
+
+def find_sd_scripts(given: str | None, environment: Mapping[str, str], folder: Path) -> Path:
+    """The sd-scripts checkout to train with.
+
+    Args:
+        given: the value of `--sd_scripts`, if any.
+        environment: where `SD_SCRIPTS_DIR` may stand, which counts where `given` is None.
+        folder: the current folder; without either it is tried itself, then `sd-scripts` in it and beside it.
+
+    Returns:
+        The checkout's absolute path.
+
+    Raises:
+        UserError: what was looked for, and where.
+    """
+    if given is not None:
+        places = {"--sd_scripts": folder / given}
+    elif environment.get("SD_SCRIPTS_DIR"):
+        places = {"SD_SCRIPTS_DIR": folder / environment["SD_SCRIPTS_DIR"]}
+    else:
+        places = {
+            "the current folder": folder,
+            "./sd-scripts": folder / "sd-scripts",
+            "../sd-scripts": folder.parent / "sd-scripts",
+        }
+    for place in places.values():
+        if all((place / mark).is_file() for mark in _MARKS):
+            return place.resolve()
+    tried = "; ".join(f"{name}, {place}: {_what_is_wrong(place)}" for name, place in places.items())
+    raise UserError(
+        f"sd-scripts not found. Looked for a folder with {' and '.join(_MARKS)} in: {tried}. "
+        "Name it with --sd_scripts or in the environment variable SD_SCRIPTS_DIR, "
+        "or train without it: --embedded"
+    )
+
+
+def find_training_script(sd_scripts: Path, name: str) -> Path:
+    """The script of sd-scripts, or of the user, to run.
+
+    Raises:
+        UserError: it does not exist; with the scripts that do.
+    """
+    for path in (sd_scripts / name, Path(name)):
+        if path.is_file():
+            return path.resolve()
+    known = ", ".join(sorted(path.name for path in sd_scripts.glob("*.py") if "train" in path.name))
+    raise UserError(f"--train_script is {name!r}, which {sd_scripts} does not have; it has {known}")
+
+
+def _what_is_wrong(place: Path) -> str:
+    if not place.is_dir():
+        return "not a folder"
+    missing = [mark for mark in _MARKS if not (place / mark).is_file()]
+    return f"no {' and no '.join(missing)}"

@@ -1,0 +1,87 @@
+"""What the trackers and the progress bar show of the optimizers, at no more than one read-back per shown step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+from ..cameamp.optimizer import CameAMP
+from ..cameamp.readings import read
+
+# Without a tracker, which reads the values at each step, the progress bar reads them anew this often.
+_BAR_EVERY = 10
+
+
+class Monitor:
+    """The values of a run's optimizers, read when somebody shows them and kept until the next optimizer step.
+
+    Args:
+        optimizers: those of the run; more than one where each steps during the backward pass.
+    """
+
+    def __init__(self, optimizers: Sequence[CameAMP]) -> None:
+        self._optimizers = optimizers
+        self._steps = 0
+        self._read_at = -1
+        self._values: dict[str, float] = {}
+
+    def step_ends(self) -> None:
+        """Tell that the optimizers are about to step: values read before are old then."""
+        self._steps += 1
+
+    def values(self) -> dict[str, float]:
+        """Names, as trackers group them, and values."""
+        if self._read_at != self._steps:
+            self._read_at = self._steps
+            self._values = values_of(self._optimizers)
+        return self._values
+
+    def mean_learning_rate(self) -> float | None:
+        """Mean effective learning rate, at most ten optimizer steps old; None without optimizers."""
+        if not self._optimizers:
+            return None
+        values = self._values if self._values and self._steps < self._read_at + _BAR_EVERY else self.values()
+        means = [value for name, value in values.items() if name.endswith("/mean")]
+        return sum(means) / len(means)
+
+    def add_to_tracker(self, tracker: Any) -> None:
+        """Make a tracker of accelerate's log our values wherever it logs learning rates."""
+        tracker.log = self._with_values(tracker.log)
+
+    def add_to_progress_bars(self, bar_class: Any) -> None:
+        """Make the host's progress bar, the one that shows the average loss, show our learning rate as well."""
+        original = bar_class.set_postfix
+
+        @wraps(original)
+        def set_postfix(bar: Any, *values: Any, **more: Any) -> Any:
+            if "avr_loss" in more and not bar.disable:
+                rate = self.mean_learning_rate()
+                if rate is not None:
+                    more["lr"] = f"{rate:.2e}"
+            return original(bar, *values, **more)
+
+        bar_class.set_postfix = set_postfix
+
+    def _with_values(self, log: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(log)
+        def log_with_values(values: Mapping[str, Any], *more: Any, **options: Any) -> Any:
+            if self._optimizers and any(name == "lr" or name.startswith("lr/") for name in values):
+                values = {**values, **self.values()}
+            return log(values, *more, **options)
+
+        return log_with_values
+
+
+def values_of(optimizers: Sequence[CameAMP]) -> dict[str, float]:
+    """The readings of some optimizers under the names that trackers show; groups are numbered through."""
+    values: dict[str, float] = {}
+    readings = read(optimizers)
+    rates = [rate for reading in readings for rate in reading.learning_rates]
+    for number, (mean, smallest, largest) in enumerate(rates):
+        group = f"effective_lr/group{number}"
+        values |= {f"{group}/mean": mean, f"{group}/smallest": smallest, f"{group}/largest": largest}
+    for number, reading in enumerate(readings):
+        prefix = "context" if len(readings) == 1 else f"context{number}"
+        values |= {f"{prefix}/{name}": value for name, value in reading.context.items()}
+    return values

@@ -1,0 +1,134 @@
+"""Our three footholds in sd-scripts: where it reads its options, makes its accelerator, and builds its optimizer.
+
+All its training scripts go through these functions of `library.train_util`, and look them up there when they need them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..automagic_cameamp import report_loss
+from ..cameamp.optimizer import CameAMP
+from ..cameamp_cli import UserError, config_path, read_toml
+from .monitor import Monitor
+from .settings import as_toml, resolve
+
+logger = logging.getLogger(__name__)
+
+
+class Plugin:
+    """Serves our optimizers in an sd-scripts run; every other optimizer is left as it is.
+
+    Args:
+        print_config: print the resolved configuration instead of training.
+    """
+
+    def __init__(self, print_config: bool = False) -> None:
+        self._print_config = print_config
+        self._optimizers: list[CameAMP] = []
+        self._names: dict[Tensor, str] = {}
+        self._monitor = Monitor(self._optimizers)
+
+    def install(self, train_util: ModuleType) -> None:
+        """Put our functions around those of sd-scripts' `library.train_util`."""
+        for name, wrapper in (
+            ("read_config_from_file", self._reading_config),
+            ("prepare_accelerator", self._preparing_accelerator),
+            ("get_optimizer", self._getting_optimizer),
+        ):
+            original = getattr(train_util, name)
+            setattr(train_util, name, wraps(original)(wrapper(original)))
+        self._monitor.add_to_progress_bars(tqdm)
+
+    # Options ----------------------------------------------------------------------------------------------------
+
+    def _reading_config(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+            path = config_path(args.config_file) if args.config_file else None
+            args = original(args, parser)
+            table = read_toml(path).get("optimizer_config") if path else None
+            config = resolve(args, table, path or "the command line")
+            if config is None and table:
+                logger.warning("%s: [optimizer_config] is not for %s, and is ignored", path, args.optimizer_type)
+            if self._print_config:
+                if config is None:
+                    other = args.optimizer_type or "AdamW"
+                    raise UserError(f"--print_optimizer_config is for our optimizers; the optimizer is {other}")
+                print(as_toml(config))
+                raise SystemExit(0)
+            return args
+
+        return read_config_from_file
+
+    def _getting_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_optimizer(args: argparse.Namespace, trainable_params: Any) -> tuple[str, str, Any]:
+            if resolve(args) is None:
+                return original(args, trainable_params)
+            try:
+                name, options, optimizer = original(args, trainable_params)
+            except (TypeError, ValueError) as error:
+                raise UserError(str(error)) from error
+            self._optimizers.append(optimizer)
+            return name, options, optimizer
+
+        return get_optimizer
+
+    # The training loop ------------------------------------------------------------------------------------------
+
+    def _preparing_accelerator(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare_accelerator(args: argparse.Namespace) -> Any:
+            accelerator = original(args)
+            self._optimizers.clear()
+            self._names.clear()
+            accelerator.prepare = self._preparing(accelerator.prepare)
+            accelerator.backward = self._going_backward(accelerator, accelerator.backward)
+            accelerator.init_trackers = self._starting_trackers(accelerator, accelerator.init_trackers)
+            return accelerator
+
+        return prepare_accelerator
+
+    def _preparing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        """Tell optimizers the names of the parameters of the models that pass through accelerate."""
+
+        @wraps(prepare)
+        def prepare_and_name(*objects: Any, **options: Any) -> Any:
+            models = [item for item in objects if isinstance(item, torch.nn.Module)]
+            for model in models:
+                self._names.update((p, name) for name, p in model.named_parameters())
+            for optimizer in self._optimizers if models else ():
+                optimizer.set_parameter_names(self._names)
+            return prepare(*objects, **options)
+
+        return prepare_and_name
+
+    def _going_backward(self, accelerator: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """Report the loss before the backward pass, in which some optimizers step already."""
+
+        @wraps(backward)
+        def report_and_go_backward(loss: Tensor, **options: Any) -> Any:
+            for optimizer in self._optimizers:
+                report_loss(optimizer, loss)
+            if accelerator.sync_gradients:
+                self._monitor.step_ends()
+            return backward(loss, **options)
+
+        return report_and_go_backward
+
+    def _starting_trackers(self, accelerator: Any, init_trackers: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(init_trackers)
+        def init_and_add(*arguments: Any, **options: Any) -> Any:
+            result = init_trackers(*arguments, **options)
+            for tracker in accelerator.trackers:
+                self._monitor.add_to_tracker(tracker)
+            return result
+
+        return init_and_add

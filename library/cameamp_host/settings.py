@@ -1,0 +1,83 @@
+"""From sd-scripts' options to ours: which optimizer, which options of it, and what cannot go together."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import toml
+
+from ..cameamp.config import OptimizerConfig, parse_optimizer_args
+from ..cameamp_cli import UserError, optimizer_name
+
+
+def resolve(args: argparse.Namespace, table: Any = None, source: str = "the command line") -> OptimizerConfig | None:
+    """Check the options of a run with one of our optimizers, and write them the way sd-scripts resolves them.
+
+    Afterwards `args.optimizer_type` is the dotted path that sd-scripts imports, and `args.optimizer_args` holds all
+    options, so that sd-scripts builds, logs and saves them like those of any other optimizer. Doing it twice changes
+    nothing.
+
+    Args:
+        args: sd-scripts' options, complete.
+        table: `[optimizer_config]` of the TOML file; `args.optimizer_args` wins over it.
+        source: the TOML file, for messages.
+
+    Returns:
+        The resolved configuration, or None where the optimizer is not one of ours; then nothing has changed.
+
+    Raises:
+        UserError: a mistake, or an option of sd-scripts that these optimizers cannot serve.
+    """
+    name = optimizer_name(args.optimizer_type or "")
+    if name is None:
+        return None
+    _refuse_what_does_not_fit(args, name)
+    if not isinstance(table or {}, dict):
+        raise UserError(f"{source}: [optimizer_config] is {table!r}; allowed: a table")
+    try:
+        arguments = parse_optimizer_args(args.optimizer_args or [])
+        options = {**(table or {}), **arguments}
+        if _is_full_finetuning(args):
+            options.setdefault("full_finetune", True)
+        OptimizerConfig.from_toml(table or {}, source, arguments, lr=args.learning_rate)  # Says where a mistake stands.
+        config = OptimizerConfig.from_options({**options, "lr": args.learning_rate})
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    args.optimizer_type = f"library.automagic_cameamp.{name}"
+    args.optimizer_args = [f"{key}={value!r}" for key, value in options.items()]
+    return config
+
+
+def as_toml(config: OptimizerConfig) -> str:
+    """The configuration as the TOML that gives it."""
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in config.as_dict().items()}
+    lr = options.pop("lr")
+    return f"learning_rate = {lr!r}  # of groups without their own\n\n" + toml.dumps({"optimizer_config": options})
+
+
+def _is_full_finetuning(args: argparse.Namespace) -> bool:
+    """Scripts that train a network beside the model have the option; the others train the model itself."""
+    return not hasattr(args, "network_module")
+
+
+def _refuse_what_does_not_fit(args: argparse.Namespace, name: str) -> None:
+    if getattr(args, "deepspeed", False):
+        raise UserError(f"--deepspeed flattens parameters, and {name} needs their shapes; train without it")
+    if (args.lr_scheduler or "").startswith("adafactor"):
+        raise UserError(
+            f"--lr_scheduler {args.lr_scheduler} works with the optimizer Adafactor only, not with {name}; "
+            "choose another, such as constant or cosine"
+        )
+    if getattr(args, "fused_backward_pass", False):
+        raise UserError(
+            f"--fused_backward_pass works with the optimizer Adafactor only, not with {name}; "
+            "use --fused_optimizer_groups or --blockwise_fused_optimizers where the script has them"
+        )
+    if name.endswith("8bit"):
+        from ..cameamp.storage.choice import require_bitsandbytes
+
+        try:
+            require_bitsandbytes()
+        except RuntimeError as error:
+            raise UserError(str(error)) from None

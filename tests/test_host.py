@@ -1,0 +1,343 @@
+"""The plugin, against a stand-in for sd-scripts: finding it, joining the packages, options, the loop, logs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import toml
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from library.automagic_cameamp import Automagic_CameAMP, OptimizerConfig
+from library.cameamp_cli import UserError
+from library.cameamp_host.checkout import find_sd_scripts, find_training_script
+from library.cameamp_host.monitor import Monitor
+from library.cameamp_host.settings import as_toml, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = ROOT / "tests" / "stand_in"
+SCRIPT = str(ROOT / "train_network_patch.py")
+
+
+def run(*arguments, folder=None, program=(sys.executable, SCRIPT), **environment):
+    """Run the command line in a process of its own, as users do."""
+    variables = {**os.environ, "SD_SCRIPTS_DIR": str(STAND_IN), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    variables |= environment
+    command = [*program, *arguments]
+    return subprocess.run(command, cwd=folder or ROOT, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def host_args(**changed):
+    """sd-scripts' options, as far as they concern an optimizer."""
+    defaults = {
+        "optimizer_type": "Automagic_CameAMP", "optimizer_args": None, "learning_rate": 1e-4,
+        "lr_scheduler": "constant", "network_module": "networks.lora",
+    }  # fmt: skip
+    return Namespace(**{**defaults, **changed})
+
+
+# Finding it ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_place_that_holds_a_checkout_is_taken(tmp_path):
+    beside = tmp_path / "sd-scripts"
+    shutil.copytree(STAND_IN, beside)
+    inner = tmp_path / "work"
+    shutil.copytree(STAND_IN, inner / "sd-scripts")
+    assert find_sd_scripts(None, {}, inner) == inner / "sd-scripts"
+    shutil.rmtree(inner / "sd-scripts")
+    assert find_sd_scripts(None, {}, inner) == beside
+    assert find_sd_scripts(None, {}, beside) == beside
+    assert find_sd_scripts(None, {"SD_SCRIPTS_DIR": str(STAND_IN)}, inner) == STAND_IN
+    assert find_sd_scripts(str(beside), {"SD_SCRIPTS_DIR": str(STAND_IN)}, inner) == beside
+
+
+def test_a_missing_checkout_is_told_with_the_places_tried(tmp_path):
+    (tmp_path / "sd-scripts").mkdir()
+    with pytest.raises(UserError) as caught:
+        find_sd_scripts(None, {}, tmp_path)
+    text = str(caught.value)
+    assert f"./sd-scripts, {tmp_path / 'sd-scripts'}: no library/train_util.py and no train_network.py" in text
+    assert f"../sd-scripts, {tmp_path.parent / 'sd-scripts'}: not a folder" in text
+    # What the user named is not silently replaced by another one.
+    with pytest.raises(UserError, match=r"--sd_scripts, .*nowhere: not a folder"):
+        find_sd_scripts("nowhere", {"SD_SCRIPTS_DIR": str(STAND_IN)}, tmp_path)
+    with pytest.raises(UserError, match=r"SD_SCRIPTS_DIR, .*nowhere: not a folder"):
+        find_sd_scripts(None, {"SD_SCRIPTS_DIR": "nowhere"}, tmp_path)
+
+
+def test_a_missing_script_is_told_with_those_there_are(tmp_path):
+    assert find_training_script(STAND_IN, "fine_tune.py") == STAND_IN / "fine_tune.py"
+    with pytest.raises(UserError, match=r"'sdxl\.py'.* it has train_network\.py"):
+        find_training_script(STAND_IN, "sdxl.py")
+
+
+# Options ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "written", ["Automagic_CameAMP8bit", "automagic_CAMEAMP8BIT", "library.automagic_cameamp.Automagic_CameAMP8bit"]
+)
+def test_names_in_any_case_become_the_path_that_the_host_imports(written):
+    args = host_args(optimizer_type=written)
+    resolve(args)
+    assert args.optimizer_type == "library.automagic_cameamp.Automagic_CameAMP8bit"
+    assert args.optimizer_args == []
+
+
+@pytest.mark.parametrize("written", ["AdamW", "Adafactor", "", None, "other.Automagic_CameAMP"])
+def test_other_optimizers_are_left_alone(written):
+    args = host_args(optimizer_type=written, lr_scheduler="adafactor", optimizer_args=["nonsense"])
+    before = dict(vars(args))
+    assert resolve(args) is None
+    assert vars(args) == before
+
+
+def test_the_command_line_wins_over_the_table_and_the_rest_is_passed_on():
+    args = host_args(optimizer_args=["warmup_steps=7", "betas=(0.9, 0.99, 0.999)"])
+    config = resolve(args, {"warmup_steps": 3, "lr_bump": 1e-5}, "run.toml")
+    assert config == OptimizerConfig(lr=1e-4, warmup_steps=7, lr_bump=1e-5, betas=(0.9, 0.99, 0.999))
+    assert args.optimizer_args == ["warmup_steps=7", "lr_bump=1e-05", "betas=(0.9, 0.99, 0.999)"]
+    again = dict(vars(args))
+    assert resolve(args) == config
+    assert vars(args) == again
+
+
+def test_full_finetuning_is_known_from_the_script_and_can_be_overruled():
+    args = host_args()
+    del args.network_module
+    assert resolve(args).full_finetune
+    assert args.optimizer_args == ["full_finetune=True"]
+    args.optimizer_args = ["full_finetune=False"]
+    assert not resolve(args).full_finetune
+    assert not resolve(host_args()).full_finetune
+
+
+@pytest.mark.parametrize(
+    ("changed", "table", "message"),
+    [
+        ({}, {"lr_bumb": 1e-6}, r"run\.toml: \[optimizer_config\]: unknown option 'lr_bumb', did you mean 'lr_bump'"),
+        ({}, {"came": "yes"}, r"run\.toml: \[optimizer_config\]: option 'came' is 'yes'; allowed: True or False"),
+        ({}, {"lr": 1e-4}, r"\[optimizer_config\]: has the key 'lr'"),
+        ({}, 5, r"\[optimizer_config\] is 5; allowed: a table"),
+        ({"optimizer_args": ["eta"]}, None, "'eta' has no '='"),
+        ({"optimizer_args": ["eta=two"]}, None, "value of 'eta' is 'two'"),
+        ({"learning_rate": 1.0}, None, r"option 'lr' is 1\.0; allowed: a number from min_lr"),
+        ({"lr_scheduler": "adafactor"}, None, "--lr_scheduler adafactor works with the optimizer Adafactor only"),
+        ({"deepspeed": True}, None, "--deepspeed flattens parameters"),
+        ({"fused_backward_pass": True}, None, "use --fused_optimizer_groups"),
+    ],
+)
+def test_mistakes_are_told(changed, table, message):
+    with pytest.raises(UserError, match=message):
+        resolve(host_args(**changed), table, "run.toml")
+
+
+def test_8bit_without_bitsandbytes_is_told_before_the_host_tries(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    with pytest.raises(UserError, match=r"pip install 'bitsandbytes>=0\.43'"):
+        resolve(host_args(optimizer_type="Automagic_CameAMP8bit"))
+
+
+def test_the_printed_configuration_gives_the_same_one_again():
+    config = OptimizerConfig(lr=2e-4, warmup_steps=9, betas=(0.7, 0.98, 0.99), came=False)
+    document = toml.loads(as_toml(config))
+    args = host_args(learning_rate=document["learning_rate"])
+    assert resolve(args, document["optimizer_config"]) == config
+
+
+# Runs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run with spawned workers, accumulation and trackers."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "run.toml").write_text(
+        'optimizer_type = "AUTOMAGIC_cameamp"\nlearning_rate = 1e-4\n[optimizer_config]\nwarmup_steps = 3\n', "utf-8"
+    )
+    done = run(
+        "--config_file", str(folder / "run"), "--network_module", "x", "--logging_dir", str(folder / "logs"),
+        "--gradient_accumulation_steps", "2", "--max_data_loader_n_workers", "2", "--output_dir", str(folder / "state"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_goes_through_the_hosts_own_script(finished):
+    _, done = finished
+    assert "ss_optimizer library.automagic_cameamp.Automagic_CameAMP(warmup_steps=3)" in done.stdout
+    assert "2 of 2 parameters are LoRA factors" in done.stderr
+
+
+def test_both_packages_can_be_imported_in_spawned_workers(finished):
+    _, done = finished
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("imported")]
+    assert {(line[1], line[2]) for line in lines} == {
+        (str(ROOT / "library" / "automagic_cameamp.py"), str(STAND_IN / "library" / "train_util.py"))
+    }
+    assert len({line[3] for line in lines}) == 2
+
+
+def read_scalars(folder):
+    (events,) = folder.rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events)).Reload()
+    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def test_trackers_receive_the_effective_learning_rates_of_every_group(finished):
+    folder, done = finished
+    scalars = read_scalars(folder / "logs")
+    for group in (0, 1):
+        mean, low, high = (
+            dict(scalars[f"effective_lr/group{group}/{what}"]) for what in ("mean", "smallest", "largest")
+        )
+        assert set(mean) == {0, 1, 2, 3, 4}
+        assert all(low[step] <= mean[step] <= high[step] for step in mean)
+    # The scheduler's own value says nothing of the mask and the row scaling.
+    assert len({round(value, 9) for _, value in scalars["effective_lr/group0/mean"]}) > 2
+    assert "lr=" in done.stderr
+
+
+def test_the_state_is_saved_by_accelerate_and_resumed(finished):
+    folder, _ = finished
+    saved = torch.load(folder / "state" / "optimizer.bin", weights_only=True)
+    assert [saved["state"][key]["step"] for key in (0, 1)] == [4, 4]
+    done = run(
+        "--optimizer_type", "Automagic_CameAMP", "--learning_rate", "1e-4", "--optimizer_args", "warmup_steps=3",
+        "--network_module", "x", "--resume", str(folder / "state"), "--output_dir", str(folder / "again"),
+        "--max_train_steps", "2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = torch.load(folder / "again" / "optimizer.bin", weights_only=True)
+    assert [again["state"][key]["step"] for key in (0, 1)] == [6, 6]
+
+
+def test_other_optimizers_train_on():
+    done = run("--max_train_steps", "2", "--network_module", "x")
+    assert done.returncode == 0, done.stderr
+    assert "ss_optimizer torch.optim.adamw.AdamW()" in done.stdout
+    assert "lr=" not in done.stderr
+
+
+def test_full_finetuning_with_an_optimizer_a_layer(tmp_path):
+    done = run(
+        "--train_script", "fine_tune.py", "--optimizer_type", "Automagic_CameAMP", "--logging_dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("full_finetune")]
+    assert lines == [
+        "full_finetune True names ['0.bias', '0.weight']",
+        "full_finetune True names ['1.bias', '1.weight']",
+    ]
+    assert {"effective_lr/group0/mean", "effective_lr/group1/mean"} <= set(read_scalars(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "error"),
+    [
+        (("--print_optimizer_config", "--optimizer_type", "Automagic_CameAMP"), 0, "warmup_steps = 500", ""),
+        (("--print_optimizer_config",), 2, "", "the optimizer is AdamW"),
+        (("--optimizer_type", "Automagic_CameAMP", "--optimizer_args", "etta=3"), 2, "", "did you mean 'eta'?"),
+        (("--train_script", "nothing.py"), 2, "", "--train_script is 'nothing.py'"),
+        (("--config_file", "nothing"), 2, "", "nothing.toml: cannot be read"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_a_run_before_the_model_is_loaded(arguments, code, out, error):
+    done = run(*arguments, "--network_module", "x") if "--train_script" not in arguments else run(*arguments)
+    assert (done.returncode, "loading the model" in done.stdout) == (code, False), done.stderr
+    assert out in done.stdout
+    assert error in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_files_copied_into_the_host_need_nothing_else_of_ours(tmp_path):
+    host = tmp_path / "host"
+    shutil.copytree(STAND_IN, host)
+    shutil.copy(ROOT / "library" / "automagic_cameamp.py", host / "library")
+    shutil.copytree(ROOT / "library" / "cameamp", host / "library" / "cameamp")
+    done = run(
+        "--optimizer_type", "library.automagic_cameamp.Automagic_CameAMP", "--optimizer_args", "warmup_steps=2",
+        program=(sys.executable, "train_network.py"), folder=host,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"imported {host / 'library' / 'automagic_cameamp.py'}" in done.stdout
+    assert "Automagic_CameAMP(warmup_steps=2)" in done.stdout
+
+
+# Reading no more than is shown --------------------------------------------------------------------------------------
+
+
+class Bar:
+    """A progress bar that keeps what it is told."""
+
+    disable = False
+
+    def set_postfix(self, **values):
+        self.shown = values
+
+
+class Tracker:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, values, step=None):
+        self.logged.append(values)
+
+
+@pytest.fixture
+def monitored(monkeypatch):
+    """A monitor of an optimizer, and the list that each of its readings adds to."""
+    readings = []
+    from library.cameamp_host import monitor as module
+
+    values_of = module.values_of
+    monkeypatch.setattr(module, "values_of", lambda optimizers: readings.append(1) or values_of(optimizers))
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    optimizer = Automagic_CameAMP([p])
+    p.grad = torch.randn(4, 4)
+    optimizer.step()
+    return Monitor([optimizer]), readings
+
+
+def test_one_reading_serves_all_who_show_a_step(monitored):
+    monitor, readings = monitored
+    trackers = [Tracker(), Tracker()]
+    for tracker in trackers:
+        monitor.add_to_tracker(tracker)
+    monitor.step_ends()
+    for tracker in trackers:
+        tracker.log({"lr/unet": 1.0}, step=1)
+        tracker.log({"loss/epoch": 1.0}, step=1)
+    assert [sorted(values)[0] for values in trackers[0].logged] == ["effective_lr/group0/largest", "loss/epoch"]
+    assert len(readings) == 1
+    monitor.step_ends()
+    assert len(readings) == 1
+
+
+def test_the_bar_alone_reads_every_tenth_step(monitored, monkeypatch):
+    monitor, readings = monitored
+    bar_class = type("HostBar", (Bar,), {})
+    monitor.add_to_progress_bars(bar_class)
+    bar = bar_class()
+    for _ in range(20):
+        monitor.step_ends()
+        bar.set_postfix(avr_loss=0.5)
+        assert bar.shown["lr"] == "1.00e-06"
+    assert len(readings) == 2
+    bar.set_postfix(val_avg_loss=0.5)
+    assert bar.shown == {"val_avg_loss": 0.5}
+    bar.disable = True
+    monitor.step_ends()
+    bar.set_postfix(avr_loss=0.5)
+    assert bar.shown == {"avr_loss": 0.5}
+    assert len(readings) == 2

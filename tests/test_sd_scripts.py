@@ -1,0 +1,376 @@
+"""The plugin inside the real sd-scripts: its parsers, networks, training loop, states and logs.
+
+Set SD_SCRIPTS_DIR to a checkout of kohya-ss/sd-scripts and run pytest in an environment that has its requirements.
+SD15_DIR may name a folder with a full-size SD 1.5 (`model`, `tokenizers`, `data`), for the runs of whole scripts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from sd_scripts.data import make_data
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import library
+from library.automagic_cameamp import OptimizerConfig
+from library.cameamp.config import OPTION_NAMES
+from library.cameamp_cli import OWN_OPTIMIZERS
+
+SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR", "")
+MISSING = [name for name in ("cv2", "torchvision", "voluptuous") if importlib.util.find_spec(name) is None]
+
+if not SD_SCRIPTS:
+    pytest.skip("SD_SCRIPTS_DIR is not set: no sd-scripts to run in", allow_module_level=True)
+if MISSING:
+    pytest.skip(f"sd-scripts' requirements are not installed: {', '.join(MISSING)}", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tests" / "sd_scripts" / "tiny_network.py")
+NETWORK_SCRIPTS = [
+    "train_network", "sdxl_train_network", "sd3_train_network", "flux_train_network", "lumina_train_network",
+    "anima_train_network", "hunyuan_image_train_network",
+]  # fmt: skip
+FULL_SCRIPTS = ["fine_tune", "sdxl_train", "sd3_train", "flux_train"]
+
+
+def run(*arguments, program=None, **environment):
+    """Run the command line in a process of its own, on the CPU."""
+    command = [*(program or [sys.executable]), str(ROOT / "train_network_patch.py"), *arguments]
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1800)
+    # The host's log breaks its lines.
+    done.log = re.sub(r"\s+", " ", done.stderr)
+    return done
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def train_util():
+    """sd-scripts' own, with the plugin in it."""
+    from library.cameamp_host.packages import join
+    from library.cameamp_host.plugin import Plugin
+
+    join(Path(SD_SCRIPTS).resolve())
+    module = importlib.import_module("library.train_util")
+    Plugin().install(module)
+    return module
+
+
+# Packages and parsers -----------------------------------------------------------------------------------------------
+
+
+def test_no_module_of_one_package_hides_one_of_the_other(train_util):
+    ours, theirs = ({path.stem for path in Path(folder).iterdir()} for folder in library.__path__[:2])
+    assert ours & theirs <= {"__init__", "__pycache__"}
+
+
+@pytest.mark.parametrize("script", NETWORK_SCRIPTS + FULL_SCRIPTS)
+def test_every_script_resolves_our_optimizers(train_util, script, tmp_path, monkeypatch):
+    parser = importlib.import_module(script).setup_parser()
+    assert not {action.dest for action in parser._actions} & set(OPTION_NAMES), "an option of ours is one of theirs"
+    file = tmp_path / "run.toml"
+    file.write_text('optimizer_type = "automagic_CAMEAMP"\n[optimizer_config]\nwarmup_steps = 7\n', "utf-8")
+    argv = ["--config_file", str(file), "--learning_rate", "1e-4", "--optimizer_args", "lr_bump=1e-5"]
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    args = train_util.read_config_from_file(parser.parse_args(argv), parser)
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    name, options, optimizer = train_util.get_optimizer(args, trainable_params=[{"params": [p], "lr": 2e-4}])
+    assert name == "library.automagic_cameamp.Automagic_CameAMP"
+    full = script in FULL_SCRIPTS
+    assert options == "warmup_steps=7,lr_bump=1e-05" + (",full_finetune=True" if full else "")
+    assert optimizer.config == OptimizerConfig(lr=1e-4, warmup_steps=7, lr_bump=1e-5, full_finetune=full)
+
+
+@pytest.mark.parametrize("script", NETWORK_SCRIPTS + FULL_SCRIPTS)
+@pytest.mark.parametrize("written", [(), ("--optimizer_type", "AdamW8bit"), ("--optimizer_type", "Prodigy")])
+def test_every_other_optimizer_stays(train_util, script, written, monkeypatch):
+    parser = importlib.import_module(script).setup_parser()
+    monkeypatch.setattr(sys, "argv", [script, *written])
+    args = train_util.read_config_from_file(parser.parse_args(list(written)), parser)
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    name, _, _ = train_util.get_optimizer(args, trainable_params=[{"params": [p]}])
+    expected = written[1].lower() if written else "adamw"
+    assert name.rpartition(".")[2].lower() == expected
+
+
+SCHEDULERS = [
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "warmup_stable_decay", "piecewise_constant",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_multiplies(train_util, scheduler):
+    parser = importlib.import_module("train_network").setup_parser()
+    warmup = [] if scheduler in ("constant", "piecewise_constant") else ["--lr_warmup_steps", "2"]
+    extra = {
+        "cosine_with_min_lr": ["--lr_scheduler_min_lr_ratio", "0.1"],
+        "warmup_stable_decay": ["--lr_decay_steps", "4", "--lr_scheduler_min_lr_ratio", "0.1"],
+        "piecewise_constant": ["--lr_scheduler_args", "step_rules='1:3,0.5'"],
+    }.get(scheduler, [])
+    args = parser.parse_args(
+        ["--optimizer_type", "Automagic_CameAMP", "--learning_rate", "1e-4", "--max_train_steps", "10",
+         "--optimizer_args", "warmup_steps=0", "--lr_scheduler", scheduler, *warmup, *extra]
+    )  # fmt: skip
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    _, _, optimizer = train_util.get_optimizer(args, trainable_params=[{"params": [p], "lr": 2e-4}])
+    schedule = train_util.get_scheduler_fix(args, optimizer, 1)
+    for _ in range(6):
+        p.grad = torch.randn(3, 3)
+        optimizer.step()
+        schedule.step()
+    (rate,) = schedule.get_last_lr()
+    mean, smallest, largest = optimizer.effective_learning_rates()[0]
+    assert rate > 0
+    assert (mean, smallest, largest) == pytest.approx((rate,) * 3, rel=1e-5)
+
+
+# LoRA detection -----------------------------------------------------------------------------------------------------
+
+
+def model_of(block_name, size=32):
+    """A model with one block whose class has the name that a network module looks for."""
+    block_class = type(block_name, (torch.nn.Module,), {})
+    block = block_class()
+    for layer in ("img_attn_proj", "img_mlp_0", "context_block_attn", "x_block_mlp"):
+        setattr(block, layer, torch.nn.Linear(size, size))
+    model = torch.nn.Module()
+    model.double_blocks = torch.nn.ModuleList([block])
+    return model
+
+
+def _groups_of(network):
+    try:
+        return network.prepare_optimizer_params(None, 1e-4, 1e-4)
+    except TypeError:
+        return network.prepare_optimizer_params(None, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "block", "options", "is_lora"),
+    [
+        ("networks.lora", "Transformer2DModel", {}, True),
+        ("networks.lora_fa", "Transformer2DModel", {}, True),
+        ("networks.dylora", "Transformer2DModel", {"unit": "2"}, True),
+        ("networks.oft", "Transformer2DModel", {"enable_all_linear": "True"}, False),
+        ("networks.lora_flux", "DoubleStreamBlock", {}, True),
+        ("networks.oft_flux", "DoubleStreamBlock", {"enable_all_linear": "True"}, False),
+        ("networks.lora_sd3", "SingleDiTBlock", {}, True),
+        ("networks.lora_lumina", "JointTransformerBlock", {}, True),
+        ("lycoris.kohya", "Transformer2DModel", {"algo": "lora"}, True),
+        ("lycoris.kohya", "Transformer2DModel", {"algo": "loha"}, True),
+        ("lycoris.kohya", "Transformer2DModel", {"algo": "lokr", "factor": "4"}, True),
+        ("lycoris.kohya", "Transformer2DModel", {"algo": "full"}, False),
+    ],
+)
+def test_lora_is_recognized_by_the_networks_own_names(train_util, module, block, options, is_lora, monkeypatch):
+    network_module = pytest.importorskip(module) if module.startswith("lycoris") else importlib.import_module(module)
+    unet = model_of(block)
+    text_encoder = torch.nn.Module()
+    text_encoders = [text_encoder, text_encoder] if re.search("sd3|flux|lumina", module) else text_encoder
+    network = network_module.create_network(1.0, 4, 4.0, None, text_encoders, unet, neuron_dropout=None, **options)
+    network.apply_to(text_encoders, unet, False, True)
+    network.prepare_grad_etc(text_encoders, unet)
+    parser = importlib.import_module("train_network").setup_parser()
+    args = parser.parse_args(["--optimizer_type", "Automagic_CameAMP", "--learning_rate", "1e-4"])
+    accelerator = train_util.prepare_accelerator(args)
+    many = getattr(network, "prepare_optimizer_params_with_multiple_te_lrs", None)
+    groups = many(None, 1e-4, 1e-4) if many else _groups_of(network)
+    groups = groups[0] if isinstance(groups, tuple) else groups
+    _, _, optimizer = train_util.get_optimizer(args, groups)
+    accelerator.prepare(network, optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    assert parameters
+    assert set(map(id, parameters)) <= set(map(id, optimizer._names))
+    factors = optimizer._find_factors()
+    matrices = [p for p in parameters if p.ndim >= 2]
+    assert factors == (set(matrices) if is_lora else set())
+
+
+# Runs of the host's own loop ----------------------------------------------------------------------------------------
+
+
+def many(folder, common, runs, **environment):
+    """Several runs of the small models in one process."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps([[*common, *more] for more in runs]), "utf-8")
+    done = run("--train_script", TINY, "--runs", str(file), **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def ours(output, name="Automagic_CameAMP", steps=4, *more, options=()):
+    return [
+        "--output_dir", str(output), "--optimizer_type", name, "--max_train_steps", str(steps),
+        "--learning_rate", "1e-4", "--network_module", "networks.lora",
+        *(["--optimizer_args", *options] if options else []), *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN_OPTIMIZERS)
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(name, tmp_path, common):
+    """Text encoder trained and not; the warm-up's end, and its half, before, on and after the break at 4 steps."""
+    rank = ["--network_dim", "32"]  # Some factors are large enough for 8 bits.
+    cases = [(text, warmup) for text in (False, True) for warmup in (2, 4, 6, 8, 12)]
+    runs = []
+    for text, warmup in cases:
+        more = [*rank, *([] if text else ["--network_train_unet_only"])]
+        options = [f"warmup_steps={warmup}", *(["momentum_scales=(1,2,3)"] if "COptim" in name else [])]
+        here = tmp_path / f"{text}{warmup}"
+        runs += [
+            ours(here / "straight", name, 8, *more, "--save_state", options=options),
+            ours(here / "half", name, 4, *more, "--save_state", options=options),
+            ours(here / "resumed", name, 4, *more, "--save_state", "--resume", str(here / "half" / "a-state"),
+                 "--first_batch", "4", options=options),
+        ]  # fmt: skip
+    many(tmp_path, common, runs)
+    for text, warmup in cases:
+        here = tmp_path / f"{text}{warmup}"
+        straight, resumed = (load_file(str(here / kind / "a.safetensors")) for kind in ("straight", "resumed"))
+        assert any("lora_te" in key for key in straight) == text
+        assert straight.keys() == resumed.keys()
+        for key, value in straight.items():
+            assert torch.equal(value, resumed[key]), (text, warmup, key)
+        states = [
+            torch.load(here / kind / "a-state" / "optimizer.bin", weights_only=True)["state"]
+            for kind in ("straight", "resumed")
+        ]
+        for key, state in states[0].items():
+            for entry, value in state.items():
+                other = states[1][key][entry]
+                same = torch.equal(value, other) if torch.is_tensor(value) else value == other
+                assert same, (text, warmup, key, entry)
+
+
+def test_the_hosts_options_work(tmp_path, common):
+    """Each run is one process' worth of the host's loop; what is asserted is what the run left behind."""
+    runs = {
+        "loraplus": ["--network_args", "loraplus_lr_ratio=16"],
+        "lrs": ["--unet_lr", "2e-4", "--text_encoder_lr", "5e-5", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"],
+        "accumulation": ["--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5"],
+        "norms": ["--scale_weight_norms", "1.0", "--network_train_unet_only"],
+        "bf16": ["--full_bf16", "--mixed_precision", "bf16"],
+        "text": ["--network_train_text_encoder_only"],
+    }
+    many(
+        tmp_path, common,
+        [
+            ours(tmp_path / key, OWN_OPTIMIZERS[-1], 3, "--save_state", "--logging_dir", f"{tmp_path / key}/logs", *more)
+            for key, more in runs.items()
+        ],
+    )  # fmt: skip
+    for key in runs:
+        assert load_file(str(tmp_path / key / "a.safetensors"))
+        saved = torch.load(tmp_path / key / "a-state" / "optimizer.bin", weights_only=True)
+        assert {state["step"] for state in saved["state"].values()} == {3}, key
+        scalars = read_scalars(tmp_path / key / "logs")
+        assert len(scalars["effective_lr/group0/mean"]) >= 3
+        groups = saved["param_groups"]
+        rates = {round(group["initial_lr"], 8) for group in groups}
+        if key == "loraplus":
+            assert rates == {1e-4, 1.6e-3}
+            assert {group["max_lr"] for group in groups} == {1e-3, 1.6e-3}
+        if key == "lrs":
+            assert rates == {2e-4, 5e-5}
+
+
+def read_scalars(folder):
+    (events,) = folder.rglob("events.out.tfevents.*")
+    log = EventAccumulator(str(events)).Reload()
+    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("name", OWN_OPTIMIZERS)
+def test_two_processes_keep_the_same_weights(name, tmp_path, common):
+    done = run(
+        "--train_script", TINY, *common, *ours(tmp_path, name, 6, options=["warmup_steps=4"]),
+        program=[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = dict(re.findall(r"rank (\d) ends with (\w+)", done.stdout))
+    assert set(ends) == {"0", "1"}
+    assert ends["0"] == ends["1"]
+
+
+def test_an_unpatched_host_takes_the_copied_files(tmp_path, common):
+    """The files are linked into a copy of the host that shares everything else with it."""
+    host = tmp_path / "host"
+    host.mkdir()
+    for item in Path(SD_SCRIPTS).resolve().iterdir():
+        if item.name != "library":
+            (host / item.name).symlink_to(item)
+    (host / "library").mkdir()
+    for item in [*(Path(SD_SCRIPTS).resolve() / "library").iterdir(), ROOT / "library" / "automagic_cameamp.py",
+                 ROOT / "library" / "cameamp"]:  # fmt: skip
+        (host / "library" / item.name).symlink_to(item)
+    (host / "tiny_network.py").write_text(Path(TINY).read_text("utf-8"), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "tiny_network.py", *common,
+         *ours(tmp_path / "o", "library.automagic_cameamp.Automagic_CameAMP", 2, options=["warmup_steps=2"])],
+        cwd=host, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    with safe_open(str(tmp_path / "o" / "a.safetensors"), "pt") as file:
+        name = "library.automagic_cameamp.Automagic_CameAMP(warmup_steps=2)"
+        assert file.metadata()["ss_optimizer"] == name
+
+
+# Whole scripts, with a full-size model --------------------------------------------------------------------------------
+
+SD15 = os.environ.get("SD15_DIR", "")
+needs_sd15 = pytest.mark.skipif(not SD15, reason="SD15_DIR is not set: no full-size model to train")
+
+
+def sd15_arguments(output):
+    return [
+        "--pretrained_model_name_or_path", f"{SD15}/model", "--tokenizer_cache_dir", f"{SD15}/tokenizers",
+        "--resolution", "64,64", "--output_dir", str(output), "--output_name", "a", "--learning_rate", "1e-4",
+        "--mixed_precision", "no", "--cache_latents", "--max_data_loader_n_workers", "0", "--save_state", "--seed", "1",
+        "--logging_dir", str(output / "logs"),
+    ]  # fmt: skip
+
+
+@needs_sd15
+def test_a_lora_of_sd15_under_accelerate_launch(tmp_path):
+    network = ["--network_module", "networks.lora", "--network_dim", "4", "--network_train_unet_only"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    for steps, more in ((3, ()), (2, ("--resume", str(tmp_path / "a-state")))):
+        done = run(
+            "--train_data_dir", f"{SD15}/data", *sd15_arguments(tmp_path), *network, "--max_train_steps", str(steps),
+            "--optimizer_type", OWN_OPTIMIZERS[-1], "--optimizer_args", "warmup_steps=2", *more, program=launch,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    saved = torch.load(tmp_path / "a-state" / "optimizer.bin", weights_only=True)
+    assert {state["step"] for state in saved["state"].values()} == {5}
+    with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:
+        assert file.metadata()["ss_optimizer"].startswith(f"library.automagic_cameamp.{OWN_OPTIMIZERS[-1]}(")
+
+
+@needs_sd15
+def test_all_of_sd15_with_8bit_states(tmp_path):
+    metadata = {str(path): {"caption": "a cat"} for path in sorted(Path(SD15, "data").rglob("*.png"))}
+    (tmp_path / "images.json").write_text(json.dumps(metadata), "utf-8")
+    done = run(
+        "--train_script", "fine_tune.py", "--train_data_dir", f"{SD15}/data",
+        "--in_json", str(tmp_path / "images.json"),
+        *(word for word in sd15_arguments(tmp_path) if word != "--save_state"), "--max_train_steps", "2",
+        "--optimizer_type", "Automagic_CameAMP8bit", "--optimizer_args", "warmup_steps=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "none of 686 parameters is a LoRA factor" in done.log or "ALLoRA" in done.log
+    assert len(read_scalars(tmp_path / "logs")["effective_lr/group0/mean"]) == 2
