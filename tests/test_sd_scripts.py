@@ -267,13 +267,8 @@ def test_the_hosts_options_work(tmp_path, common):
         "bf16": ["--full_bf16", "--mixed_precision", "bf16"],
         "text": ["--network_train_text_encoder_only"],
     }
-    many(
-        tmp_path, common,
-        [
-            ours(tmp_path / key, OWN_OPTIMIZERS[-1], 3, "--save_state", "--logging_dir", f"{tmp_path / key}/logs", *more)
-            for key, more in runs.items()
-        ],
-    )  # fmt: skip
+    shared = [OWN_OPTIMIZERS[-1], 3, "--save_state", "--logging_dir"]
+    many(tmp_path, common, [ours(tmp_path / key, *shared, f"{tmp_path / key}/logs", *runs[key]) for key in runs])
     for key in runs:
         assert load_file(str(tmp_path / key / "a.safetensors"))
         saved = torch.load(tmp_path / key / "a-state" / "optimizer.bin", weights_only=True)
