@@ -27,6 +27,7 @@ from .storage import Storage
 from .storage.choice import full
 from .storage.convert import is_kept, to_full
 from .storage.full import Full
+from .storage.momenta import momentum_storages
 from .techniques import agr, allora, lr_mask, multiscale, weight_decay
 from .workspace import Work, Workspace
 
@@ -205,7 +206,7 @@ class CameAMP(Optimizer):
             self._log_progress(number, batches)
         if multiplier is not None:
             everything = [batch for _, batches, _ in measured for batch in batches]
-            grads, changes = ([piece for piece in pieces] for pieces in zip(*watched))
+            grads, changes = (list(pieces) for pieces in zip(*watched))
             sampler = self._sample()
             self.c_optim.follow(sampler.gather(everything, grads), sampler.gather(everything, changes))
         return loss
@@ -404,7 +405,8 @@ class CameAMP(Optimizer):
         """Mean, smallest and largest effective learning rate of each group; one read-back from the device in all.
 
         The effective learning rate of an element is its mask times the scheduler's factor, and for LoRA factors times
-        ALLoRA's row scaling; in the contextual optimizers the mask counts times the multiplier. Before the first step of a group it is the group's learning rate.
+        ALLoRA's row scaling; in the contextual optimizers the mask counts times the multiplier. Before the first step
+        of a group it is the group's learning rate.
         """
         summaries = [self._summarize_lr(number) for number in range(len(self.param_groups))]
         known = [summary for summary in summaries if summary is not None]
@@ -604,12 +606,21 @@ class CameAMP(Optimizer):
         phase = self._phase(number, batch)
         if reading and not batch.traits.has_polarity:
             phase = phase._replace(warmup=False)
-        names = [*phase.state_names(config.came), *map(momentum_name, self._momentum_scales(number))]
-        return {name: self._storage(name, batch.params[0], config) for name in names}
+        names = phase.state_names(config.came)
+        storages = {name: self._storage(name, batch.params[0], config) for name in names}
+        return {**storages, **self._momentum_storages(batch.params[0], config)}
 
     def _storage(self, name: str, p: Tensor, config: OptimizerConfig) -> Storage:
         choose = full if p in self._unquantizable else type(self)._choose_storage
         return choose(name, p.numel(), config)
+
+    def _momentum_storages(self, p: Tensor, config: OptimizerConfig) -> dict[str, Storage]:
+        """How each multi-scale momentum of a parameter is kept, by the state's name."""
+        if not self._contextual:
+            return {}
+        rows = p.shape[0] if p.ndim else 1
+        storages = momentum_storages(config.momentum_scales, rows, p.numel() // rows)
+        return {momentum_name(k): Full() if p in self._unquantizable else s for k, s in storages.items()}
 
     def _find_factors(self) -> set[Tensor]:
         groups = [group["params"] for group in self.param_groups]

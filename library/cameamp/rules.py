@@ -166,7 +166,7 @@ def take_step_(
     direction = grad.sign_()
     watched_grad = every_nth(sg, watch_every) if watch_every else None
 
-    drive = _multi_scale_momentum(sg, states, scalars, config, work)
+    drive = _multi_scale_momentum(sg, direction, states, scalars, config, work)
     exp_avg = states.read("exp_avg")
     if phase.early:
         s = states.read("s")
@@ -221,9 +221,13 @@ def every_nth(stack: Tensor, n: int) -> Tensor:
 
 
 def _multi_scale_momentum(
-    sg: Tensor, states: States, scalars: StepScalars, config: OptimizerConfig, work: Work
+    sg: Tensor, direction: Tensor, states: States, scalars: StepScalars, config: OptimizerConfig, work: Work
 ) -> Tensor | None:
-    """Update the momenta that are due, and return the mean of all; None where there are none yet."""
+    """Update the momenta that are due, and return the mean of all; None where there are none yet.
+
+    An element whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know
+    which elements never had a gradient, and those must not drift.
+    """
     drive = None
     for period, rate, share in zip(config.momentum_scales, scalars.scale_rates, scalars.scale_shares):
         if isinstance(share, float) and share == 0:  # Never updated yet, nor now.
@@ -237,7 +241,8 @@ def _multi_scale_momentum(
             drive = multiscale.add_share_(drive, momentum, share)
         if not isinstance(rate, float) or rate > 0:
             states.write(momentum_name(period), momentum)
-    return drive
+        del momentum
+    return None if drive is None else drive.mul_(direction).mul_(direction)
 
 
 def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:

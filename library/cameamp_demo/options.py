@@ -136,7 +136,12 @@ def optimizer_name(optimizer_type: str) -> str | None:
     return next((name for name in OWN_OPTIMIZERS if name.lower() == short.lower()), None)
 
 
-OWN_OPTIMIZERS = ("Automagic_CameAMP", "Automagic_CameAMP8bit")
+OWN_OPTIMIZERS = (
+    "Automagic_CameAMP",
+    "Automagic_CameAMP8bit",
+    "Automagic_CameAMP_COptim",
+    "Automagic_CameAMP_COptim8bit",
+)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from ..cameamp.optimizer import CameAMP
 from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch
 from .model import TIMESTEPS, load_base
 from .network import LoRANetwork
-from .options import Run, UserError, optimizer_name
+from .options import OWN_OPTIMIZERS, Run, UserError, optimizer_name
 from .pictures import History, sample_digits, save_course, save_samples
 
 _HELD_OUT_REPEATS = 4
@@ -142,6 +142,7 @@ class Trainer:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.options.max_grad_norm > 0:
                     self.accelerator.clip_grad_norm_(self.network.parameters(), self.options.max_grad_norm)
+                family.report_loss(self.optimizer, loss)
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -265,7 +266,7 @@ class Trainer:
         self.step, self.history = step, history
 
 
-_ALLOWED_OPTIMIZERS = f"{', '.join(family.__all__)} or a class of torch.optim"
+_ALLOWED_OPTIMIZERS = f"{', '.join(OWN_OPTIMIZERS)} or a class of torch.optim"
 
 
 def _torch_optimizer(name: str) -> Any:
