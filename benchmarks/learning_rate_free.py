@@ -1,10 +1,10 @@
-"""Is there a learning rate to choose? Held-out loss of the embedded LoRA fine-tune from four learning rates, beside AdamW.
+"""Is there a learning rate to choose? Held-out loss of the embedded LoRA fine-tune from four of them, beside AdamW.
 
     python -m benchmarks.learning_rate_free [--seeds 3] [--steps 200] [--bits 32 8] [--parts] [--rank 16]
 
-The contextual optimizers start from 1e-6, 1e-5, 1e-4 and 1e-3; torch's AdamW runs at five learning rates of its own, and
-the best one counts. `--parts` switches parts of the contextual optimizer off, one at a time. Finished runs are kept in a
-file, so that the command can be stopped and started again.
+The contextual optimizers start from 1e-6, 1e-5, 1e-4 and 1e-3; torch's AdamW runs at five learning rates of its own,
+and the best one counts. `--parts` switches parts of the contextual optimizer off, one at a time. Finished runs are kept
+in a file, so that the command can be stopped and started again.
 """
 
 from __future__ import annotations

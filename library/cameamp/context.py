@@ -7,7 +7,7 @@ documented calls turn one into a Python number, and that is what costs a read-ba
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,10 +89,10 @@ class ContextualOptimizationModule:
             torch.zeros_like(reported) if unusable is None else unusable.to(reported.dtype),
             *_products(last, gradient),
         ])  # fmt: skip
-        loss_sum, reports, lost, dot, *squares = distributed.add_up(sums).unbind()
+        loss_sum, reports, lost, *products = distributed.add_up(sums).unbind()
         mean_loss = loss_sum / reports
         self._remember("loss_history", mean_loss)
-        self._remember("gradient_history", _cosine(dot, *squares, absent=torch.nan))
+        self._remember("gradient_history", _cosine(products, absent=torch.nan))
         self._samples["last_gradient"] = gradient.bfloat16()
         broken = (lost > 0) | ((reports > 0) & ~mean_loss.isfinite())
         values["confidence"] = torch.where(broken, 1.0, self._confidence())
@@ -115,7 +115,7 @@ class ContextualOptimizationModule:
         values = self._values
         last = self._samples["last_change"]
         last = torch.zeros_like(change) if last is None or last.shape != change.shape else last.float()
-        alignment = _cosine(*distributed.add_up(torch.stack(_products(last, scaled_grad))).unbind(), absent=0.0)
+        alignment = _cosine(distributed.add_up(torch.stack(_products(last, scaled_grad))), absent=0.0)
         begun = (last != 0).any()
         growth = torch.exp(_GAIN * self._rate * (alignment + _OFFSET))
         growth = torch.where(begun, growth, 1.0)
@@ -232,6 +232,14 @@ class ContextualOptimizationModule:
             }
 
 
+_SAVED = ("c_optim_context", "edge_case_count", "contextual_lr_multiplier")
+
+
+def is_in(saved: Mapping[str, Any]) -> bool:
+    """Whether a saved parameter group carries a context, or a part of one."""
+    return any(key in saved for key in _SAVED)
+
+
 def check(saved: Mapping[str, Any]) -> None:
     """Check a saved context.
 
@@ -265,8 +273,9 @@ def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)
 
 
-def _cosine(dot: Tensor, x_square: Tensor, y_square: Tensor, absent: float) -> Tensor:
-    """The cosine of two vectors from their products; `absent` where one of them is 0."""
+def _cosine(products: Tensor | Sequence[Tensor], absent: float) -> Tensor:
+    """The cosine of two vectors from what `_products` gave; `absent` where one of them is 0."""
+    dot, x_square, y_square = products
     return torch.where((x_square > 0) & (y_square > 0), dot / (x_square * y_square).sqrt(), absent)
 
 

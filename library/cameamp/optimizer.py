@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
+from .context import ContextualOptimizationModule
 from .fused import FusedRules
 from .rounding import stochastic_round
-from .context import ContextualOptimizationModule
-from .rules import Phase, StepScalars, Watched, every_nth, lr_factor, momentum_name, take_step_
+from .rules import Phase, StepScalars, Watched, every_nth, lr_factor, momentum_count, momentum_name, take_step_
 from .sampling import Sampler
 from .storage import Storage
 from .storage.choice import full
@@ -106,9 +106,7 @@ class CameAMP(Optimizer):
         self._unquantizable: set[Tensor] = set()
         self._losses: list[Tensor | float] = []  # reported since the last step
         if self._contextual:
-            self.c_optim = ContextualOptimizationModule(
-                config.context_window, config.edge_threshold, config.adaptation_rate
-            )
+            self.c_optim = self._new_context()
         self._forget_layout()
         super().__init__(params, config.as_dict())
 
@@ -272,6 +270,10 @@ class CameAMP(Optimizer):
         largest = max(float(group["lr"]) for group in self.param_groups)
         self.c_optim.update_context(gradient, loss, largest, unusable)
         return self.c_optim.multiplier()
+
+    def _new_context(self) -> ContextualOptimizationModule:
+        config = self.config
+        return ContextualOptimizationModule(config.context_window, config.edge_threshold, config.adaptation_rate)
 
     def _tell_bounds(self) -> None:
         largest = max(self._initial_lr(number) for number in range(len(self.param_groups)))
@@ -485,6 +487,8 @@ class CameAMP(Optimizer):
         derived = self._derived_values()
         parameters = [p for group in self.param_groups for p in group["params"]]
         saved["state"] = {key: {**state, **derived.get(parameters[key], {})} for key, state in saved["state"].items()}
+        if self._contextual:
+            saved["param_groups"][0].update(self.c_optim.state_dict())
         saved["magic_version"] = checkpoint.VERSION
         return saved
 
@@ -523,11 +527,17 @@ class CameAMP(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         configs = [options.config for options in self._group_options]
-        restored = checkpoint.restore(state_dict, self.param_groups, configs, self._names, self._storage)
+        restored = checkpoint.restore(
+            state_dict, self.param_groups, configs, self._names, self._storage, self._contextual
+        )
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
         for group, rates in zip(self.param_groups, restored.learning_rates):
             group.update(rates)
+        if self._contextual:
+            self.c_optim = self._new_context()
+            if restored.context is not None:
+                self.c_optim.load_state_dict(restored.context)
         self.__setstate__({"state": defaultdict(dict, restored.state), "param_groups": self.param_groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -606,21 +616,17 @@ class CameAMP(Optimizer):
         phase = self._phase(number, batch)
         if reading and not batch.traits.has_polarity:
             phase = phase._replace(warmup=False)
-        names = phase.state_names(config.came)
-        storages = {name: self._storage(name, batch.params[0], config) for name in names}
-        return {**storages, **self._momentum_storages(batch.params[0], config)}
+        names = [*phase.state_names(config.came), *map(momentum_name, self._momentum_scales(number))]
+        return {name: self._storage(name, batch.params[0], config) for name in names}
 
     def _storage(self, name: str, p: Tensor, config: OptimizerConfig) -> Storage:
-        choose = full if p in self._unquantizable else type(self)._choose_storage
-        return choose(name, p.numel(), config)
-
-    def _momentum_storages(self, p: Tensor, config: OptimizerConfig) -> dict[str, Storage]:
-        """How each multi-scale momentum of a parameter is kept, by the state's name."""
-        if not self._contextual:
-            return {}
-        rows = p.shape[0] if p.ndim else 1
-        storages = momentum_storages(config.momentum_scales, rows, p.numel() // rows)
-        return {momentum_name(k): Full() if p in self._unquantizable else s for k, s in storages.items()}
+        if p in self._unquantizable:
+            return full(name, p.numel(), config)
+        for period in config.momentum_scales:
+            if name == momentum_name(period):
+                rows = p.shape[0] if p.ndim else 1
+                return momentum_storages(config.momentum_scales, rows, p.numel() // rows)[period]
+        return type(self)._choose_storage(name, p.numel(), config)
 
     def _find_factors(self) -> set[Tensor]:
         groups = [group["params"] for group in self.param_groups]
@@ -645,11 +651,6 @@ class CameAMP(Optimizer):
         self._workspace = Workspace(stacks=5 if self._contextual else 4)
         if self._contextual and self.__dict__.get("_group_options"):
             self._tell_bounds()
-
-
-def momentum_count(period: int) -> str:
-    """The state that counts the updates of the multi-scale momentum of a period."""
-    return f"momentum_count_{period}"
 
 
 def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> tuple[Tensor, list[Tensor] | list[None]]:

@@ -64,6 +64,11 @@ def momentum_name(period: int) -> str:
     return f"momentum_scale_{period}"
 
 
+def momentum_count(period: int) -> str:
+    """The state that counts the updates of the multi-scale momentum of a period."""
+    return f"momentum_count_{period}"
+
+
 class StepScalars(NamedTuple):
     """The numbers that change with the step; floats, or 0-d tensors where a compiled graph must not depend on them.
 

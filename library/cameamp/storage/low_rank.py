@@ -23,7 +23,7 @@ _ITERATIONS = 2
 
 @dataclass(frozen=True)
 class LowRank:
-    """X_q holds the left factor above the right one, (rows + columns, rank); X_q_scale the scale of each column of both.
+    """X_q holds the left factor above the right, (rows + columns, rank); X_q_scale the scale of each column of both.
 
     Attributes:
         rows, columns: the elements in their order as a matrix, which may be folded otherwise than the parameter, and

@@ -1,7 +1,7 @@
 """How the multi-scale momenta of a parameter are kept: all of them in a few bits an element.
 
-Their weights in the mean fall with their periods, so the bytes go to the shortest: four bits an element. The others share
-what is left as matrices of low rank. Small parameters keep float32 momenta: there is nothing to save.
+Their weights in the mean fall with their periods, so the bytes go to the shortest: four bits an element. The others
+share what is left as matrices of low rank. Small parameters keep float32 momenta: there is nothing to save.
 """
 
 from __future__ import annotations
