@@ -14,7 +14,14 @@ from .cameamp.config import OptimizerConfig
 from .cameamp.optimizer import CameAMP
 from .cameamp.storage.choice import eight_bit, require_bitsandbytes
 
-__all__ = ["Automagic_CameAMP", "Automagic_CameAMP8bit", "OptimizerConfig", "report_loss"]
+__all__ = [
+    "Automagic_CameAMP",
+    "Automagic_CameAMP8bit",
+    "Automagic_CameAMP_COptim",
+    "Automagic_CameAMP_COptim8bit",
+    "OptimizerConfig",
+    "report_loss",
+]
 
 
 class Automagic_CameAMP(CameAMP):
@@ -35,13 +42,36 @@ class Automagic_CameAMP8bit(CameAMP):
         super().__init__(params, config, **options)
 
 
+class Automagic_CameAMP_COptim(Automagic_CameAMP):
+    """`Automagic_CameAMP` with a context, `c_optim`, that finds the learning rate for the whole optimizer.
+
+    Call `report_loss(loss)` before each step, or give `step` a closure; without a loss the gradients alone decide.
+    """
+
+    _contextual = True
+
+
+class Automagic_CameAMP_COptim8bit(Automagic_CameAMP8bit):
+    """`Automagic_CameAMP_COptim` with states in 8 bits.
+
+    Raises:
+        RuntimeError: bitsandbytes is missing or broken.
+    """
+
+    _contextual = True
+
+
 def report_loss(optimizer: Any, loss: Any) -> None:
-    """Tell an optimizer the loss of a batch, before it steps; several reports before one step are averaged.
+    """Tell an optimizer the loss that its next step's gradients come from, whatever it is wrapped in.
 
     Args:
-        optimizer: one of this family, also inside accelerate's wrapper; others are left alone.
-        loss: a number or a 0-d tensor, which stays on its device.
+        optimizer: a contextual optimizer, or a wrapper such as accelerate's that holds it as `optimizer`. Every other
+            object is left alone.
+        loss: a number or a tensor; see `CameAMP.report_loss`.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if isinstance(inner, CameAMP):
-        inner.report_loss(loss)
+    while not isinstance(optimizer, CameAMP):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None or inner is optimizer:
+            return
+        optimizer = inner
+    optimizer.report_loss(loss)

@@ -10,7 +10,12 @@ from typing import Any
 
 import toml
 
-OWN_OPTIMIZERS = ("Automagic_CameAMP", "Automagic_CameAMP8bit")
+OWN_OPTIMIZERS = (
+    "Automagic_CameAMP",
+    "Automagic_CameAMP8bit",
+    "Automagic_CameAMP_COptim",
+    "Automagic_CameAMP_COptim8bit",
+)
 
 
 class UserError(Exception):

@@ -34,11 +34,13 @@ class Traits(NamedTuple):
         step: how many steps they have taken, the one under way included.
         row_scaled: whether ALLoRA applies to them.
         has_polarity: whether they have a gradient sign from a step before.
+        momentum_counts: how often each of their multi-scale momenta has been updated; empty without such momenta.
     """
 
     step: int
     row_scaled: bool
     has_polarity: bool
+    momentum_counts: tuple[int, ...] = ()
 
 
 class Batch:
@@ -47,6 +49,7 @@ class Batch:
     Attributes:
         params: the parameters.
         traits: what they have in common.
+        parameter_numbers: their positions in the optimizer.
         rows, columns: their shape as matrices: the first dimension, and the others flattened.
     """
 
@@ -56,7 +59,7 @@ class Batch:
         shape = params[0].shape
         self.rows = shape[0] if len(shape) > 0 else 1
         self.columns = shape.numel() // self.rows
-        self._positions = positions
+        self.parameter_numbers = positions
         self._buffers: Buffers = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._positions_on_device: Tensor | None = None
@@ -84,11 +87,12 @@ class Batch:
         for name, buffers in fresh.items():
             self._fill(state, name, storages[name], buffers)
         wanted = {key for name, storage in storages.items() for key in storage.keys(name)}
+        numbers = 1 + len(self.traits.momentum_counts)
         for key in self._buffers.keys() - wanted:
             del self._buffers[key], self._slices[key]
         for p in self.params:
-            if len(state[p]) > len(wanted) + 1:
-                for key in state[p].keys() - wanted - {"step"}:
+            if len(state[p]) > len(wanted) + numbers:
+                for key in [k for k, value in state[p].items() if k not in wanted and torch.is_tensor(value)]:
                     del state[p][key]
 
     def states(self, storages: Mapping[str, Storage]) -> BatchStates:
@@ -124,7 +128,7 @@ class Batch:
         """The parameters' numbers in the optimizer, int32 (tensors,), on their device."""
         device = self.params[0].device
         if self._positions_on_device is None or self._positions_on_device.device != device:
-            numbers = torch.tensor(self._positions, dtype=torch.int32)
+            numbers = torch.tensor(self.parameter_numbers, dtype=torch.int32)
             self._positions_on_device = numbers.to(device, non_blocking=True)
         return self._positions_on_device
 

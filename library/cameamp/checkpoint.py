@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from . import context
 from .config import OPTION_NAMES, OptimizerConfig
-from .rules import Phase
+from .rules import Phase, momentum_count, momentum_name
 from .storage import Storage
-from .storage.convert import storage_of, to_full
+from .storage.convert import coded_storage_of, storage_of, to_full
+from .storage.momenta import momentum_storages
 
 # Layout of the checkpoints written here; 1 and 2 are those of an older implementation.
 VERSION = 3
@@ -28,11 +30,13 @@ class Restored:
     Attributes:
         state: the new state of each parameter that has one.
         learning_rates: for each group, `lr` and `initial_lr`.
+        context: what the context is to take over; None where it starts afresh, or there is none.
         notes: what differs from the checkpoint, a log line each.
     """
 
     state: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     learning_rates: list[dict[str, float]] = field(default_factory=list)
+    context: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -42,6 +46,7 @@ def restore(
     configs: Sequence[OptimizerConfig],
     names: Mapping[Tensor, str],
     storage: Callable[[str, Tensor, OptimizerConfig], Storage],
+    contextual: bool,
 ) -> Restored:
     """Check a checkpoint against an optimizer, and convert it.
 
@@ -51,6 +56,7 @@ def restore(
         configs: their options.
         names: parameter names where known, for error messages.
         storage: how the optimizer keeps a state of a parameter under a group's options.
+        contextual: whether the optimizer has a context and multi-scale momenta.
 
     Returns:
         The new states, on their parameters' devices. Neither argument is changed.
@@ -60,7 +66,17 @@ def restore(
     """
     _check_top_level(saved, groups)
     restored = Restored()
+    was_contextual = bool(saved["param_groups"]) and context.is_in(saved["param_groups"][0])
+    if was_contextual:
+        context.check(saved["param_groups"][0])
+        restored.context = saved["param_groups"][0] if contextual else None
     states = saved["state"]
+    if states and contextual != was_contextual:
+        restored.notes.append(
+            "the checkpoint is of an optimizer without context: multiplier, histories and momenta start afresh"
+            if contextual
+            else "the context and the multi-scale momenta of the checkpoint are left out: this optimizer has none"
+        )
     seen = set()
     position = 0
     converted = 0
@@ -74,10 +90,15 @@ def restore(
             seen.add(key)
             if key in states and (not isinstance(states[key], Mapping) or states[key]):
                 saved_options = _phase_options(saved_group, config)
+                periods = _momentum_scales(saved_group, config) if was_contextual else ()
+                wanted = config.momentum_scales if contextual else ()
                 try:
                     restored.state[p], was_converted = _restore_parameter(
                         states[key], p, saved_options, config, storage
                     )
+                    momenta, also_converted = _restore_momenta(states[key], p, periods, wanted, config, storage)
+                    restored.state[p].update(momenta)
+                    was_converted |= also_converted
                 except ValueError as error:
                     raise ValueError(f"{label}: {error}") from None
                 converted += was_converted
@@ -186,8 +207,52 @@ def _restore_parameter(
         restored[name] = (value.clamp(config.min_lr, config.max_lr) if outside else value).to(p.device)
         converted |= type(kept) is not type(own)
     for key in saved:
-        if key not in known:
+        if key not in known and not key.startswith("momentum_"):  # Those are checked apart.
             raise ValueError(f"the state '{key}' is not one that step {step} of this optimizer has")
+    return restored, converted
+
+
+def _momentum_scales(saved_group: Mapping[str, Any], config: OptimizerConfig) -> tuple[int, ...]:
+    """The periods of the momenta that the checkpoint was written with."""
+    periods = saved_group.get("momentum_scales", config.momentum_scales)
+    try:
+        return config.replace(momentum_scales=periods).momentum_scales
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint's {error}") from None
+
+
+def _restore_momenta(
+    saved: Mapping[str, Any],
+    p: Tensor,
+    periods: tuple[int, ...],
+    wanted: tuple[int, ...],
+    config: OptimizerConfig,
+    storage: Callable[[str, Tensor, OptimizerConfig], Storage],
+) -> tuple[dict[str, Any], bool]:
+    """The multi-scale momenta of one parameter, and whether any of them was kept in another way."""
+    rows = p.shape[0] if p.ndim else 1
+    coded = momentum_storages(periods, rows, p.numel() // rows) if p.numel() else {}
+    restored: dict[str, Any] = {}
+    known: set[str] = set()
+    converted = False
+    for period in periods if p.numel() else ():
+        name, count = momentum_name(period), momentum_count(period)
+        updates = saved.get(count)
+        if isinstance(updates, bool) or not isinstance(updates, int) or updates < 0:
+            raise ValueError(f"the state '{count}' is {updates!r}, not a whole number of at least 0")
+        kept = coded_storage_of(name, saved, p.shape, coded[period])
+        known.update((count, *kept.keys(name)))
+        if period not in wanted:
+            continue
+        restored[count] = updates
+        if kept == storage(name, p, config):
+            restored.update((key, saved[key].to(p.device, copy=True)) for key in kept.keys(name))
+        else:
+            restored[name] = to_full(name, saved, kept, p.shape).to(p.device)
+            converted = True
+    for key in saved:
+        if key.startswith("momentum_") and key not in known:
+            raise ValueError(f"the state '{key}' is not one that momentum_scales {periods} has")
     return restored, converted
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import Phase, States, StepScalars, take_step_
+from .rules import Phase, States, StepScalars, Watched, momentum_name, take_step_
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +22,17 @@ class FusedRules:
 
     def take_step_(
         self, p: Tensor, g: Tensor, states: States, *, scalars: StepScalars, phase: Phase, **more: Any
-    ) -> None:
+    ) -> Watched | None:
         """As `rules.take_step_`; the first call of each graph compiles it, which takes seconds."""
         if not self._broken:
             try:
-                loaded = _Loaded(states, phase.state_names(more["config"].came))
-                self._compiled(p, g, loaded, scalars=_as_tensors(scalars), phase=phase, **more)
-                loaded.keep(states)
-                return
+                config = more["config"]
+                momenta = dict(zip(map(momentum_name, config.momentum_scales), scalars.scale_rates))
+                loaded = _Loaded(states, (*phase.state_names(config.came), *momenta))
+                watched = self._compiled(p, g, loaded, scalars=_as_tensors(scalars), phase=phase, **more)
+                # One graph serves all steps, so it also hands back momenta that it has left as they are.
+                loaded.keep(states, leave={name for name, rate in momenta.items() if rate == 0})
+                return watched
             except Exception as error:
                 # A graph is compiled before anything of it runs, so nothing has changed yet.
                 if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -37,7 +40,7 @@ class FusedRules:
                 self._broken = True
                 reason = str(error).strip().partition("\n")[0]
                 logger.warning("fused: compiling failed, the rules run uncompiled from here on: %s", reason)
-        take_step_(p, g, states, scalars=scalars, phase=phase, **more)
+        return take_step_(p, g, states, scalars=scalars, phase=phase, **more)
 
 
 class _Loaded:
@@ -53,18 +56,21 @@ class _Loaded:
     def write(self, name: str, stack: Tensor) -> None:
         self._written[name] = stack
 
-    def keep(self, states: States) -> None:
-        """Write what was written."""
+    def keep(self, states: States, leave: set[str]) -> None:
+        """Write what was written, but for the states to leave."""
         for name, stack in self._written.items():
-            states.write(name, stack)
+            if name not in leave:
+                states.write(name, stack)
 
 
 def _as_tensors(scalars: StepScalars) -> StepScalars:
     """Numbers that change with the step as 0-d tensors: as Python numbers each would be compiled into the graph."""
-    momentum_rate, gradient_share, clip_bound, scheduler = scalars
+    momentum_rate, gradient_share, clip_bound, scheduler, scale_rates, scale_shares = scalars
     return StepScalars(
         torch.tensor(momentum_rate, dtype=torch.float32),
         torch.tensor(gradient_share, dtype=torch.float32),
         torch.tensor(clip_bound, dtype=torch.float32),
         torch.tensor(1.0 if scheduler is None else scheduler, dtype=torch.float32),
+        tuple(torch.tensor(rate, dtype=torch.float32) for rate in scale_rates),
+        tuple(torch.tensor(share, dtype=torch.float32) for share in scale_shares),
     )

@@ -18,15 +18,18 @@ from torch.optim import Optimizer
 from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
+from .context import ContextualOptimizationModule
 from .fused import FusedRules
 from .readings import read
 from .rounding import stochastic_round
-from .rules import Phase, StepScalars, lr_factor, take_step_
+from .rules import Phase, StepScalars, Watched, every_nth, lr_factor, momentum_count, momentum_name, take_step_
+from .sampling import Sampler
 from .storage import Storage
 from .storage.choice import full
 from .storage.convert import is_kept, to_full
 from .storage.full import Full
-from .techniques import agr, allora, weight_decay
+from .storage.momenta import momentum_storages
+from .techniques import agr, allora, lr_mask, multiscale, weight_decay
 from .workspace import Work, Workspace
 
 logger = logging.getLogger(__name__)
@@ -54,10 +57,14 @@ class GroupSums:
     Attributes:
         magnitude: 0-d, AGR's sum of |g|.
         decay_strengths: for each batch, the strength of the weight decay of its tensors; None where nothing decays.
+        unusable: for each batch, how many gradient elements are not usable, 0-d.
+        watched: for each batch, the gradient's elements that the context sees; empty without a context.
     """
 
     magnitude: Tensor
     decay_strengths: list[Tensor] | list[None]
+    unusable: list[Tensor]
+    watched: list[Tensor]
 
 
 class CameAMP(Optimizer):
@@ -75,11 +82,15 @@ class CameAMP(Optimizer):
 
     # How a state is kept, from its name, the parameter's element count and the group's options.
     _choose_storage: Callable[[str, int, OptimizerConfig], Storage] = staticmethod(full)
+    # Whether a context drives the learning rates, and multi-scale momenta the momentum.
+    _contextual = False
 
+    c_optim: ContextualOptimizationModule  # in the contextual optimizers alone
     _factors: set[Tensor] | None
     _positions: dict[Tensor, int]
     _layouts: dict[int, Layout]
     _fused: FusedRules | None
+    _sampler: Sampler | None
     _workspace: Workspace
 
     def __init__(self, params: Any, config: OptimizerConfig | None = None, **options: Any) -> None:
@@ -94,6 +105,9 @@ class CameAMP(Optimizer):
         self._names: dict[Tensor, str] = {}
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
         self._unquantizable: set[Tensor] = set()
+        self._losses: list[Tensor | float] = []  # reported since the last step
+        if self._contextual:
+            self.c_optim = self._new_context()
         self._forget_layout()
         super().__init__(params, config.as_dict())
 
@@ -139,9 +153,19 @@ class CameAMP(Optimizer):
                     )
                     return GroupOptions(raised, float(lr))
             config = self.config.replace(**own, lr=lr)
+            self._check_shared_options(config)
             return GroupOptions(config, config.lr)
         except (TypeError, ValueError) as error:
             raise type(error)(f"parameter group {number}: {error}") from None
+
+    def _check_shared_options(self, config: OptimizerConfig) -> None:
+        for name in ("context_window", "edge_threshold", "adaptation_rate"):
+            value, shared = getattr(config, name), getattr(self.config, name)
+            if self._contextual and value != shared:
+                raise ValueError(
+                    f"option '{name}' is {value!r}; there is one context for the whole optimizer, "
+                    f"so a group cannot have its own; allowed: {shared!r}, as the constructor has it"
+                )
 
     # The step ---------------------------------------------------------------------------------------------------
 
@@ -162,62 +186,142 @@ class CameAMP(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            if loss is not None:
+                self.report_loss(loss)
         if len(self.param_groups) != len(self._group_options):
             raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
         active = [self._with_gradient(group["params"]) for group in self.param_groups]
         for params in active:
             for p in params:
                 gradients.check(p)
-        for number, params in enumerate(active):
-            if params:
-                self._step_group(number, params)
+        measured = [(number, *self._measure(number, params)) for number, params in enumerate(active) if params]
+        multiplier = self._observe(measured) if self._contextual and measured else None
+        watched: list[Watched] = []
+        for number, batches, sums in measured:
+            for batch, decay in zip(batches, sums.decay_strengths):
+                seen = self._update(number, batch, sums.magnitude, decay, multiplier)
+                if seen is not None:
+                    watched.append(seen)
+            self._log_progress(number, batches)
+        if multiplier is not None:
+            everything = [batch for _, batches, _ in measured for batch in batches]
+            grads, changes = (list(pieces) for pieces in zip(*watched))
+            sampler = self._sample()
+            self.c_optim.follow(sampler.gather(everything, grads), sampler.gather(everything, changes))
         return loss
 
     @staticmethod
     def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
         return [p for p in params if p.grad is not None and p.numel() > 0]
 
-    def report_loss(self, loss: Any) -> None:
-        """Tell the loss of a batch; for the contextual optimizers, the others have no use for it."""
-
-    def _step_group(self, number: int, params: list[Tensor]) -> None:
+    def _measure(self, number: int, params: list[Tensor]) -> tuple[list[Batch], GroupSums]:
+        """Count the step of some parameters of a group, and pass over their gradients for the first time."""
+        scales = self._momentum_scales(number)
         for p in params:
             state = self.state[p]
-            state["step"] = state.get("step", 0) + 1
+            step = state["step"] = state.get("step", 0) + 1
+            for period in scales:
+                count = momentum_count(period)
+                state[count] = state.get(count, 0) + multiscale.is_due(period, step)
         batches = self._batches(number, params)
-        sums = self._sum_up(number, batches)
-        for batch, decay in zip(batches, sums.decay_strengths):
-            self._update(number, batch, sums.magnitude, decay)
-        self._log_progress(number, batches)
+        return batches, self._sum_up(number, batches)
+
+    # Context ----------------------------------------------------------------------------------------------------
+
+    def report_loss(self, loss: Tensor | float) -> None:
+        """Tell the loss that the gradients of the next step come from. Optimizers without a context ignore it.
+
+        Several reports before one step, as with gradient accumulation, are averaged, and in a distributed run so are
+        the ranks. A tensor stays on its device; nothing is read back.
+
+        Args:
+            loss: a number, or a tensor; of several elements the mean counts.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if not self._contextual:
+            return
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach().float().mean())
+        elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
+            self._losses.append(float(loss))
+        else:
+            raise TypeError(f"the loss is {loss!r}; allowed: a number or a tensor")
+
+    def _observe(self, measured: list[tuple[int, list[Batch], GroupSums]]) -> Tensor:
+        """Tell the context of a step before it is taken.
+
+        Returns:
+            The factor of this step's learning rates, 0-d.
+        """
+        batches = [batch for _, own, _ in measured for batch in own]
+        gradient = self._sample().gather(batches, [piece for _, _, sums in measured for piece in sums.watched])
+        device = gradient.device
+        unusable = torch.stack([count.to(device) for _, _, sums in measured for count in sums.unusable]).sum()
+        loss = None
+        if self._losses:
+            reported = [
+                loss.to(device, non_blocking=True) if isinstance(loss, Tensor) else torch.tensor(loss, device=device)
+                for loss in self._losses
+            ]
+            loss = torch.stack([value.float() for value in reported]).mean()
+        self._losses = []
+        self._tell_bounds()
+        largest = max(float(group["lr"]) for group in self.param_groups)
+        self.c_optim.update_context(gradient, loss, largest, unusable)
+        return self.c_optim.multiplier()
+
+    def _new_context(self) -> ContextualOptimizationModule:
+        config = self.config
+        return ContextualOptimizationModule(config.context_window, config.edge_threshold, config.adaptation_rate)
+
+    def _tell_bounds(self) -> None:
+        largest = max(self._initial_lr(number) for number in range(len(self.param_groups)))
+        self.c_optim.set_bounds(largest, max(options.config.max_lr for options in self._group_options))
+
+    def _sample(self) -> Sampler:
+        if self._sampler is None:
+            self._sampler = Sampler([p.numel() for group in self.param_groups for p in group["params"]])
+        return self._sampler
+
+    def _momentum_scales(self, number: int) -> tuple[int, ...]:
+        return self._group_options[number].config.momentum_scales if self._contextual else ()
+
+    # The two passes of a step -----------------------------------------------------------------------------------
 
     def _sum_up(self, number: int, batches: list[Batch]) -> GroupSums:
         """First pass over a group's gradients. They are gathered again for the second: cheaper than keeping them."""
         config = self._group_options[number].config
         decays = config.weight_decay > 0 and any(self._phase(number, batch).early for batch in batches)
-        measured, counts = [], []
+        measured, counts, watched = [], [], []
         for batch in batches:
             work = self._workspace.lend(batch)
             g = batch.gradients(work.gradients)
             unusable = gradients.drop_unusable_(g, work.scratch)
             counts.append(gradients.count_(unusable))
             measured.append(gradients.measure(g, decays, scratch=unusable))
+            if self._contextual:
+                watched.append(every_nth(g, self._sample().every))
             del g, unusable
         self._tally(counts)
-        return _group_sums(batches, measured)
+        return GroupSums(*_group_sums(batches, measured), counts, watched)
 
-    def _update(self, number: int, batch: Batch, magnitude_sum: Tensor, decay: Tensor | None) -> None:
+    def _update(
+        self, number: int, batch: Batch, magnitude_sum: Tensor, decay: Tensor | None, multiplier: Tensor | None
+    ) -> Watched | None:
         """Second pass: one stack through the rules."""
         config = self._group_options[number].config
         traits = batch.traits
         storages = self._bind(number, batch)
         states = batch.states(storages)
-        scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number))
+        scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number), traits.momentum_counts)
         work = self._workspace.lend(batch)
         g = batch.gradients(work.gradients)
         gradients.drop_unusable_(g, work.scratch)
         p = batch.weights(work.weights)
         rules = self._fused_rules().take_step_ if config.fused else take_step_
-        rules(
+        watched = rules(
             p,
             g,
             states,
@@ -229,12 +333,15 @@ class CameAMP(Optimizer):
             has_polarity=traits.has_polarity,
             row_scaled=traits.row_scaled,
             config=config,
+            multiplier=None if multiplier is None else multiplier.to(p.device),
+            watch_every=self._sample().every if self._contextual else 0,
         )
         del g, work
         dtype = batch.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
             p = stochastic_round(p, dtype, batch.dither())
         batch.write_weights(p)
+        return watched
 
     def _fused_rules(self) -> FusedRules:
         if self._fused is None:
@@ -300,7 +407,8 @@ class CameAMP(Optimizer):
         """Mean, smallest and largest effective learning rate of each group; one read-back from the device in all.
 
         The effective learning rate of an element is its mask times the scheduler's factor, and for LoRA factors times
-        ALLoRA's row scaling. Before the first step of a group it is the group's learning rate.
+        ALLoRA's row scaling; in the contextual optimizers the mask counts times the multiplier. Before the first step
+        of a group it is the group's learning rate.
         """
         return read([self])[0].learning_rates
 
@@ -314,7 +422,7 @@ class CameAMP(Optimizer):
 
     def context_summary(self) -> dict[str, Tensor]:
         """What drives a contextual optimizer, while still on the device; nothing in the others."""
-        return {}
+        return self.c_optim.summary() if self._contextual else {}
 
     def _summarize_lr(self, number: int) -> Tensor | None:
         """(mean, smallest, largest) of a group on its device, or None before its first step."""
@@ -326,6 +434,9 @@ class CameAMP(Optimizer):
         for batch in batches:
             mask, rows = self._mask_and_row_scaling(number, batch)
             scaling = lr_factor(factor, rows)
+            if self._contextual:
+                config = self._group_options[number].config
+                mask = lr_mask.scaled(mask, self.c_optim.multiplier().to(mask.device), config.min_lr, config.max_lr)
             rates = mask * (1.0 if scaling is None else scaling)
             low, high = torch.aminmax(rates)
             sums.append(rates.sum())
@@ -378,6 +489,8 @@ class CameAMP(Optimizer):
         derived = self._derived_values()
         parameters = [p for group in self.param_groups for p in group["params"]]
         saved["state"] = {key: {**state, **derived.get(parameters[key], {})} for key, state in saved["state"].items()}
+        if self._contextual:
+            saved["param_groups"][0].update(self.c_optim.state_dict())
         saved["magic_version"] = checkpoint.VERSION
         return saved
 
@@ -416,18 +529,24 @@ class CameAMP(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         configs = [options.config for options in self._group_options]
-        restored = checkpoint.restore(state_dict, self.param_groups, configs, self._names, self._storage)
+        restored = checkpoint.restore(
+            state_dict, self.param_groups, configs, self._names, self._storage, self._contextual
+        )
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
         for group, rates in zip(self.param_groups, restored.learning_rates):
             group.update(rates)
+        if self._contextual:
+            self.c_optim = self._new_context()
+            if restored.context is not None:
+                self.c_optim.load_state_dict(restored.context)
         self.__setstate__({"state": defaultdict(dict, restored.state), "param_groups": self.param_groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("config", "_group_options", "_names", "_unusable", "_unquantizable")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own}}
+        own = ("config", "_group_options", "_names", "_unusable", "_unquantizable", "_losses", "c_optim")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own if name in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -439,11 +558,13 @@ class CameAMP(Optimizer):
         """The batches of some parameters of a group, which have taken a step."""
         factors = self._find_factors() if self._factors is None else self._factors
         scaled = set() if self._group_options[number].config.full_finetune else factors
+        scales = self._momentum_scales(number)
         members = []
         for p in params:
             state = self.state[p]
             has_polarity = "last_polarity" in state or "last_polarity_q" in state
-            traits = Traits(state["step"], p in scaled, has_polarity)
+            counts = tuple(state.get(momentum_count(period), 0) for period in scales)
+            traits = Traits(state["step"], p in scaled, has_polarity, counts)
             members.append((self._positions[p], p, traits))
         layout = self._layouts.setdefault(number, Layout())
         batches, left_behind = layout.batches(members)
@@ -497,12 +618,17 @@ class CameAMP(Optimizer):
         phase = self._phase(number, batch)
         if reading and not batch.traits.has_polarity:
             phase = phase._replace(warmup=False)
-        names = phase.state_names(config.came)
+        names = [*phase.state_names(config.came), *map(momentum_name, self._momentum_scales(number))]
         return {name: self._storage(name, batch.params[0], config) for name in names}
 
     def _storage(self, name: str, p: Tensor, config: OptimizerConfig) -> Storage:
-        choose = full if p in self._unquantizable else type(self)._choose_storage
-        return choose(name, p.numel(), config)
+        if p in self._unquantizable:
+            return full(name, p.numel(), config)
+        for period in config.momentum_scales:
+            if name == momentum_name(period):
+                rows = p.shape[0] if p.ndim else 1
+                return momentum_storages(config.momentum_scales, rows, p.numel() // rows)[period]
+        return type(self)._choose_storage(name, p.numel(), config)
 
     def _find_factors(self) -> set[Tensor]:
         groups = [group["params"] for group in self.param_groups]
@@ -523,19 +649,22 @@ class CameAMP(Optimizer):
         self._positions = {}
         self._layouts = {}
         self._fused = None
-        self._workspace = Workspace()
+        self._sampler = None
+        self._workspace = Workspace(stacks=5 if self._contextual else 4)
+        if self._contextual and self.__dict__.get("_group_options"):
+            self._tell_bounds()
 
 
-def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> GroupSums:
-    """Add up what was measured of the batches of a group; on the first one's device."""
+def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> tuple[Tensor, list[Tensor] | list[None]]:
+    """AGR's sum and the decay strengths of the batches of a group; on the first one's device."""
     device = measured[0].abs_sums.device
     abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
     magnitude = agr.magnitude_sum(abs_sums, torch.cat([m.nonzero_counts.to(device) for m in measured]))
     deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
     if not deviations:
-        return GroupSums(magnitude, [None] * len(batches))
+        return magnitude, [None] * len(batches)
     sizes = [batch.rows * batch.columns for batch in batches]
     counts = torch.cat([torch.full_like(m.abs_sums, size) for m, size in zip(measured, sizes)]).to(device)
     strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
     parts = strengths.split([len(batch) for batch in batches])
-    return GroupSums(magnitude, [part.to(batch.params[0].device) for part, batch in zip(parts, batches)])
+    return magnitude, [part.to(batch.params[0].device) for part, batch in zip(parts, batches)]

@@ -1,9 +1,10 @@
-"""One step of one stack: the ten techniques in their order. Read it beside the papers that the technique files name."""
+"""One step of one stack: the techniques in their order. Read it beside the papers that the technique files name."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from .config import OptimizerConfig
@@ -16,6 +17,7 @@ from .techniques import (
     consistency,
     grams,
     lr_mask,
+    multiscale,
     orthograd,
     tam,
     weight_decay,
@@ -57,6 +59,16 @@ class Phase(NamedTuple):
         return names + came * ("exp_avg_sq",) + self.warmup * ("s", "last_polarity")
 
 
+def momentum_name(period: int) -> str:
+    """The state that holds the multi-scale momentum of a period."""
+    return f"momentum_scale_{period}"
+
+
+def momentum_count(period: int) -> str:
+    """The state that counts the updates of the multi-scale momentum of a period."""
+    return f"momentum_count_{period}"
+
+
 class StepScalars(NamedTuple):
     """The numbers that change with the step; floats, or 0-d tensors where a compiled graph must not depend on them.
 
@@ -65,22 +77,51 @@ class StepScalars(NamedTuple):
         gradient_share: Grams' share of the gradient's direction.
         clip_bound: bound of a gradient element where CAME is off.
         scheduler: by how much a scheduler has changed the learning rate; None for not at all.
+        scale_rates: for each multi-scale momentum, how far it moves towards the gradient: 0 when it is not due.
+        scale_shares: for each of them, its share in what drives the momentum; all 0 while none was ever updated.
     """
 
     momentum_rate: Scalar
     gradient_share: Scalar
     clip_bound: Scalar
     scheduler: Scalar | None
+    scale_rates: tuple[Scalar, ...] = ()
+    scale_shares: tuple[Scalar, ...] = ()
 
     @classmethod
-    def at(cls, step: int, config: OptimizerConfig, scheduler: float) -> StepScalars:
-        """The numbers of a step, counted from 1."""
+    def at(
+        cls, step: int, config: OptimizerConfig, scheduler: float, momentum_counts: tuple[int, ...] = ()
+    ) -> StepScalars:
+        """The numbers of a step, counted from 1.
+
+        Args:
+            step: the step.
+            config: the group's options.
+            scheduler: by how much a scheduler has changed the learning rate.
+            momentum_counts: for each of momentum_scales how often it has been updated, this step included; empty in
+                the optimizers without them.
+        """
+        periods = config.momentum_scales[: len(momentum_counts)]
         return cls(
             momentum_rate=consistency.decay_rate(config.betas[0], config.beta1_decay, step),
             gradient_share=grams.gradient_share(config.beta1_decay, step),
             clip_bound=came.growing_bound(step),
             scheduler=None if scheduler == 1 else scheduler,
+            scale_rates=tuple(1 - multiscale.DECAY if multiscale.is_due(k, step) else 0.0 for k in periods),
+            scale_shares=multiscale.shares(periods, momentum_counts),
         )
+
+
+class Watched(NamedTuple):
+    """What the context of the optimizer sees of a step: every so-manieth element of each tensor, (tensors, elements).
+
+    Attributes:
+        scaled_grad: the scaled gradient.
+        change: the step that was taken, learning rate times update.
+    """
+
+    scaled_grad: Tensor
+    change: Tensor
 
 
 def take_step_(
@@ -95,7 +136,9 @@ def take_step_(
     has_polarity: bool,
     row_scaled: bool,
     config: OptimizerConfig,
-) -> None:
+    multiplier: Tensor | None = None,
+    watch_every: int = 0,
+) -> Watched | None:
     """Update the weights and states of a stack of same-shape parameters, each seen as a matrix.
 
     Args:
@@ -110,6 +153,8 @@ def take_step_(
         has_polarity: whether `last_polarity` holds the signs of a step before.
         row_scaled: whether ALLoRA applies.
         config: the group's options.
+        multiplier: 0-d factor of all learning rates; None where no context drives the optimizer.
+        watch_every: distance between the elements to return; 0 for none.
     """
     eps1, eps2, eps3 = config.eps
     beta1, beta2, beta3 = config.betas
@@ -124,15 +169,18 @@ def take_step_(
     else:
         sg = came.clip_elements(grad, scalars.clip_bound, work.scaled)
     direction = grad.sign_()
+    watched_grad = every_nth(sg, watch_every) if watch_every else None
 
+    drive = _multi_scale_momentum(sg, direction, states, scalars, config, work)
     exp_avg = states.read("exp_avg")
     if phase.early:
         s = states.read("s")
-        residual = tam.torque_aware_momentum_(exp_avg, s, sg, eps1, work.scratch)
+        residual = tam.torque_aware_momentum_(exp_avg, s, sg, eps1, work.scratch, drive)
         states.write("s", s)
         del s
     else:
-        residual = consistency.consistency_momentum_(exp_avg, sg, scalars.momentum_rate, beta1)
+        residual = consistency.consistency_momentum_(exp_avg, sg, scalars.momentum_rate, beta1, drive)
+    del drive
 
     exp_avg_res = states.read("exp_avg_res")
     u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2)
@@ -158,11 +206,48 @@ def take_step_(
     if phase.early and decay_strengths is not None:
         u = weight_decay.add_decay_(u, p, decay_strengths, config.weight_decay)
 
+    rates = mask
+    if multiplier is not None:
+        rates = lr_mask.scaled(mask, multiplier, config.min_lr, config.max_lr, work.scratch)
     rows = allora.row_scaling(p, config.eta) if row_scaled else None
     factor = lr_factor(scalars.scheduler, rows)
-    p.addcmul_(mask, u if factor is None else u.mul_(factor), value=-1)
+    u = u if factor is None else u.mul_(factor)
+    p.addcmul_(rates, u, value=-1)
     if phase.warmup and has_polarity:
         states.write("lr_mask", mask)
+    if watched_grad is None:
+        return None
+    return Watched(watched_grad, every_nth(rates, watch_every) * every_nth(u, watch_every))
+
+
+def every_nth(stack: Tensor, n: int) -> Tensor:
+    """Every n-th element of each tensor of a stack, from the first one on: (tensors, elements), a copy."""
+    return stack.flatten(1)[:, ::n].clone()
+
+
+def _multi_scale_momentum(
+    sg: Tensor, direction: Tensor, states: States, scalars: StepScalars, config: OptimizerConfig, work: Work
+) -> Tensor | None:
+    """Update the momenta that are due, and return the mean of all; None where there are none yet.
+
+    An element whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know
+    which elements never had a gradient, and those must not drift.
+    """
+    drive = None
+    for period, rate, share in zip(config.momentum_scales, scalars.scale_rates, scalars.scale_shares):
+        if isinstance(share, float) and share == 0:  # Never updated yet, nor now.
+            continue
+        momentum = states.read(momentum_name(period))
+        if not isinstance(rate, float) or rate > 0:
+            multiscale.update_(momentum, sg, rate)
+        if drive is None:
+            drive = torch.mul(momentum, share, out=work.drive)
+        else:
+            drive = multiscale.add_share_(drive, momentum, share)
+        if not isinstance(rate, float) or rate > 0:
+            states.write(momentum_name(period), momentum)
+        del momentum
+    return None if drive is None else drive.mul_(direction).mul_(direction)
 
 
 def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:

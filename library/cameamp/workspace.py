@@ -18,12 +18,14 @@ class Work(NamedTuple):
         weights: for the weights.
         scaled: for the scaled gradient, and the update that it becomes.
         scratch: for whatever lies in between.
+        drive: for what moves the momentum, where that is not the scaled gradient.
     """
 
     gradients: Tensor | None = None
     weights: Tensor | None = None
     scaled: Tensor | None = None
     scratch: Tensor | None = None
+    drive: Tensor | None = None
 
 
 class Workspace:
@@ -31,10 +33,14 @@ class Workspace:
 
     For CPUs: malloc returns blocks of this size to the system and takes them back page by page, which can cost half as
     much again as the arithmetic. PyTorch's allocator for GPUs keeps its blocks, so nothing is held there. Never more
-    than four stacks of the largest size that `batches` builds, 64 MiB.
+    than four stacks of the largest size that `batches` builds, 64 MiB; five with multi-scale momentum.
+
+    Args:
+        stacks: how many stacks to lend, 4 or 5; the fifth is the drive.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stacks: int = 4) -> None:
+        self._stacks = stacks
         self._memory = _memory(0)
 
     def lend(self, batch: Batch) -> Work:
@@ -42,9 +48,10 @@ class Workspace:
         size = batch.numel()
         if batch.params[0].device.type != "cpu" or size > LARGEST_STACK:
             return Work()
-        if self._memory.numel() < 4 * size:
-            self._memory = _memory(4 * size)
-        return Work(*self._memory[: 4 * size].view(4, -1, batch.rows, batch.columns).unbind())
+        total = self._stacks * size
+        if self._memory.numel() < total:
+            self._memory = _memory(total)
+        return Work(*self._memory[:total].view(self._stacks, -1, batch.rows, batch.columns).unbind())
 
 
 def _memory(count: int) -> Tensor:

@@ -23,7 +23,7 @@ import library.automagic_cameamp as family
 
 from ..cameamp.config import parse_optimizer_args
 from ..cameamp.optimizer import CameAMP
-from ..cameamp_cli import UserError, optimizer_name
+from ..cameamp_cli import OWN_OPTIMIZERS, UserError, optimizer_name
 from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch
 from .model import TIMESTEPS, load_base
 from .network import LoRANetwork
@@ -143,6 +143,7 @@ class Trainer:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.options.max_grad_norm > 0:
                     self.accelerator.clip_grad_norm_(self.network.parameters(), self.options.max_grad_norm)
+                family.report_loss(self.optimizer, loss)
                 self.optimizer.step()
                 self.scheduler.step()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -266,7 +267,7 @@ class Trainer:
         self.step, self.history = step, history
 
 
-_ALLOWED_OPTIMIZERS = f"{', '.join(family.__all__)} or a class of torch.optim"
+_ALLOWED_OPTIMIZERS = f"{', '.join(OWN_OPTIMIZERS)} or a class of torch.optim"
 
 
 def _torch_optimizer(name: str) -> Any:

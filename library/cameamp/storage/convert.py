@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..rounding import Dither
 from . import Storage
 from .bits import Bits
 from .blockwise import SMALLEST_BLOCK, Blockwise
@@ -62,6 +63,21 @@ def storage_of(name: str, state: Mapping[str, Any], shape: torch.Size) -> Storag
     if (scale < 0).any():
         raise ValueError(f"the state '{key}' has negative elements")
     return Blockwise(signed=name not in _ROOTS, root=name in _ROOTS, block=block)
+
+
+def coded_storage_of(name: str, state: Mapping[str, Any], shape: torch.Size, coded: Storage) -> Storage:
+    """How one parameter's `state` keeps the state `name`: in full, or coded as `coded` does it.
+
+    Raises:
+        ValueError: in neither way; with the key and the reason.
+    """
+    if name in state:
+        _check(state, name, torch.float32, tuple(shape))
+        return Full()
+    alone = Dither(torch.zeros(1, dtype=torch.int32), 0)
+    for key, buffer in coded.allocate(name, shape, 1, 0.0, alone).items():
+        _check(state, key, buffer.dtype, tuple(buffer.shape[1:]))
+    return coded
 
 
 def _check(state: Mapping[str, Any], key: str, dtype: torch.dtype, shape: tuple[int, ...] | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +26,16 @@ def bump_(
     """
     bumps = (polarity == last_polarity).to(lr_mask.dtype).mul_(2 * lr_bump).sub_(lr_bump)
     lr_mask.add_(bumps).clamp_(min_lr, max_lr)
+
+
+def scaled(lr_mask: Tensor, multiplier: Tensor, min_lr: float, max_lr: float, out: Tensor | None = None) -> Tensor:
+    """The mask times a factor of the whole optimizer, kept in the mask's bounds.
+
+    Args:
+        lr_mask: learning rates, (tensors, rows, columns); left as they are.
+        multiplier: the factor, 0-d.
+        min_lr: lower bound.
+        max_lr: upper bound.
+        out: memory for the result, of lr_mask's shape; allocated where None.
+    """
+    return torch.mul(lr_mask, multiplier, out=out).clamp_(min_lr, max_lr)

@@ -12,7 +12,12 @@ _SMALLEST_NORM = 1e-12
 
 
 def torque_aware_momentum_(
-    exp_avg: Tensor, s: Tensor, scaled_grad: Tensor, eps: float, scratch: Tensor | None = None
+    exp_avg: Tensor,
+    s: Tensor,
+    scaled_grad: Tensor,
+    eps: float,
+    scratch: Tensor | None = None,
+    drive: Tensor | None = None,
 ) -> Tensor:
     """Update the momentum by the gradient, damped where the two disagree.
 
@@ -22,16 +27,18 @@ def torque_aware_momentum_(
         scaled_grad: scaled gradient; overwritten by the result.
         eps: floor of the damping.
         scratch: memory to compute in, of s's shape; allocated where None.
+        drive: what moves the momentum, where that is not the scaled gradient itself.
 
     Returns:
         The residual: how far the scaled gradient lies from the new momentum.
     """
+    drive = scaled_grad if drive is None else drive
     scratch = torch.empty_like(exp_avg) if scratch is None else scratch
-    norms = _column_norms(exp_avg, scratch).mul_(_column_norms(scaled_grad, scratch))
-    correlation = torch.mul(exp_avg, scaled_grad, out=scratch).div_(norms)
+    norms = _column_norms(exp_avg, scratch).mul_(_column_norms(drive, scratch))
+    correlation = torch.mul(exp_avg, drive, out=scratch).div_(norms)
     s.lerp_(correlation, 1 - DECAY)
     damping = torch.add(s, 1 + 2 * eps, out=scratch)
-    exp_avg.mul_(DECAY).addcmul_(damping, scaled_grad, value=0.5)
+    exp_avg.mul_(DECAY).addcmul_(damping, drive, value=0.5)
     return scaled_grad.sub_(exp_avg)
 
 

@@ -1,0 +1,295 @@
+"""C-Optim: what the optimizer knows of its own course, and the one factor of all learning rates that follows from it.
+
+Nothing here is read back from the device while training: every value is a small tensor where the parameters are. The
+documented calls turn one into a Python number, and that is what costs a read-back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import detection, distributed
+
+# The multiplier starts where the largest learning rate is this, whatever the user wrote, and never falls below FLOOR.
+SAFE_LR = 1e-6
+FLOOR = 1e-9
+
+# How much the multiplier's logarithm moves for an alignment of 1, times the adaptation rate;
+_GAIN = 30.0
+# and what is added to the alignment, because a step that is best by itself is too short in the long run.
+_OFFSET = 0.02
+
+# What a step uses of the multiplier while an edge case lasts.
+_EDGE_SHARE = 0.5
+
+_HISTORIES = ("loss_history", "gradient_history", "lr_history")
+_SAMPLES = ("last_gradient", "last_change")
+
+
+class ContextualOptimizationModule:
+    """The context of one optimizer. The optimizer feeds it; everybody may read it, and reading changes nothing.
+
+    Args:
+        context_window: how many steps are remembered.
+        edge_threshold: confidence at which a step counts as an edge case.
+        adaptation_rate: how fast the multiplier follows the alignment of the steps.
+    """
+
+    def __init__(self, context_window: int, edge_threshold: float, adaptation_rate: float) -> None:
+        self._window = context_window
+        self._threshold = edge_threshold
+        self._rate = adaptation_rate
+        self._start, self._highest = 1.0, math.inf
+        self._device = torch.device("cpu")
+        self._values = {
+            "multiplier": torch.tensor(torch.nan, dtype=torch.float32),  # not begun yet
+            "confidence": torch.zeros((), dtype=torch.float32),
+            "alignment": torch.zeros((), dtype=torch.float32),
+            "edge_cases": torch.zeros((), dtype=torch.int64),
+            **{name: torch.full((context_window,), torch.nan, dtype=torch.float32) for name in _HISTORIES},
+        }
+        self._samples: dict[str, Tensor | None] = dict.fromkeys(_SAMPLES)
+
+    # What the optimizer tells -----------------------------------------------------------------------------------
+
+    def set_bounds(self, largest_lr: float, max_lr: float) -> None:
+        """Tell the largest initial learning rate of a group and the highest that an element may have."""
+        self._start = min(1.0, SAFE_LR / largest_lr) if largest_lr > 0 else 1.0
+        self._highest = max(max_lr / largest_lr, FLOOR) if largest_lr > 0 else 1.0
+
+    def update_context(
+        self,
+        gradient: Tensor,
+        loss: Tensor | float | None,
+        lr: Tensor | float,
+        unusable: Tensor | None = None,
+    ) -> None:
+        """Take in what is known before a step is taken.
+
+        Args:
+            gradient: the same sample of the gradient's elements at every step, 1-d.
+            loss: loss of this step, a number or a tensor of one element; None where it is not known.
+            lr: largest learning rate of a group at this step, before the multiplier.
+            unusable: how many elements of the gradient were not finite, 0-d; None for none.
+        """
+        self._move_to(gradient.device)
+        values = self._values
+        values["multiplier"] = torch.where(values["multiplier"].isnan(), self._start, values["multiplier"])
+        last = self._samples["last_gradient"]
+        last = torch.zeros_like(gradient) if last is None or last.shape != gradient.shape else last.float()
+        reported = torch.zeros_like(values["confidence"]) if loss is None else _scalar(loss, self._device)
+        sums = torch.stack([
+            reported,
+            torch.full_like(reported, loss is not None),
+            torch.zeros_like(reported) if unusable is None else unusable.to(reported.dtype),
+            *_products(last, gradient),
+        ])  # fmt: skip
+        loss_sum, reports, lost, *products = distributed.add_up(sums).unbind()
+        mean_loss = loss_sum / reports
+        self._remember("loss_history", mean_loss)
+        self._remember("gradient_history", _cosine(products, absent=torch.nan))
+        self._samples["last_gradient"] = gradient.bfloat16()
+        broken = (lost > 0) | ((reports > 0) & ~mean_loss.isfinite())
+        values["confidence"] = torch.where(broken, 1.0, self._confidence())
+        values["edge_cases"] = values["edge_cases"] + self._is_edge_case()
+        self._remember("lr_history", self.multiplier() * lr)
+
+    def multiplier(self) -> Tensor:
+        """The factor of this step's learning rates, 0-d, on the device."""
+        value = self._values["multiplier"]
+        begun = torch.where(value.isnan(), self._start, value)
+        return begun * torch.where(self._is_edge_case(), _EDGE_SHARE, 1.0)
+
+    def follow(self, scaled_grad: Tensor, change: Tensor) -> None:
+        """Move the multiplier, for the next step, by how well the step before this one was measured.
+
+        Args:
+            scaled_grad: sample of this step's scaled gradient, 1-d.
+            change: sample of the step taken now, learning rate times update, 1-d.
+        """
+        values = self._values
+        last = self._samples["last_change"]
+        last = torch.zeros_like(change) if last is None or last.shape != change.shape else last.float()
+        alignment = _cosine(distributed.add_up(torch.stack(_products(last, scaled_grad))), absent=0.0)
+        begun = (last != 0).any()
+        growth = torch.exp(_GAIN * self._rate * (alignment + _OFFSET))
+        growth = torch.where(begun, growth, 1.0)
+        growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
+        values["multiplier"] = (values["multiplier"] * growth).clamp(FLOOR, self._highest)
+        values["alignment"] = alignment
+        self._samples["last_change"] = change.bfloat16()
+
+    # What anybody may ask ---------------------------------------------------------------------------------------
+
+    def detect_edge_case(self) -> bool:
+        """Whether the newest step was an edge case: a spike or a rise of the loss, an oscillation, a broken number."""
+        return bool(self._is_edge_case().item())
+
+    def compute_contextual_lr_multiplier(self) -> float:
+        """The factor of all learning rates at the newest step; before the first, what it will start from."""
+        return float(self.multiplier().item())
+
+    def compute_gradient_consistency(self) -> float:
+        """Mean cosine of consecutive gradients over the window, -1 to 1; 1.0 before there are two gradients."""
+        cosines = self.gradient_history
+        return sum(cosines) / len(cosines) if cosines else 1.0
+
+    def compute_update_alignment(self) -> float:
+        """Cosine of the step before with the newest scaled gradient, -1 to 1; 0.0 before there are two steps.
+
+        Positive: the gradient still points where the step went, which was too short. Negative: it overshot.
+        """
+        return float(self._values["alignment"].item())
+
+    def compute_loss_stability(self) -> float:
+        """1 / (1 + spread / median) of the losses of the window, both robust: 1.0 for a steady loss, towards 0 else."""
+        losses = torch.tensor(self.loss_history, dtype=torch.float64)
+        losses = losses[losses.isfinite()]
+        if len(losses) < 2:
+            return 1.0
+        median = losses.median()
+        spread = (losses - median).abs().median() * 1.4826
+        return float(median.abs() / (median.abs() + spread)) if spread > 0 else 1.0
+
+    @property
+    def loss_history(self) -> list[float]:
+        """The losses of the window, newest last; steps without a loss are left out."""
+        return self._history("loss_history")
+
+    @property
+    def gradient_history(self) -> list[float]:
+        """The cosine of each step's gradient with the one before, newest last."""
+        return self._history("gradient_history")
+
+    @property
+    def lr_history(self) -> list[float]:
+        """The largest learning rate of a group times the multiplier at each step, newest last."""
+        return self._history("lr_history")
+
+    @property
+    def edge_case_count(self) -> int:
+        """How many edge cases there have been."""
+        return int(self._values["edge_cases"].item())
+
+    def summary(self) -> dict[str, Tensor]:
+        """Multiplier, consistency, alignment and number of edge cases, 0-d each, while still on the device."""
+        consistency = self._values["gradient_history"].nanmean()
+        return {
+            "multiplier": self.multiplier(),
+            "consistency": torch.where(consistency.isnan(), 1.0, consistency),
+            "alignment": self._values["alignment"],
+            "edge_cases": self._values["edge_cases"],
+        }
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming needs: tensors and numbers."""
+        multiplier = self._values["multiplier"].item()
+        context = {name: self._values[name].clone() for name in (*_HISTORIES, "confidence", "alignment")}
+        context.update((name, sample.clone()) for name, sample in self._samples.items() if sample is not None)
+        return {
+            "c_optim_context": context,
+            "edge_case_count": self.edge_case_count,
+            "contextual_lr_multiplier": self._start if math.isnan(multiplier) else multiplier,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `check` found to be right."""
+        context = saved["c_optim_context"]
+        values = {name: context[name].clone() for name in ("confidence", "alignment")}
+        for name in _HISTORIES:
+            history = torch.full((self._window,), torch.nan, dtype=torch.float32)
+            newest = context[name][-self._window :]
+            history[self._window - len(newest) :] = newest
+            values[name] = history
+        begun = any(name in context for name in _SAMPLES)
+        multiplier = float(saved["contextual_lr_multiplier"]) if begun else torch.nan
+        values["multiplier"] = torch.tensor(multiplier, dtype=torch.float32)
+        values["edge_cases"] = torch.tensor(saved["edge_case_count"], dtype=torch.int64)
+        self._device = torch.device("cpu")
+        self._values = {name: value.to(self._device) for name, value in values.items()}
+        self._samples = {name: context[name].clone() if name in context else None for name in _SAMPLES}
+
+    # The inside -------------------------------------------------------------------------------------------------
+
+    def _confidence(self) -> Tensor:
+        losses, cosines = self._values["loss_history"], self._values["gradient_history"]
+        tests = (detection.spike(losses), detection.rising(losses), detection.oscillating(cosines))
+        return detection.combined_confidence(torch.stack(tests, dim=-1))
+
+    def _is_edge_case(self) -> Tensor:
+        return self._values["confidence"] >= self._threshold
+
+    def _remember(self, name: str, value: Tensor) -> None:
+        self._values[name] = torch.cat([self._values[name][1:], value.view(1)])
+
+    def _history(self, name: str) -> list[float]:
+        return [value for value in self._values[name].tolist() if not math.isnan(value)]
+
+    def _move_to(self, device: torch.device) -> None:
+        if self._device != device:
+            self._device = device
+            self._values = {name: value.to(device, non_blocking=True) for name, value in self._values.items()}
+            self._samples = {
+                name: None if sample is None else sample.to(device, non_blocking=True)
+                for name, sample in self._samples.items()
+            }
+
+
+_SAVED = ("c_optim_context", "edge_case_count", "contextual_lr_multiplier")
+
+
+def is_in(saved: Mapping[str, Any]) -> bool:
+    """Whether a saved parameter group carries a context, or a part of one."""
+    return any(key in saved for key in _SAVED)
+
+
+def check(saved: Mapping[str, Any]) -> None:
+    """Check a saved context.
+
+    Raises:
+        ValueError: what is wrong, with the key.
+    """
+    context = saved.get("c_optim_context")
+    if not isinstance(context, Mapping):
+        raise ValueError(f"c_optim_context is {type(context).__name__}, not a dictionary")
+    for name in (*_HISTORIES, "confidence", "alignment"):
+        value = context.get(name)
+        dimensions = 1 if name in _HISTORIES else 0
+        if not isinstance(value, Tensor) or value.ndim != dimensions or value.dtype != torch.float32:
+            raise ValueError(f"c_optim_context has no float32 tensor '{name}' of {dimensions} dimensions")
+    for name in _SAMPLES:
+        if name in context and not (isinstance(context[name], Tensor) and context[name].ndim == 1):
+            raise ValueError(f"c_optim_context's '{name}' is not a tensor of one dimension")
+    unknown = context.keys() - {*_HISTORIES, *_SAMPLES, "confidence", "alignment"}
+    if unknown:
+        raise ValueError(f"c_optim_context has the unknown key '{min(unknown)}'")
+    count, multiplier = saved.get("edge_case_count"), saved.get("contextual_lr_multiplier")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"edge_case_count is {count!r}, not a whole number of at least 0")
+    if not isinstance(multiplier, float) or not math.isfinite(multiplier) or multiplier <= 0:
+        raise ValueError(f"contextual_lr_multiplier is {multiplier!r}, not a number above 0")
+
+
+def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x.y, x.x, y.y) of two vectors, scaled so that no square leaves float32."""
+    x, y = (v / v.abs().amax().clamp_min(1e-30) for v in (x, y))
+    return torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)
+
+
+def _cosine(products: Tensor | Sequence[Tensor], absent: float) -> Tensor:
+    """The cosine of two vectors from what `_products` gave; `absent` where one of them is 0."""
+    dot, x_square, y_square = products
+    return torch.where((x_square > 0) & (y_square > 0), dot / (x_square * y_square).sqrt(), absent)
+
+
+def _scalar(loss: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(loss, Tensor):
+        return loss.detach().to(device, torch.float32, non_blocking=True).mean()
+    return torch.tensor(float(loss), dtype=torch.float32).to(device, non_blocking=True)

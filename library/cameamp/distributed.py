@@ -1,0 +1,12 @@
+"""Values that all ranks of a distributed run must agree on."""
+
+from __future__ import annotations
+
+from torch import Tensor, distributed
+
+
+def add_up(values: Tensor) -> Tensor:
+    """The sum over all ranks, the same bits on every one; `values` itself where there is a single rank."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(values)
+    return values

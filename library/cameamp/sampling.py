@@ -1,0 +1,67 @@
+"""The same elements of all parameters at every step: what stands for a gradient that is too large to keep.
+
+Every n-th element of each tensor, so that tensors count in proportion to their size. n is prime: it shares no factor
+with the shapes, and so meets all rows and columns alike without any indices to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .batches import Batch
+
+LARGEST_SAMPLE = 65_536
+
+
+class Sampler:
+    """Where the sampled elements of each parameter lie in one vector, whichever of them a step has gradients for.
+
+    Args:
+        sizes: element counts of the optimizer's parameters, in its order.
+
+    Attributes:
+        every: distance between sampled elements of a parameter.
+        size: length of the vector.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        # Each parameter may give one element more than its share.
+        room = max(LARGEST_SAMPLE - len(sizes), LARGEST_SAMPLE // 2)
+        self.every = _prime_from(-(-sum(sizes) // room))
+        self._starts = [0]
+        for size in sizes:
+            self._starts.append(self._starts[-1] - (-size // self.every))
+        self.size = self._starts[-1]
+        self._places: dict[tuple[int, ...], Tensor] = {}
+
+    def gather(self, batches: Sequence[Batch], pieces: Sequence[Tensor]) -> Tensor:
+        """One vector, (size,) float32 on the first piece's device; 0 where a parameter is in no batch.
+
+        Args:
+            batches: the batches of all groups that take this step.
+            pieces: what `rules.every_nth` took of each.
+        """
+        device = pieces[0].device
+        flat = torch.cat([piece.flatten().to(device, non_blocking=True) for piece in pieces])
+        vector = torch.zeros(self.size, dtype=torch.float32, device=device)
+        return vector.index_copy_(0, self._places_of(batches, device), flat)
+
+    def _places_of(self, batches: Sequence[Batch], device: torch.device) -> Tensor:
+        """Where the pieces go. The same batches mostly come again, so the last answer is kept."""
+        key = tuple(position for batch in batches for position in batch.parameter_numbers)
+        places = self._places.get(key)
+        if places is None or places.device != device:
+            ranges = [torch.arange(self._starts[n], self._starts[n + 1]) for n in key]
+            places = torch.cat(ranges).to(device, non_blocking=True)
+            self._places = {key: places}
+        return places
+
+
+def _prime_from(number: int) -> int:
+    """The smallest prime not below a number; 1 for 1."""
+    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
+        number += 1
+    return max(number, 1)

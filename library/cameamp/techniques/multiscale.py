@@ -1,0 +1,47 @@
+"""Multi-scale momentum: averages of the scaled gradient that are updated every so many steps, and so look back further.
+
+Every average has the same decay a update; one that is updated every 25th step remembers 25 times as long. This is the
+project's own technique, after the nested momenta of deep optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+DECAY = 0.9
+
+
+def is_due(period: int, step: int) -> bool:
+    """Whether the momentum of a period is updated at a step, counted from 1."""
+    return step % period == 0
+
+
+def shares(periods: Sequence[int], counts: Sequence[int]) -> tuple[float, ...]:
+    """What each momentum is multiplied by in their weighted mean.
+
+    Args:
+        periods: update periods of the momenta.
+        counts: how often each has been updated.
+
+    Returns:
+        For each momentum 1 / period, divided by the sum of these over the momenta updated so far, and by
+        1 - 0.9^count, which a momentum that starts at 0 lacks; 0 for one that was never updated.
+    """
+    total = sum(1 / period for period, count in zip(periods, counts) if count > 0)
+    return tuple(
+        1 / period / total / (1 - DECAY**count) if count > 0 else 0.0 for period, count in zip(periods, counts)
+    )
+
+
+def update_(momentum: Tensor, scaled_grad: Tensor, rate: float | Tensor = 1 - DECAY) -> None:
+    """Move a momentum, (tensors, rows, columns), towards the scaled gradient of this step."""
+    momentum.lerp_(scaled_grad, rate)
+
+
+def add_share_(drive: Tensor, momentum: Tensor, share: float | Tensor) -> Tensor:
+    """drive + share * momentum, in place."""
+    if isinstance(share, Tensor):  # In a compiled graph, which would otherwise depend on the number.
+        return drive.addcmul_(momentum, share)
+    return drive.add_(momentum, alpha=share)
