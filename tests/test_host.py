@@ -161,7 +161,8 @@ def finished(tmp_path_factory):
     """One run with spawned workers, accumulation and trackers."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "run.toml").write_text(
-        'optimizer_type = "AUTOMAGIC_cameamp"\nlearning_rate = 1e-4\n[optimizer_config]\nwarmup_steps = 3\n', "utf-8"
+        'optimizer_type = "AUTOMAGIC_cameamp_COPTIM"\nlearning_rate = 1e-4\n[optimizer_config]\nwarmup_steps = 3\n',
+        "utf-8",
     )
     done = run(
         "--config_file", str(folder / "run"), "--network_module", "x", "--logging_dir", str(folder / "logs"),
@@ -173,7 +174,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_goes_through_the_hosts_own_script(finished):
     _, done = finished
-    assert "ss_optimizer library.automagic_cameamp.Automagic_CameAMP(warmup_steps=3)" in done.stdout
+    assert "ss_optimizer library.automagic_cameamp.Automagic_CameAMP_COptim(warmup_steps=3)" in done.stdout
     assert "2 of 2 parameters are LoRA factors" in done.stderr
 
 
@@ -206,14 +207,32 @@ def test_trackers_receive_the_effective_learning_rates_of_every_group(finished):
     assert "lr=" in done.stderr
 
 
+def test_trackers_receive_what_drives_a_contextual_optimizer(finished):
+    folder, _ = finished
+    scalars = read_scalars(folder / "logs")
+    multiplier = dict(scalars["context/multiplier"])
+    assert multiplier[0] == pytest.approx(1e-6 / 2e-4)  # where it starts, for the larger of two learning rates
+    assert len(set(multiplier.values())) > 2
+    assert {"context/consistency", "context/edge_cases", "context/alignment"} <= set(scalars)
+
+
+def test_the_loss_reaches_the_optimizer_undivided_and_averaged_over_accumulation(finished):
+    folder, _ = finished
+    losses = [value for _, value in read_scalars(folder / "logs")["loss"]]
+    pairs = [(first + second) / 2 for first, second in zip(losses[::2], losses[1::2])]
+    saved = torch.load(folder / "state" / "optimizer.bin", weights_only=True)
+    history = saved["param_groups"][0]["c_optim_context"]["loss_history"]
+    assert history[~history.isnan()].tolist() == pytest.approx(pairs, rel=1e-5)
+
+
 def test_the_state_is_saved_by_accelerate_and_resumed(finished):
     folder, _ = finished
     saved = torch.load(folder / "state" / "optimizer.bin", weights_only=True)
     assert [saved["state"][key]["step"] for key in (0, 1)] == [4, 4]
     done = run(
-        "--optimizer_type", "Automagic_CameAMP", "--learning_rate", "1e-4", "--optimizer_args", "warmup_steps=3",
-        "--network_module", "x", "--resume", str(folder / "state"), "--output_dir", str(folder / "again"),
-        "--max_train_steps", "2",
+        "--optimizer_type", "Automagic_CameAMP_COptim", "--learning_rate", "1e-4",
+        "--optimizer_args", "warmup_steps=3", "--network_module", "x", "--resume", str(folder / "state"),
+        "--output_dir", str(folder / "again"), "--max_train_steps", "2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     again = torch.load(folder / "again" / "optimizer.bin", weights_only=True)
@@ -229,7 +248,8 @@ def test_other_optimizers_train_on():
 
 def test_full_finetuning_with_an_optimizer_a_layer(tmp_path):
     done = run(
-        "--train_script", "fine_tune.py", "--optimizer_type", "Automagic_CameAMP", "--logging_dir", str(tmp_path),
+        "--train_script", "fine_tune.py", "--optimizer_type", "Automagic_CameAMP_COptim",
+        "--logging_dir", str(tmp_path),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("full_finetune")]
@@ -237,7 +257,10 @@ def test_full_finetuning_with_an_optimizer_a_layer(tmp_path):
         "full_finetune True names ['0.bias', '0.weight']",
         "full_finetune True names ['1.bias', '1.weight']",
     ]
-    assert {"effective_lr/group0/mean", "effective_lr/group1/mean"} <= set(read_scalars(tmp_path))
+    # Each optimizer knew the loss before its first parameter's gradient was there.
+    assert "losses [4, 4]" in done.stdout
+    names = {"effective_lr/group0/mean", "effective_lr/group1/mean", "context0/multiplier", "context1/multiplier"}
+    assert names <= set(read_scalars(tmp_path))
 
 
 @pytest.mark.parametrize(

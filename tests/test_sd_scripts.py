@@ -235,8 +235,8 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(name, tm
         runs += [
             ours(here / "straight", name, 8, *more, "--save_state", options=options),
             ours(here / "half", name, 4, *more, "--save_state", options=options),
-            ours(here / "resumed", name, 4, *more, "--save_state", "--resume", str(here / "half" / "a-state"),
-                 "--first_batch", "4", options=options),
+            ours(here / "resumed", name, 8, *more, "--save_state", "--resume", str(here / "half" / "a-state"),
+                 "--skip_until_initial_step", "--first_batch", "4", options=options),
         ]  # fmt: skip
     many(tmp_path, common, runs)
     for text, warmup in cases:
