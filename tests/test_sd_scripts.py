@@ -294,7 +294,7 @@ def read_scalars(folder):
 def test_two_processes_keep_the_same_weights(name, tmp_path, common):
     done = run(
         "--train_script", TINY, *common, *ours(tmp_path, name, 6, options=["warmup_steps=4"]),
-        program=[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+        program=[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     ends = dict(re.findall(r"rank (\d) ends with (\w+)", done.stdout))

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -90,6 +91,8 @@ class Plugin:
             self._optimizers.clear()
             self._names.clear()
             accelerator.prepare = self._preparing(accelerator.prepare)
+            if accelerator.distributed_type == DistributedType.MULTI_CPU:
+                accelerator.prepare_model = _leaving_frozen_models(accelerator.prepare_model)
             accelerator.backward = self._going_backward(accelerator, accelerator.backward)
             accelerator.init_trackers = self._starting_trackers(accelerator, accelerator.init_trackers)
             return accelerator
@@ -132,3 +135,19 @@ class Plugin:
             return result
 
         return init_and_add
+
+
+def _leaving_frozen_models(prepare_model: Callable[..., Any]) -> Callable[..., Any]:
+    """Let several CPU processes train a network beside a frozen model.
+
+    DistributedDataParallel refuses a model without trainable parameters. On GPUs accelerate leaves such a model
+    unwrapped, on CPUs it does not.
+    """
+
+    @wraps(prepare_model)
+    def prepare_unless_frozen(model: torch.nn.Module, *more: Any, **options: Any) -> Any:
+        if not any(p.requires_grad for p in model.parameters()):
+            options["evaluation_mode"] = True
+        return prepare_model(model, *more, **options)
+
+    return prepare_unless_frozen
