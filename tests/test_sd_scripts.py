@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sd_scripts.data import make_data
@@ -202,6 +203,47 @@ def test_lora_is_recognized_by_the_networks_own_names(train_util, module, block,
     assert factors == (set(matrices) if is_lora else set())
 
 
+# Logs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", NETWORK_SCRIPTS + FULL_SCRIPTS)
+def test_every_scripts_own_logging_shows_our_values(train_util, script, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    argv = ["--optimizer_type", OWN_OPTIMIZERS[-1], "--logging_dir", str(tmp_path), "--learning_rate", "1e-4"]
+    args = module.setup_parser().parse_args(argv)
+    accelerator = train_util.prepare_accelerator(args)
+    layer = torch.nn.Linear(64, 64)
+    _, _, optimizer = train_util.get_optimizer(args, [{"params": layer.parameters(), "lr": 1e-4}])
+    scheduler = train_util.get_scheduler_fix(args, optimizer, 1)
+    layer, optimizer, scheduler = accelerator.prepare(layer, optimizer, scheduler)
+    accelerator.init_trackers("test")
+    loss = layer(torch.randn(2, 64)).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    if script in NETWORK_SCRIPTS:
+        import train_network
+
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+        (trainer_class,) = {kind for kind in kinds if issubclass(kind, train_network.NetworkTrainer)} - (
+            {train_network.NetworkTrainer} if module is not train_network else set()
+        )
+        trainer = trainer_class()
+        logs = trainer.generate_step_logs(args, loss.item(), loss.item(), scheduler, ["unet"])
+        trainer.step_logging(accelerator, logs, 1, 1)
+    else:
+        logs = {"loss": loss.item()}
+        train_util.append_lr_to_logs(logs, scheduler, args.optimizer_type)
+        accelerator.log(logs, step=1)
+    accelerator.end_training()
+    scalars = read_scalars(tmp_path)
+    ours_there = {"effective_lr/group0/mean", "effective_lr/group0/smallest", "effective_lr/group0/largest"}
+    assert ours_there | {"context/multiplier", "context/consistency", "context/edge_cases"} <= set(scalars)
+    assert scalars["effective_lr/group0/mean"][0][1] == pytest.approx(1e-6, rel=0.1)
+    (history,) = [optimizer.optimizer.c_optim.loss_history]
+    assert history == pytest.approx([loss.item()])
+
+
 # Runs of the host's own loop ----------------------------------------------------------------------------------------
 
 
@@ -300,6 +342,14 @@ def test_two_processes_keep_the_same_weights(name, tmp_path, common):
     ends = dict(re.findall(r"rank (\d) ends with (\w+)", done.stdout))
     assert set(ends) == {"0", "1"}
     assert ends["0"] == ends["1"]
+
+
+def test_spawned_workers_load_the_data(tmp_path, common):
+    words = ours(tmp_path, steps=2, options=["warmup_steps=2"])
+    done = run("--train_script", TINY, *common, *words, "--max_data_loader_n_workers", "2", "--spawn_workers")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 ends with" in done.stdout
+    assert "workers were spawned" in done.stdout
 
 
 def test_an_unpatched_host_takes_the_copied_files(tmp_path, common):

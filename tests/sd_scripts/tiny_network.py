@@ -7,6 +7,7 @@ argument lists. Every batch is the same, and noise and timesteps depend on the n
 
 import hashlib
 import json
+import multiprocessing
 import sys
 
 import library.strategy_base as strategies
@@ -50,9 +51,14 @@ def run(arguments):
     sys.argv[1:] = arguments
     parser = train_network.setup_parser()
     parser.add_argument("--first_batch", type=int, default=0)
+    parser.add_argument("--spawn_workers", action="store_true")
     args = train_util.read_config_from_file(parser.parse_args(), parser)
+    if args.spawn_workers:
+        multiprocessing.set_start_method("spawn")
     trainer = TinyTrainer()
     trainer.train(args)
+    if multiprocessing.get_start_method() == "spawn":
+        print("workers were spawned")
     weights = b"".join(p.detach().float().numpy().tobytes() for p in trainer.network.parameters())
     print(f"rank {trainer.accelerator.process_index} ends with {hashlib.sha256(weights).hexdigest()}", flush=True)
 
