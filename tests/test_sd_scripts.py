@@ -394,7 +394,8 @@ def sd15_arguments(output):
 def test_a_lora_of_sd15_under_accelerate_launch(tmp_path):
     network = ["--network_module", "networks.lora", "--network_dim", "4", "--network_train_unet_only"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    for steps, more in ((3, ()), (2, ("--resume", str(tmp_path / "a-state")))):
+    resume = ("--resume", str(tmp_path / "a-state"), "--skip_until_initial_step")
+    for steps, more in ((3, ()), (5, resume)):
         done = run(
             "--train_data_dir", f"{SD15}/data", *sd15_arguments(tmp_path), *network, "--max_train_steps", str(steps),
             "--optimizer_type", OWN_OPTIMIZERS[-1], "--optimizer_args", "warmup_steps=2", *more, program=launch,
@@ -417,5 +418,5 @@ def test_all_of_sd15_with_8bit_states(tmp_path):
         "--optimizer_type", "Automagic_CameAMP8bit", "--optimizer_args", "warmup_steps=1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "none of 686 parameters is a LoRA factor" in done.log or "ALLoRA" in done.log
+    assert "none of 686 parameters is a LoRA factor" in done.log
     assert len(read_scalars(tmp_path / "logs")["effective_lr/group0/mean"]) == 2
