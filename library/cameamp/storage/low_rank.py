@@ -74,7 +74,7 @@ class LowRank:
         noise = uniform_noise(alike, 0, self.columns * self.rank).view(1, self.rank, self.columns)
         probe = _two_or_more(old_right + noise.sub_(0.5)).transpose(1, 2)
         seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
-        left = _orthonormal(seen[:, :, : self.rank])
+        left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
         right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
         for place, factor, part in ((0, left, codes[:, :, : self.rows]), (1, right, codes[:, :, self.rows :])):
             largest = torch.maximum(factor.amax(dim=2), factor.amin(dim=2).neg_())
@@ -115,11 +115,11 @@ def _two_or_more(factor: Tensor) -> Tensor:
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    """The columns of each matrix, (tensors, rows, few), as rows, orthogonal to one another and of norm 1 or 0."""
+    """The rows of each matrix, (tensors, few, many), made orthogonal to one another, and of norm 1 or 0."""
     made: list[Tensor] = []
-    for column in x.unbind(2):
+    for row in x.unbind(1):
         for known in made:
-            column = column - known * (known * column).sum(dim=1, keepdim=True)
-        norm = torch.linalg.vector_norm(column, dim=1, keepdim=True)
-        made.append(column / torch.where(norm > 0, norm, torch.inf))
+            row = row - known * (known * row).sum(dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)
+        made.append(row / torch.where(norm > 0, norm, torch.inf))
     return torch.stack(made, dim=1)

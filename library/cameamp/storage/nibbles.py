@@ -21,6 +21,9 @@ _MIDDLE = 7  # the code of 0; codes go from 0 to 14
 # Distance between levels in root mean squares: for a Gaussian the least squared error of fifteen even levels.
 _SPACING = 0.3536
 
+# Below it only the zeros of a tensor that is all zeros are divided.
+_SMALLEST_SCALE = 1e-37
+
 
 @dataclass(frozen=True)
 class Nibbles:
@@ -58,7 +61,7 @@ class Nibbles:
         torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale)
         scale.mul_(_SPACING / math.sqrt(count))
         # Adding a half and cutting rounds to the nearest level; a tensor of zeros keeps a scale of 0.
-        values.mul_(torch.where(scale > 0, scale.reciprocal(), 0.0)).add_(_MIDDLE + 0.5).clamp_(0, 2 * _MIDDLE + 0.5)
+        values.div_(scale.clamp_min(_SMALLEST_SCALE)).add_(_MIDDLE + 0.5).clamp_(0, 2 * _MIDDLE + 0.5)
         # As signed bytes: CPUs take several times as long to make unsigned ones.
         whole = values.to(torch.int8).view(torch.uint8)
         high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1))
