@@ -133,8 +133,9 @@ def fidelity(stream: Tensor, storages: list[Storage]) -> tuple[list[float], list
     return cosines, [sum(values) / len(values) for values in own]
 
 
-def bytes_an_element(rows: int, columns: int, storages: list) -> float:
-    """What the momenta of one factor take."""
+def bytes_an_element(shape: torch.Size, storages: list) -> float:
+    """What the momenta of one factor of (rows, columns) take."""
+    rows, columns = shape
     total = 0.0
     for storage in storages:
         if isinstance(storage, SignAndRankOne):
@@ -160,7 +161,7 @@ def main() -> None:
           f"{'last 100':>10}{'worst factor':>14}   each momentum")  # fmt: skip
     for name, way in ways().items():
         results = [fidelity(stream, way(*stream.shape[2:])) for stream in streams]
-        size = sum(bytes_an_element(*s.shape[2:], way(*s.shape[2:])) for s in streams) / len(streams)
+        size = sum(bytes_an_element(s.shape[2:], way(*s.shape[2:])) for s in streams) / len(streams)
         means = [sum(c) / len(c) for c, _ in results]
         first = [sum(c[:30]) / 30 for c, _ in results]
         last = [sum(c[-100:]) / len(c[-100:]) for c, _ in results]
