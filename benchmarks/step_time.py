@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 
-from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
+from library.automagic_cameamp import (
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_COptim,
+    Automagic_CameAMP_COptim8bit,
+)
 
 from .cost import operations, state_bytes, temporary_bytes
 from .models import NAMES, load, parameters
@@ -34,7 +39,9 @@ def contenders(shapes: list[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer
         "pytorch_optimizer CAME": CAME(parameters(shapes), lr=1e-6),
         "bitsandbytes AdamW8bit": AdamW8bit(parameters(shapes), lr=1e-6),
     }
-    for ours in (Automagic_CameAMP, Automagic_CameAMP8bit):
+    for ours in (
+        Automagic_CameAMP, Automagic_CameAMP_COptim, Automagic_CameAMP8bit, Automagic_CameAMP_COptim8bit
+    ):  # fmt: skip
         late = ours(parameters(shapes), warmup_steps=1_000_000)
         late.step()
         # Half of the warm-up is over once the step counter says so.
@@ -64,12 +71,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="at most this many elements of the model")
     parser.add_argument("--rounds", type=int, default=15, help="measured steps of each optimizer")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--only", default="", help="leave out contenders whose names lack this")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shapes = load(args.model, args.limit)
     count = sum(torch.Size(shape).numel() for shape in shapes)
     print(f"{args.model}: {len(shapes)} tensors, {count / 1e6:.1f} M parameters, {args.threads} threads")
-    optimizers = contenders(shapes)
+    optimizers = {n: o for n, o in contenders(shapes).items() if n == _PEER or args.only in n}
     seconds = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, args.rounds)
     peer = statistics.median(seconds[_PEER])
     print(f"{'':38}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}")

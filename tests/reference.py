@@ -25,12 +25,13 @@ class ReferenceCameAMP:
             "lr": 1e-6, "min_lr": 1e-7, "max_lr": 1e-3, "lr_bump": 3e-6, "eps": (1e-30, 1e-16, 1e-8),
             "clip_threshold": 1.0, "betas": (0.8, 0.99, 0.999), "eta": 2.0, "beta1_decay": 0.9995,
             "weight_decay": 5e-4, "warmup_steps": 500, "came": True, "full_finetune": False, "cautious": False,
-            **options,
+            "momentum_scales": (), **options,
         }  # fmt: skip
         self.groups = [{**self.options, **group} for group in groups]
         self.lora = lora
         self.state = {}
         self.scale = [1.0] * len(groups)  # group["lr"] / initial lr, as a scheduler sets it
+        self.multiplier = 1.0  # C-Optim's
 
     def step(self):
         for group, scale in zip(self.groups, self.scale):
@@ -69,17 +70,20 @@ class ReferenceCameAMP:
         else:
             sg = grad.clamp(-(t**0.25), t**0.25)
 
+        # C-Optim: multi-scale momentum
+        drive = self.drive(sg, st, t, o)
+
         # 3. Momentum
         if early:
             colnorm = lambda x: (x**2).sum(dim=0, keepdim=True).sqrt().clamp(min=1e-12)
             m = st["exp_avg"]
-            st["s"] = 0.9 * st["s"] + 0.1 * (m / colnorm(m)) * (sg / colnorm(sg))
-            st["exp_avg"] = 0.9 * m + ((1 + st["s"]) / 2 + eps1) * sg
+            st["s"] = 0.9 * st["s"] + 0.1 * (m / colnorm(m)) * (drive / colnorm(drive))
+            st["exp_avg"] = 0.9 * m + ((1 + st["s"]) / 2 + eps1) * drive
             bar = st["exp_avg"]
         else:
             b1_t = max(b1 * o["beta1_decay"] ** t, 0.4)
-            st["exp_avg"] = b1_t * st["exp_avg"] + (1 - b1_t) * sg
-            bar = b1 * st["exp_avg"] + (1 - b1) * sg
+            st["exp_avg"] = b1_t * st["exp_avg"] + (1 - b1_t) * drive
+            bar = b1 * st["exp_avg"] + (1 - b1) * drive
 
         # 4. AdaBelief
         st["exp_avg_res"] = b3 * st["exp_avg_res"] + (1 - b3) * ((sg - bar) ** 2 + eps2)
@@ -102,6 +106,8 @@ class ReferenceCameAMP:
                 st["lr_mask"] = (st["lr_mask"] + moved).clamp(o["min_lr"], max(o["max_lr"], o["lr"]))
             st["last_polarity"] = polarity
         lr = st["lr_mask"] * scale
+        if o["momentum_scales"]:
+            lr = (st["lr_mask"] * self.multiplier).clamp(o["min_lr"], max(o["max_lr"], o["lr"])) * scale
 
         # Cautious
         if o["cautious"]:
@@ -121,8 +127,24 @@ class ReferenceCameAMP:
 
         # 10. Step
         w = w - lr * u
+        st["sg"], st["change"] = sg, p.detach().float().reshape(rows, -1) - w
         st["exact"] = w.reshape(p.shape)
         p.data.copy_(st["exact"])
+
+    @staticmethod
+    def drive(sg, st, t, o):
+        """The weighted mean of the debiased momenta, over those updated so far; sg while there are none."""
+        total, weights = torch.zeros_like(sg), 0.0
+        for period in o["momentum_scales"]:
+            name = f"momentum_scale_{period}"
+            st.setdefault(name, torch.zeros_like(sg))
+            if t % period == 0:
+                st[name] = 0.9 * st[name] + 0.1 * sg
+            if t >= period:
+                total = total + st[name] / (1 - 0.9 ** (t // period)) / period
+                weights += 1 / period
+        # An element whose gradient is exactly 0 is not driven.
+        return torch.where(sg == 0, torch.zeros_like(sg), total / weights) if weights else sg
 
     @staticmethod
     def fresh(w, o):
@@ -131,3 +153,33 @@ class ReferenceCameAMP:
             "step": 0, "exp_avg": zeros, "exp_avg_sq": zeros, "exp_avg_res": zeros, "s": zeros,
             "lr_mask": torch.full_like(w, min(max(o["lr"], o["min_lr"]), max(o["max_lr"], o["lr"]))),
         }  # fmt: skip
+
+
+class ReferenceCOptim(ReferenceCameAMP):
+    """The contextual optimizer, without edge cases, for models of which every element is in the sample."""
+
+    def __init__(self, groups, lora, **options):
+        super().__init__(groups, lora, **{"momentum_scales": (1, 5, 10, 25), "adaptation_rate": 0.1, **options})
+        self.largest = max(group["lr"] for group in self.groups)
+        self.highest = max(max(group["max_lr"], group["lr"]) for group in self.groups) / self.largest
+        self.multiplier = min(1.0, 1e-6 / self.largest)
+        self.last_change = None
+
+    def step(self):
+        for group in self.groups:
+            for p in group["params"]:
+                self.state.get(p, {}).pop("change", None)
+        super().step()
+        params = [p for group in self.groups for p in group["params"]]
+        # A parameter without a gradient counts as 0 on both sides.
+        gather = lambda name: torch.cat([self.seen(p, name) for p in params])
+        change = gather("change")
+        if self.last_change is not None and self.last_change.any():
+            alignment = torch.cosine_similarity(self.last_change, gather("sg"), dim=0, eps=1e-30).item()
+            self.multiplier *= math.exp(30 * self.options["adaptation_rate"] * (alignment + 0.02))
+            self.multiplier = min(max(self.multiplier, 1e-9), self.highest)
+        self.last_change = change.bfloat16().float()
+
+    def seen(self, p, name):
+        state = self.state.get(p, {})
+        return state[name].flatten() if "change" in state else torch.zeros(p.numel())

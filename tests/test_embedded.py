@@ -283,3 +283,23 @@ def test_base_weights_are_small_and_say_how_they_were_made():
     assert BASE_WEIGHTS.stat().st_size <= 4 * 1024 * 1024
     assert base_metadata()["digits"] == "0-4"
     assert float(base_metadata()["held_out_loss"]) < 0.05
+
+
+def test_a_contextual_run_shows_its_context(tmp_path):
+    command = arguments(tmp_path, "--optimizer_type", "Automagic_CameAMP_COptim", "--save_every_n_steps", "3")
+    # argparse lets the last of an option win.
+    assert main(command) == 0
+    state = tmp_path / "a-step00000003-state"
+    straight = factors(tmp_path / "a.safetensors")
+    history = json.loads((tmp_path / "a-state" / "progress.json").read_text())["history"]
+    assert len(history["context"]) == 6
+    multiplier, consistency, edge_cases = history["context"][0]
+    assert multiplier == pytest.approx(1e-6 / 1e-4)
+    assert (consistency, edge_cases) == (1.0, 0)
+    (events,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
+    assert b"context/multiplier" in events.read_bytes()
+    command = command[: command.index("--save_every_n_steps")] + ["--resume", str(state)]
+    assert main(command) == 0
+    assert all(torch.equal(straight[name], value) for name, value in factors(tmp_path / "a.safetensors").items())
+    again = json.loads((tmp_path / "a-state" / "progress.json").read_text())["history"]
+    assert again["context"] == history["context"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import ReferenceCameAMP
+from reference import ReferenceCameAMP, ReferenceCOptim
 
-from library.automagic_cameamp import Automagic_CameAMP
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
 from library.cameamp import optimizer as optimizer_module
 from library.cameamp.rounding import stochastic_round
 
@@ -42,17 +42,31 @@ def set_gradients(params, targets, generator, step, others, skip=None):
         p.grad, others[index].grad = grad.clone(), grad.clone()
 
 
-def compare(shapes, split=None, schedule=None, skip=None, group_options=({}, {}), steps=STEPS, lora=False, **options):
+BASE = (Automagic_CameAMP, ReferenceCameAMP)
+CONTEXTUAL = (Automagic_CameAMP_COptim, ReferenceCOptim)
+
+
+def compare(
+    shapes,
+    split=None,
+    schedule=None,
+    skip=None,
+    group_options=({}, {}),
+    steps=STEPS,
+    lora=False,
+    classes=BASE,
+    **options,
+):
     params, targets, generator = problem(shapes)
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     split = len(params) if split is None else split
     parts = [slice(0, split), slice(split, None)] if split < len(params) else [slice(0, None)]
     groups = [{"params": params[part], **own} for part, own in zip(parts, group_options)]
-    ours = Automagic_CameAMP(groups, warmup_steps=WARMUP, **options)
-    plain = ReferenceCameAMP(
-        [{"params": others[part], **own} for part, own in zip(parts, group_options)],
-        lora=lora, warmup_steps=WARMUP, **options,
-    )  # fmt: skip
+    options = {"warmup_steps": WARMUP, **options}
+    ours = classes[0](groups, **options)
+    plain = classes[1](
+        [{"params": others[part], **own} for part, own in zip(parts, group_options)], lora=lora, **options
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(ours, schedule) if schedule else None
     for step in range(steps):
         set_gradients(params, targets, generator, step, others, skip)
@@ -61,30 +75,36 @@ def compare(shapes, split=None, schedule=None, skip=None, group_options=({}, {})
         before = [p.detach().clone() for p in params]
         ours.step()
         plain.step()
+        if classes is CONTEXTUAL:
+            multiplier = ours.c_optim.compute_contextual_lr_multiplier()
+            assert multiplier == pytest.approx(plain.multiplier, rel=2e-3)
+            plain.multiplier = multiplier
         if scheduler:
             scheduler.step()
         for p, other, start in zip(params, others, before):
             if p.grad is None:
                 continue
-            assert_close(p, other, start, ours.state[p], plain.state[other], step)
+            assert_close(p, other, start, ours.state[p], plain.state[other], step, options["warmup_steps"])
             # From here both go on from the same numbers, or rounding would be compounded for hundreds of steps.
             adopt(p, other, ours.state[p], plain.state[other])
 
 
-def assert_close(p, other, start, state, expected, step):
+def assert_close(p, other, start, state, expected, step, warmup_steps=WARMUP):
     """Equal but for float32 rounding: of the weights, of the step, and of momenta of size 1 that cancel."""
     largest_step = (other.detach() - start).abs().max().item()
     cancelled = 2e-6 * (expected["lr_mask"] / expected["exp_avg_res"].sqrt()).max().item()
     tolerance = 2e-5 * largest_step + cancelled
     assert torch.allclose(p.detach(), other.detach(), rtol=2e-7, atol=tolerance), (step, p.shape)
-    for name in ("exp_avg", "exp_avg_res", "lr_mask") + (("exp_avg_sq",) if "exp_avg_sq" in state else ()):
-        scale = 1.0 if name == "exp_avg" else expected[name].abs().max().item()
+    momenta = tuple(name for name in state if name.startswith("momentum_scale"))
+    others = ("exp_avg_sq",) if "exp_avg_sq" in state else ()
+    for name in ("exp_avg", "exp_avg_res", "lr_mask", *others, *momenta):
+        scale = 1.0 if name == "exp_avg" or name in momenta else expected[name].abs().max().item()
         assert torch.allclose(state[name], expected[name].view(p.shape), rtol=2e-5, atol=1e-6 * scale), (
             step,
             name,
             p.shape,
         )
-    warmup = step + 1 < WARMUP
+    warmup = step + 1 < warmup_steps
     assert ("s" in state) == ("last_polarity" in state)
     if warmup and "s" in state:
         assert torch.equal(state["last_polarity"], expected["last_polarity"].view(p.shape))
@@ -166,6 +186,26 @@ def test_schedulers(schedule):
 )
 def test_options(options):
     compare(LORA, lora=True, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum_scales": (2, 7), "cautious": True},
+        {"lr": 1e-3, "adaptation_rate": 0.03, "came": False},
+        {"split": 3, "group_options": ({"lr": 1e-4}, {"lr": 5e-3, "momentum_scales": (1, 3)})},
+        {"skip": lambda step, index: (step + index) % 7 == 0},
+    ],
+    ids=["default", "scales", "lr", "groups", "skip"],
+)
+def test_contextual(options):
+    """Edge cases aside, which test_context.py asks for; the warm-up is short to cross both phase changes."""
+    shapes = MIXED if "skip" in options else LORA
+    compare(
+        shapes, classes=CONTEXTUAL, steps=120, lora=shapes is LORA, edge_threshold=1.0,
+        **{"warmup_steps": 80, **options},
+    )  # fmt: skip
 
 
 def test_no_warmup():

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .rounding import Dither
-from .storage import Buffers, Storage
+from .storage import Buffers, Storage, low_rank
+from .storage.low_rank import LowRank
+from .techniques import multiscale
 
 # At most this many elements side by side: the half dozen temporary stacks of the rules, 16 MiB each, stay well under
 # 256 MiB.
@@ -142,7 +145,7 @@ class Batch:
         slices = self._slices.get(key)
         if slices is None or self._buffers[key].device != self.params[0].device:
             return False
-        return all(state[p].get(key) is part for p, part in zip(self.params, slices))
+        return all(map(is_, [state[p].get(key) for p in self.params], slices))
 
     def _allocate(self, name: str, storage: Storage, fill: float) -> Buffers:
         """New buffers for one state. What this device cannot store fails here, before any value depends on it."""
@@ -177,9 +180,33 @@ class BatchStates:
         self._buffers = buffers
         self._storages = storages
 
-    def read(self, name: str) -> Tensor:
-        """A state, for a rule to update in place."""
-        return self._storages[name].read(name, self._buffers, self._batch.rows, self._batch.columns)
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A state, for a rule to update in place; unpacked into `out` where that helps."""
+        return self._storages[name].read(name, self._buffers, self._batch.rows, self._batch.columns, out)
+
+    def move(self, name: str, target: Tensor, rate: float | Tensor, out: Tensor | None = None) -> Tensor | None:
+        """Move a state by a rate towards a target.
+
+        Returns:
+            The state, still to be kept by `write`; None where the storage has done it all without unpacking.
+        """
+        storage = self._storages[name]
+        if isinstance(storage, LowRank) and isinstance(rate, float):
+            storage.follow(name, self._buffers, target, rate, self._batch.dither())
+            return None
+        return self.read(name, out).lerp_(target, rate)
+
+    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, float | Tensor]], out: Tensor | None = None) -> None:
+        """stack += the sum of share * state; a state is unpacked into `out` where that helps."""
+        in_factors = []
+        for name, share in shares:
+            storage = self._storages[name]
+            if isinstance(storage, LowRank) and isinstance(share, float):
+                in_factors.append((storage, name, share))
+            else:
+                multiscale.add_share_(stack, self.read(name, out), share)
+        if in_factors:
+            low_rank.add_to(stack, in_factors, self._buffers)
 
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""

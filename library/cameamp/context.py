@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -148,13 +149,12 @@ class ContextualOptimizationModule:
 
     def compute_loss_stability(self) -> float:
         """1 / (1 + spread / median) of the losses of the window, both robust: 1.0 for a steady loss, towards 0 else."""
-        losses = torch.tensor(self.loss_history, dtype=torch.float64)
-        losses = losses[losses.isfinite()]
+        losses = [loss for loss in self.loss_history if math.isfinite(loss)]
         if len(losses) < 2:
             return 1.0
-        median = losses.median()
-        spread = (losses - median).abs().median() * 1.4826
-        return float(median.abs() / (median.abs() + spread)) if spread > 0 else 1.0
+        center = abs(median(losses))
+        spread = 1.4826 * median(abs(loss - median(losses)) for loss in losses)
+        return center / (center + spread) if spread > 0 else 1.0
 
     @property
     def loss_history(self) -> list[float]:

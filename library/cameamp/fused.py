@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,8 +51,15 @@ class _Loaded:
         self._stacks = {name: states.read(name) for name in names}
         self._written: dict[str, Tensor] = {}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
         return self._stacks[name]
+
+    def move(self, name: str, target: Tensor, rate: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._stacks[name].lerp_(target, rate)
+
+    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, Tensor]], out: Tensor | None = None) -> None:
+        for name, share in shares:
+            stack.addcmul_(self._stacks[name], share)
 
     def write(self, name: str, stack: Tensor) -> None:
         self._written[name] = stack

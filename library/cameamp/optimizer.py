@@ -216,12 +216,11 @@ class CameAMP(Optimizer):
 
     def _measure(self, number: int, params: list[Tensor]) -> tuple[list[Batch], GroupSums]:
         """Count the step of some parameters of a group, and pass over their gradients for the first time."""
-        scales = self._momentum_scales(number)
+        scales = [(period, momentum_count(period)) for period in self._momentum_scales(number)]
         for p in params:
             state = self.state[p]
             step = state["step"] = state.get("step", 0) + 1
-            for period in scales:
-                count = momentum_count(period)
+            for period, count in scales:
                 state[count] = state.get(count, 0) + multiscale.is_due(period, step)
         batches = self._batches(number, params)
         return batches, self._sum_up(number, batches)
@@ -558,12 +557,12 @@ class CameAMP(Optimizer):
         """The batches of some parameters of a group, which have taken a step."""
         factors = self._find_factors() if self._factors is None else self._factors
         scaled = set() if self._group_options[number].config.full_finetune else factors
-        scales = self._momentum_scales(number)
+        counts_of = [momentum_count(period) for period in self._momentum_scales(number)]
         members = []
         for p in params:
             state = self.state[p]
             has_polarity = "last_polarity" in state or "last_polarity_q" in state
-            counts = tuple(state.get(momentum_count(period), 0) for period in scales)
+            counts = tuple([state.get(count, 0) for count in counts_of])
             traits = Traits(state["step"], p in scaled, has_polarity, counts)
             members.append((self._positions[p], p, traits))
         layout = self._layouts.setdefault(number, Layout())

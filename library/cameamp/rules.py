@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -30,8 +31,14 @@ Scalar = float | Tensor
 class States(Protocol):
     """The states of a stack, by name."""
 
-    def read(self, name: str) -> Tensor:
-        """A state, (tensors, rows, columns), to update in place."""
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A state, (tensors, rows, columns), to update in place; unpacked into `out` where that helps."""
+
+    def move(self, name: str, target: Tensor, rate: Scalar, out: Tensor | None = None) -> Tensor | None:
+        """Move a state by a rate towards a target: the state, still to be written, or None where all is done."""
+
+    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, Scalar]], out: Tensor | None = None) -> None:
+        """stack += the sum of share * state; a state is unpacked into `out` where that helps."""
 
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""
@@ -234,19 +241,25 @@ def _multi_scale_momentum(
     which elements never had a gradient, and those must not drift.
     """
     drive = None
+    packed: list[tuple[str, Scalar]] = []
     for period, rate, share in zip(config.momentum_scales, scalars.scale_rates, scalars.scale_shares):
-        if isinstance(share, float) and share == 0:  # Never updated yet, nor now.
+        name = momentum_name(period)
+        if _is_zero(share):  # Never updated, not in this step either.
             continue
-        momentum = states.read(momentum_name(period))
-        if not isinstance(rate, float) or rate > 0:
-            multiscale.update_(momentum, sg, rate)
+        momentum = None if _is_zero(rate) else states.move(name, sg, rate, work.scratch)
+        if momentum is None:
+            packed.append((name, share))
+            continue
         if drive is None:
             drive = torch.mul(momentum, share, out=work.drive)
         else:
-            drive = multiscale.add_share_(drive, momentum, share)
-        if not isinstance(rate, float) or rate > 0:
-            states.write(momentum_name(period), momentum)
+            multiscale.add_share_(drive, momentum, share)
+        states.write(name, momentum)
         del momentum
+    if packed:
+        if drive is None:
+            drive = torch.zeros_like(sg) if work.drive is None else work.drive.zero_()
+        states.add_to(drive, packed, work.scratch)
     return None if drive is None else drive.mul_(direction).mul_(direction)
 
 
@@ -259,3 +272,8 @@ def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | 
     if scheduler is None or row_scaling is None:
         return scheduler if row_scaling is None else row_scaling
     return row_scaling * scheduler
+
+
+def _is_zero(scalar: Scalar) -> bool:
+    """Whether a number is 0; of a tensor, in a compiled graph, nobody knows."""
+    return not isinstance(scalar, Tensor) and scalar == 0

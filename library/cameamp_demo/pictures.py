@@ -30,11 +30,13 @@ class History:
         loss: training loss of each step.
         learning_rates: for each step, (mean, smallest, largest) effective learning rate of each group.
         held_out: (step, held-out loss).
+        context: for each step of a contextual optimizer, (multiplier, gradient consistency, edge cases so far).
     """
 
     loss: list[float] = field(default_factory=list)
     learning_rates: list[list[tuple[float, float, float]]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    context: list[tuple[float, float, int]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -65,8 +67,9 @@ def save_samples(before: Tensor, after: Tensor, path: Path) -> None:
 
 
 def save_course(history: History, title: str, path: Path) -> None:
-    """Loss and effective learning rate over the steps, as PNG."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    """Loss and effective learning rate over the steps, and the context where there is one, as PNG."""
+    rows = 3 if history.context else 2
+    figure, (top, bottom, *more) = plt.subplots(rows, 1, figsize=(8, 3 * rows), sharex=True)
     steps = range(1, len(history.loss) + 1)
     top.plot(steps, history.loss, color="0.8", linewidth=0.8, label="batch")
     top.plot(steps, _smoothed(history.loss), color="C0", label="batch, smoothed")
@@ -81,10 +84,30 @@ def save_course(history: History, title: str, path: Path) -> None:
         bottom.fill_between(steps, smallest, largest, color=f"C{number}", alpha=0.15, label="smallest to largest")
     bottom.set_ylabel("effective learning rate")
     bottom.set_yscale("log")
-    bottom.set_xlabel("step")
     bottom.legend()
+    for axis in more:
+        _draw_context(axis, history.context, len(history.loss))
+    (more[-1] if more else bottom).set_xlabel("step")
     top.set_title(title)
     _save(figure, path)
+
+
+def _draw_context(axis: Any, context: list[tuple[float, float, int]], last: int) -> None:
+    """The multiplier and the consistency of a contextual optimizer, and a line at each edge case."""
+    multipliers, consistencies, counts = zip(*context)
+    steps = range(last - len(context) + 1, last + 1)
+    edges = [step for step, count, before in zip(steps, counts, (0, *counts)) if count > before]
+    for number, step in enumerate(edges):
+        axis.axvline(step, color="0.85", linewidth=0.8, label=None if number else "edge case")
+    axis.plot(steps, multipliers, color="C2", label="multiplier")
+    axis.set_ylabel("multiplier")
+    axis.set_yscale("log")
+    right = axis.twinx()
+    right.plot(steps, consistencies, color="C4", linewidth=0.8, label="gradient consistency")
+    right.set_ylabel("gradient consistency")
+    right.set_ylim(-1, 1)
+    lines = [*axis.get_legend_handles_labels(), *right.get_legend_handles_labels()]
+    axis.legend(lines[0] + lines[2], lines[1] + lines[3])
 
 
 def _smoothed(values: list[float], decay: float = 0.95) -> list[float]:

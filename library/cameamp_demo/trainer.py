@@ -171,12 +171,26 @@ class Trainer:
         values = {"loss": loss}
         for number, (mean, smallest, largest) in enumerate(rates):
             values |= {f"lr/group{number}": mean, f"lr/group{number}_min": smallest, f"lr/group{number}_max": largest}
+        values |= self._context_values()
         every = self.options.validate_every_n_steps
         if every and self.step % every == 0:
             held_out = self.held_out_loss()
             self.history.held_out.append((self.step, held_out))
             values["loss/held_out"] = held_out
         self.accelerator.log(values, step=self.step)
+
+    def _context_values(self) -> dict[str, float]:
+        """What a contextual optimizer says of its course, also noted in the history; nothing of the others."""
+        context = getattr(self.optimizer.optimizer, "c_optim", None)
+        if context is None:
+            return {}
+        multiplier, consistency = context.compute_contextual_lr_multiplier(), context.compute_gradient_consistency()
+        self.history.context.append((multiplier, consistency, context.edge_case_count))
+        return {
+            "context/multiplier": multiplier,
+            "context/consistency": consistency,
+            "context/edge_cases": context.edge_case_count,
+        }
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         groups = self.lora.parameter_groups()

@@ -25,8 +25,8 @@ class Storage(Protocol):
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         """Buffers for n parameters of `shape` whose elements are all `fill`, on dither's device: {key: (n, ...)}."""
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
-        """The state as (n, rows, columns), for rules to update in place."""
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
+        """The state as (n, rows, columns), for rules to update in place; unpacked into `out` where that helps."""
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
         """Keep what the rules made of the stack that `read` gave; `stack` may be overwritten."""

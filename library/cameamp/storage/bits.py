@@ -22,7 +22,7 @@ class Bits:
         byte = 255 if fill else 0
         return {f"{name}_q": torch.full((n, shape.numel() // 8), byte, dtype=torch.uint8, device=dither.device)}
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         packed = buffers[f"{name}_q"]
         bits = torch.empty(packed.shape[0], 8, packed.shape[1], dtype=torch.uint8, device=packed.device)
         for place in range(8):

@@ -63,7 +63,7 @@ class Blockwise:
             f"{name}_q_scale": torch.zeros(n, shape.numel() // self.block, dtype=torch.float32, device=dither.device),
         }
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         codes = buffers[f"{name}_q"]
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         tables = _tables(self.signed, codes.device)

@@ -23,7 +23,7 @@ class Full:
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         return {name: torch.full((n, *shape), fill, dtype=self.dtype, device=dither.device)}
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         return buffers[name].view(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:

@@ -42,7 +42,7 @@ class Linear:
         self.write(name, buffers, torch.full((n, 1, shape.numel()), fill, dtype=torch.float32, device=device), dither)
         return buffers
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         low, high = buffers[f"{name}_q_scale"].view(-1, 2, 1, 1).unbind(1)
         share = buffers[f"{name}_q"].view(-1, rows, columns).to(torch.float32).div_(_LARGEST_CODE)
         return torch.lerp(low, high, share)

@@ -7,6 +7,7 @@ factors follow the matrix by subspace iteration from where they were (as PowerSG
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +18,15 @@ from . import Buffers
 
 _LARGEST_CODE = 127
 
-# Each follows the matrix further; two suffice where the matrix changes by a tenth.
-_ITERATIONS = 2
-
 
 @dataclass(frozen=True)
 class LowRank:
-    """X_q holds the left factor above the right, (rows + columns, rank); X_q_scale the scale of each column of both.
+    """X_q holds the left factor beside the right one, (rank, rows + columns); X_q_scale the scale of each row of both.
 
     Attributes:
         rows, columns: the elements in their order as a matrix, which may be folded otherwise than the parameter, and
             longer than it: then zeros follow.
-        rank: columns of either factor.
+        rank: rows of either factor.
     """
 
     rows: int
@@ -45,46 +43,83 @@ class LowRank:
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         if fill != 0:
             raise ValueError(f"a state of low rank starts at 0, not {fill}")
-        size = (n, self.rows + self.columns, self.rank)
+        size = (n, self.rank, self.rows + self.columns)
         return {
             f"{name}_q": torch.zeros(size, dtype=torch.int8, device=dither.device),
             f"{name}_q_scale": torch.zeros(n, 2, self.rank, dtype=torch.float32, device=dither.device),
         }
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
-        codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        left = codes[:, : self.rows].to(torch.float32).mul_(scale.prod(dim=1, keepdim=True))
-        right = codes[:, self.rows :].to(torch.float32)
-        values = torch.bmm(left, right.transpose(1, 2))
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
+        values = torch.bmm(*_factors([(self, name, 1.0)], buffers))
         return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        self.follow(name, buffers, stack, 1.0, dither)
+
+    def follow(self, name: str, buffers: Buffers, target: Tensor, rate: float, dither: Dither) -> None:
+        """Move the state by a rate towards a target, (tensors, rows, columns), without unpacking it.
+
+        One subspace iteration of (1 - rate) * state + rate * target: it follows a matrix that changes by a tenth.
+        """
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        values = stack.flatten(1)
+        values = target.flatten(1)
         missing = self.rows * self.columns - values.shape[1]
-        matrix = (torch.nn.functional.pad(values, (0, missing)) if missing else values).view(
-            -1, self.rows, self.columns
-        )
-        # A little of every direction, or one that the factors lack could never come in.
-        noise = uniform_noise(dither, 0, self.columns * self.rank).view(-1, self.columns, self.rank)
-        right = codes[:, self.rows :].to(torch.float32).add_(noise).sub_(0.5)
-        for _ in range(_ITERATIONS):
-            left = _orthonormal(torch.bmm(matrix, right))
-            right = torch.bmm(matrix.transpose(1, 2), left)
-        for place, factor, part in ((0, left, codes[:, : self.rows]), (1, right, codes[:, self.rows :])):
-            largest = torch.maximum(factor.amax(dim=1), factor.amin(dim=1).neg_())
+        padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
+        matrix = padded.view(-1, self.rows, self.columns)
+        factors = codes.to(torch.float32)
+        old_left = factors[:, :, : self.rows].mul_(scale.prod(dim=1).mul_(1 - rate).unsqueeze(2)).transpose(1, 2)
+        old_right = factors[:, :, self.rows :]
+        # A little of every direction, or one that the factors lack could never come in. The same for all tensors.
+        alike = Dither(torch.zeros_like(dither.positions[:1]), dither.step)
+        noise = uniform_noise(alike, 0, self.columns * self.rank).view(1, self.rank, self.columns)
+        probe = _two_or_more(old_right + noise.sub_(0.5)).transpose(1, 2)
+        seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
+        left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
+        right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
+        for place, factor, part in ((0, left, codes[:, :, : self.rows]), (1, right, codes[:, :, self.rows :])):
+            largest = torch.maximum(factor.amax(dim=2), factor.amin(dim=2).neg_())
             scale[:, place] = largest / _LARGEST_CODE
-            part.copy_(
-                factor.mul_((_LARGEST_CODE / torch.where(largest > 0, largest, torch.inf)).unsqueeze(1)).round_()
-            )
+            factor.mul_((_LARGEST_CODE / torch.where(largest > 0, largest, torch.inf)).unsqueeze(2))
+            part.copy_(factor.round_())
+
+
+def add_to(stack: Tensor, shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> None:
+    """stack += the sum of share * state over some states of equal folding, all in one pass.
+
+    Args:
+        stack: (tensors, rows, columns); updated.
+        shares: how each state is kept, its name, and its share.
+        buffers: where they are kept.
+    """
+    folded = shares[0][0]
+    left, right = _factors(shares, buffers)
+    if folded.rows * folded.columns == stack[0].numel():
+        stack.view(-1, folded.rows, folded.columns).baddbmm_(left, right)
+    else:
+        stack.flatten(1).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
+
+
+def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """(tensors, rows, ranks) and (tensors, ranks, columns), whose product is the sum of share * state."""
+    rows = shares[0][0].rows
+    codes = torch.cat([buffers[f"{name}_q"].to(torch.float32) for _, name, _ in shares], dim=1)
+    scales = torch.cat([buffers[f"{name}_q_scale"].prod(dim=1).mul_(share) for _, name, share in shares], dim=1)
+    codes[:, :, :rows].mul_(scales.unsqueeze(2))
+    codes = _two_or_more(codes)
+    return codes[:, :, :rows].transpose(1, 2), codes[:, :, rows:]
+
+
+def _two_or_more(factor: Tensor) -> Tensor:
+    """A factor with a row of zeros added where it has one row: CPUs take ten times as long for an inner size of 1."""
+    return factor if factor.shape[1] > 1 else torch.nn.functional.pad(factor, (0, 0, 0, 1))
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    """The columns of each matrix, (tensors, rows, few), made orthogonal one after the other, of norm 1 or 0."""
-    columns: list[Tensor] = []
-    for column in x.unbind(2):
-        for known in columns:
-            column = column - known * (known * column).sum(dim=1, keepdim=True)
-        norm = torch.linalg.vector_norm(column, dim=1, keepdim=True)
-        columns.append(column / torch.where(norm > 0, norm, torch.inf))
-    return torch.stack(columns, dim=2)
+    """The rows of each matrix, (tensors, few, many), made orthogonal to one another, and of norm 1 or 0."""
+    made: list[Tensor] = []
+    for row in x.unbind(1):
+        for known in made:
+            row = row - known * (known * row).sum(dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)
+        made.append(row / torch.where(norm > 0, norm, torch.inf))
+    return torch.stack(made, dim=1)

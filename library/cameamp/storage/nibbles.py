@@ -21,6 +21,9 @@ _MIDDLE = 7  # the code of 0; codes go from 0 to 14
 # Distance between levels in root mean squares: for a Gaussian the least squared error of fifteen even levels.
 _SPACING = 0.3536
 
+# Below it only the zeros of a tensor that is all zeros are divided.
+_SMALLEST_SCALE = 1e-37
+
 
 @dataclass(frozen=True)
 class Nibbles:
@@ -39,12 +42,16 @@ class Nibbles:
             f"{name}_q_scale": torch.zeros(n, 1, dtype=torch.float32, device=dither.device),
         }
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        values = torch.empty(len(codes), 2, codes.shape[1], dtype=torch.float32, device=codes.device)
-        values[:, 0].copy_(codes & 15)
-        values[:, 1].copy_(codes >> 4)
-        values.sub_(_MIDDLE).mul_(scale.unsqueeze(2))
+        size = (len(codes), 2, codes.shape[1])
+        if out is not None and out.numel() == 2 * codes.numel():
+            values = out.view(size)
+        else:
+            values = torch.empty(size, dtype=torch.float32, device=codes.device)
+        values[:, 0].copy_((codes & 15).view(torch.int8).sub_(_MIDDLE))
+        values[:, 1].copy_((codes >> 4).view(torch.int8).sub_(_MIDDLE))
+        values.mul_(scale.unsqueeze(2))
         return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
@@ -54,6 +61,8 @@ class Nibbles:
         torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale)
         scale.mul_(_SPACING / math.sqrt(count))
         # Adding a half and cutting rounds to the nearest level; a tensor of zeros keeps a scale of 0.
-        values.mul_(torch.where(scale > 0, scale.reciprocal(), 0.0)).add_(_MIDDLE + 0.5).clamp_(0, 2 * _MIDDLE + 0.5)
-        codes.copy_(values[:, half:] if count == 2 * half else torch.nn.functional.pad(values[:, half:], (0, 1)))
-        codes.bitwise_left_shift_(4).bitwise_or_(values[:, :half].to(torch.uint8))
+        values.div_(scale.clamp_min(_SMALLEST_SCALE)).add_(_MIDDLE + 0.5).clamp_(0, 2 * _MIDDLE + 0.5)
+        # As signed bytes: CPUs take several times as long to make unsigned ones.
+        whole = values.to(torch.int8).view(torch.uint8)
+        high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1))
+        torch.bitwise_left_shift(high, 4, out=codes).bitwise_or_(whole[:, :half])

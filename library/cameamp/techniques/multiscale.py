@@ -35,11 +35,6 @@ def shares(periods: Sequence[int], counts: Sequence[int]) -> tuple[float, ...]:
     )
 
 
-def update_(momentum: Tensor, scaled_grad: Tensor, rate: float | Tensor = 1 - DECAY) -> None:
-    """Move a momentum, (tensors, rows, columns), towards the scaled gradient of this step."""
-    momentum.lerp_(scaled_grad, rate)
-
-
 def add_share_(drive: Tensor, momentum: Tensor, share: float | Tensor) -> Tensor:
     """drive + share * momentum, in place."""
     if isinstance(share, Tensor):  # In a compiled graph, which would otherwise depend on the number.

@@ -1,0 +1,74 @@
+"""What the multiplier does where it should go down, and where it has nothing to go by.
+
+    python -m benchmarks.context_course
+
+1. Curvatures so steep that the optimizer without context oscillates at its max_lr: the loss at the end of both.
+2. Pure noise, independent gradients of 65,536 elements: how fast the multiplier drifts, and how far the weights walk.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
+
+
+def oscillation(optimizer_class: type, seed: int, steps: int) -> float:
+    """Loss at the end on a quadratic bowl with an optimum that each step of max_lr oversteps."""
+    generator = torch.Generator().manual_seed(seed)
+    curvature = 10 ** (2 * torch.rand(64, 128, generator=generator))
+    target = 0.02 * torch.randn(64, 128, generator=generator)
+    p = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = optimizer_class([p], lr=1e-2, max_lr=1e-2, warmup_steps=steps // 2, full_finetune=True)
+    for _ in range(steps):
+        loss = (curvature * (p - target) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.report_loss(loss)
+        optimizer.step()
+    return (curvature * (p.detach() - target) ** 2).mean().item()
+
+
+def noise(optimizer_class: type, seed: int, steps: int, marks: tuple[int, ...]) -> dict[int, tuple[float, float]]:
+    """At some steps, the multiplier and the root mean square of the way the weights have gone."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.nn.Parameter(0.1 * torch.randn(256, 256, generator=generator))
+    start = p.detach().clone()
+    optimizer = optimizer_class([p], warmup_steps=steps // 2, full_finetune=True)
+    result = {}
+    for step in range(1, steps + 1):
+        p.grad = torch.randn(256, 256, generator=generator)
+        optimizer.report_loss(1 + 0.1 * torch.randn((), generator=generator))
+        optimizer.step()
+        if step in marks:
+            multiplier = 1.0
+            if isinstance(optimizer, Automagic_CameAMP_COptim):
+                multiplier = optimizer.c_optim.compute_contextual_lr_multiplier()
+            result[step] = multiplier, (p.detach() - start).square().mean().sqrt().item()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--steps", type=int, default=300, help="steps of a run; the warm-up is half of them")
+    args = parser.parse_args()
+    for seed in range(args.seeds):
+        without, with_context = (
+            oscillation(c, seed, args.steps) for c in (Automagic_CameAMP, Automagic_CameAMP_COptim)
+        )
+        print(f"oscillation, seed {seed}: without context {without:.3g}, with {with_context:.3g}: "
+              f"{with_context / without - 1:+.1%}", flush=True)  # fmt: skip
+    marks = tuple(m for m in (25, 50, 100, 150, 200, 300) if m <= args.steps)
+    for seed in range(args.seeds):
+        courses = [noise(c, seed, args.steps, marks) for c in (Automagic_CameAMP, Automagic_CameAMP_COptim)]
+        print(f"noise, seed {seed}: " + ", ".join(
+            f"step {m}: multiplier {courses[1][m][0]:.3g}, way {courses[1][m][1]:.2g} (without context "
+            f"{courses[0][m][1]:.2g})" for m in marks
+        ), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

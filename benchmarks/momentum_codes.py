@@ -1,0 +1,178 @@
+"""Bytes against fidelity of multi-scale momenta: how far the mean of coded ones is from that of exact ones.
+
+    python -m benchmarks.momentum_codes [--steps 200]
+
+A LoRA of rank 128 of the embedded model is trained, and the scaled gradients of some of its factors are fed to every
+way of keeping the four momenta, beside exact float32 ones. The cosine is that of the weighted means, which is what
+drives the optimizer; its mean over steps and factors, in the first 30 and the last 100 steps, and each momentum's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from library.cameamp import rules
+from library.cameamp.rounding import Dither
+from library.cameamp.storage import Buffers, Storage
+from library.cameamp.storage.full import Full
+from library.cameamp.storage.low_rank import LowRank
+from library.cameamp.storage.momenta import momentum_storages
+from library.cameamp.storage.nibbles import Nibbles
+from library.cameamp.techniques import multiscale
+from library.cameamp_demo.options import parse
+from library.cameamp_demo.trainer import Trainer
+
+PERIODS = (1, 5, 10, 25)
+
+
+class SignAndRankOne:
+    """One bit an element and a rank-1 magnitude, of row and column means (as SMMF, arXiv 2412.08894)."""
+
+    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
+        # The signs are counted at a bit each, and kept in bytes for once.
+        return {"signs": torch.zeros(n, *shape, dtype=torch.int8), "magnitude": torch.zeros(n, *shape)}
+
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+        return buffers["signs"] * buffers["magnitude"]
+
+    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        size = stack.abs()
+        mean = size.mean(dim=(1, 2), keepdim=True).clamp_min(1e-30)
+        buffers["signs"].copy_(stack.sign())
+        buffers["magnitude"].copy_(size.mean(dim=2, keepdim=True) * size.mean(dim=1, keepdim=True) / mean)
+
+
+class Nothing:
+    """No momentum is kept."""
+
+    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
+        return {}
+
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+        return torch.zeros(1, rows, columns)
+
+    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        pass
+
+
+def ways() -> dict[str, Callable[[int, int], list]]:
+    """For each way of keeping the four momenta, the storages of a (rows, columns) factor."""
+    return {
+        "sign and rank-1 magnitude, all four": lambda *_: [SignAndRankOne()] * 4,
+        "4 bits for period 1, nothing else": lambda *_: [Nibbles(), *[Nothing()] * 3],
+        "low rank 4, all four": lambda r, c: [LowRank(r, c, 4)] * 4,
+        "4 bits, and sign and rank-1 magnitude": lambda *_: [Nibbles(), *[SignAndRankOne()] * 3],
+        "4 bits, and rank 1": lambda r, c: [Nibbles(), *[LowRank(r, c, 1)] * 3],
+        "4 bits, and rank 2": lambda r, c: [Nibbles(), *[LowRank(r, c, 2)] * 3],
+        "4 bits, and what rank fits *": lambda r, c: list(momentum_storages(PERIODS, r, c).values()),
+        "4 bits, and rank 8": lambda r, c: [Nibbles(), *[LowRank(r, c, 8)] * 3],
+        "4 bits, all four": lambda *_: [Nibbles()] * 4,
+        "float32, all four": lambda *_: [Full()] * 4,
+    }
+
+
+def recorded(steps: int) -> list[Tensor]:
+    """Scaled gradients of some factors of a real run, each (steps, 1, rows, columns)."""
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    seen: dict[tuple[int, ...], list[Tensor]] = {}
+    original = rules._multi_scale_momentum
+
+    def watch(sg: Tensor, *more: object) -> Tensor | None:
+        if 4096 <= sg[0].numel() <= 16384:
+            seen.setdefault(tuple(sg.shape[1:]), []).append(sg[:1].clone())
+        return original(sg, *more)  # type: ignore[arg-type]
+
+    rules._multi_scale_momentum = watch  # type: ignore[assignment]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(parse([
+                "--optimizer_type", "Automagic_CameAMP_COptim", "--output_dir", folder, "--network_dim", "128",
+                "--network_alpha", "128", "--optimizer_args", f"warmup_steps={steps // 2}",
+            ]))  # fmt: skip
+            for _ in range(steps):
+                trainer._train_step()
+    finally:
+        rules._multi_scale_momentum = original
+    # LoRA downs have no gradient at the first step.
+    return [torch.stack(stream[:: len(stream) // steps][1:]) for stream in seen.values()]
+
+
+def fidelity(stream: Tensor, storages: list[Storage]) -> tuple[list[float], list[float]]:
+    """Cosine of the weighted means at each step, and the mean cosine of each momentum."""
+    rows, columns = stream.shape[2:]
+    shape = torch.Size((rows, columns))
+    position = torch.zeros(1, dtype=torch.int32)
+    buffers = [s.allocate("m", shape, 1, 0.0, Dither(position, 0)) for s in storages]
+    exact = [torch.zeros(1, rows, columns) for _ in PERIODS]
+    cosines, own = [], [[] for _ in PERIODS]  # type: ignore[var-annotated]
+    for step, sg in enumerate(stream, start=1):
+        used = []
+        for place, (period, storage) in enumerate(zip(PERIODS, storages)):
+            if multiscale.is_due(period, step):
+                exact[place].lerp_(sg, 1 - multiscale.DECAY)
+                if isinstance(storage, LowRank):
+                    storage.follow("m", buffers[place], sg, 1 - multiscale.DECAY, Dither(position, step))
+                    used.append(storage.read("m", buffers[place], rows, columns))
+                else:
+                    value = torch.lerp(storage.read("m", buffers[place], rows, columns), sg, 1 - multiscale.DECAY)
+                    used.append(value.clone())
+                    storage.write("m", buffers[place], value, Dither(position, step))
+            else:
+                used.append(storage.read("m", buffers[place], rows, columns))
+            if step >= period:
+                own[place].append(_cosine(used[-1], exact[place]))
+        shares = multiscale.shares(PERIODS, [step // period for period in PERIODS])
+        coded, true = (sum(share * m for share, m in zip(shares, momenta)) for momenta in (used, exact))
+        cosines.append(_cosine(coded, true))  # type: ignore[arg-type]
+    return cosines, [sum(values) / len(values) for values in own]
+
+
+def bytes_an_element(shape: torch.Size, storages: list) -> float:
+    """What the momenta of one factor of (rows, columns) take."""
+    rows, columns = shape
+    total = 0.0
+    for storage in storages:
+        if isinstance(storage, SignAndRankOne):
+            total += rows * columns / 8 + 4 * (rows + columns)
+        else:
+            buffers = storage.allocate(
+                "m", torch.Size((rows, columns)), 1, 0.0, Dither(torch.zeros(1, dtype=torch.int32), 0)
+            )
+            total += sum(b.numel() * b.element_size() for b in buffers.values())
+    return total / (rows * columns)
+
+
+def _cosine(x: Tensor, y: Tensor) -> float:
+    return torch.cosine_similarity(x.flatten(), y.flatten(), dim=0).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=200, help="steps of the run; the warm-up is half of them")
+    args = parser.parse_args()
+    streams = recorded(args.steps)
+    print(f"{'momenta of periods ' + ', '.join(map(str, PERIODS)):40}{'bytes':>7}{'cosine':>8}{'first 30':>10}"
+          f"{'last 100':>10}{'worst factor':>14}   each momentum")  # fmt: skip
+    for name, way in ways().items():
+        results = [fidelity(stream, way(*stream.shape[2:])) for stream in streams]
+        size = sum(bytes_an_element(s.shape[2:], way(*s.shape[2:])) for s in streams) / len(streams)
+        means = [sum(c) / len(c) for c, _ in results]
+        first = [sum(c[:30]) / 30 for c, _ in results]
+        last = [sum(c[-100:]) / len(c[-100:]) for c, _ in results]
+        own = [sum(o[place] for _, o in results) / len(results) for place in range(len(PERIODS))]
+        print(f"{name:40}{size:7.2f}{_mean(means):8.3f}{_mean(first):10.3f}{_mean(last):10.3f}{min(means):14.3f}   "
+              + "  ".join(f"{value:.2f}" for value in own), flush=True)  # fmt: skip
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
