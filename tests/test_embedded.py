@@ -293,7 +293,9 @@ def test_a_contextual_run_shows_its_context(tmp_path):
     straight = factors(tmp_path / "a.safetensors")
     history = json.loads((tmp_path / "a-state" / "progress.json").read_text())["history"]
     assert len(history["context"]) == 6
-    multiplier, consistency, edge_cases = history["context"][0]
+    multiplier, consistency, edge_cases = (
+        history["context"][0][name] for name in ("multiplier", "consistency", "edge_cases")
+    )
     assert multiplier == pytest.approx(1e-6 / 1e-4)
     assert (consistency, edge_cases) == (1.0, 0)
     (events,) = (tmp_path / "logs").rglob("events.out.tfevents.*")

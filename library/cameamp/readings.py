@@ -45,3 +45,16 @@ def read(optimizers: Sequence[Readable]) -> list[Readings]:
         for groups in summaries
     ]
     return [Readings(own, {name: next(numbers) for name in context}) for own, context in zip(rates, contexts)]
+
+
+def named(readings: Sequence[Readings]) -> dict[str, float]:
+    """The readings of a run's optimizers under the names that its logs show; groups are numbered through."""
+    values: dict[str, float] = {}
+    rates = [rate for reading in readings for rate in reading.learning_rates]
+    for number, (mean, smallest, largest) in enumerate(rates):
+        group = f"effective_lr/group{number}"
+        values |= {f"{group}/mean": mean, f"{group}/smallest": smallest, f"{group}/largest": largest}
+    for number, reading in enumerate(readings):
+        section = "context" if len(readings) == 1 else f"context{number}"
+        values |= {f"{section}/{name}": value for name, value in reading.context.items()}
+    return values

@@ -30,13 +30,13 @@ class History:
         loss: training loss of each step.
         learning_rates: for each step, (mean, smallest, largest) effective learning rate of each group.
         held_out: (step, held-out loss).
-        context: for each step of a contextual optimizer, (multiplier, gradient consistency, edge cases so far).
+        context: for each step of a contextual optimizer, what drives it, by name.
     """
 
     loss: list[float] = field(default_factory=list)
     learning_rates: list[list[tuple[float, float, float]]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
-    context: list[tuple[float, float, int]] = field(default_factory=list)
+    context: list[dict[str, float]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -92,9 +92,11 @@ def save_course(history: History, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _draw_context(axis: Any, context: list[tuple[float, float, int]], last: int) -> None:
+def _draw_context(axis: Any, context: list[dict[str, float]], last: int) -> None:
     """The multiplier and the consistency of a contextual optimizer, and a line at each edge case."""
-    multipliers, consistencies, counts = zip(*context)
+    multipliers, consistencies, counts = (
+        [values[name] for values in context] for name in ("multiplier", "consistency", "edge_cases")
+    )
     steps = range(last - len(context) + 1, last + 1)
     edges = [step for step, count, before in zip(steps, counts, (0, *counts)) if count > before]
     for number, step in enumerate(edges):

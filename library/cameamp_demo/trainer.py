@@ -23,6 +23,7 @@ import library.automagic_cameamp as family
 
 from ..cameamp.config import parse_optimizer_args
 from ..cameamp.optimizer import CameAMP
+from ..cameamp.readings import Readings, named, read
 from ..cameamp_cli import OWN_OPTIMIZERS, UserError, optimizer_name
 from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch
 from .model import TIMESTEPS, load_base
@@ -101,9 +102,9 @@ class Trainer:
         with _interruptible() as interrupted, progress:
             while self.step < options.max_train_steps:
                 loss = self._train_step()
-                rates = self._learning_rates()
-                self._record(loss, rates)
-                progress.set_postfix(loss=f"{loss:.4f}", lr=f"{rates[0][0]:.2e}")
+                readings = self._read_optimizer()
+                self._record(loss, readings)
+                progress.set_postfix(loss=f"{loss:.4f}", lr=f"{readings.learning_rates[0][0]:.2e}")
                 progress.update()
                 last = self.step == options.max_train_steps
                 every = options.save_every_n_steps
@@ -159,38 +160,24 @@ class Trainer:
     def _on_device(self, batch: NoisyBatch) -> NoisyBatch:
         return NoisyBatch(*(tensor.to(self.accelerator.device) for tensor in batch))
 
-    def _learning_rates(self) -> list[tuple[float, float, float]]:
+    def _read_optimizer(self) -> Readings:
         optimizer = self.optimizer.optimizer
         if isinstance(optimizer, CameAMP):
-            return optimizer.effective_learning_rates()
-        return [(group["lr"],) * 3 for group in optimizer.param_groups]
+            return read([optimizer])[0]
+        return Readings([(group["lr"],) * 3 for group in optimizer.param_groups], {})
 
-    def _record(self, loss: float, rates: list[tuple[float, float, float]]) -> None:
+    def _record(self, loss: float, readings: Readings) -> None:
         self.history.loss.append(loss)
-        self.history.learning_rates.append(rates)
-        values = {"loss": loss}
-        for number, (mean, smallest, largest) in enumerate(rates):
-            values |= {f"lr/group{number}": mean, f"lr/group{number}_min": smallest, f"lr/group{number}_max": largest}
-        values |= self._context_values()
+        self.history.learning_rates.append(readings.learning_rates)
+        if readings.context:
+            self.history.context.append(readings.context)
+        values = {"loss": loss, **named([readings])}
         every = self.options.validate_every_n_steps
         if every and self.step % every == 0:
             held_out = self.held_out_loss()
             self.history.held_out.append((self.step, held_out))
             values["loss/held_out"] = held_out
         self.accelerator.log(values, step=self.step)
-
-    def _context_values(self) -> dict[str, float]:
-        """What a contextual optimizer says of its course, also noted in the history; nothing of the others."""
-        context = getattr(self.optimizer.optimizer, "c_optim", None)
-        if context is None:
-            return {}
-        multiplier, consistency = context.compute_contextual_lr_multiplier(), context.compute_gradient_consistency()
-        self.history.context.append((multiplier, consistency, context.edge_case_count))
-        return {
-            "context/multiplier": multiplier,
-            "context/consistency": consistency,
-            "context/edge_cases": context.edge_case_count,
-        }
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         groups = self.lora.parameter_groups()

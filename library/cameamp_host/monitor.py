@@ -7,7 +7,7 @@ from functools import wraps
 from typing import Any
 
 from ..cameamp.optimizer import CameAMP
-from ..cameamp.readings import read
+from ..cameamp.readings import named, read
 
 # Without a tracker, which reads the values at each step, the progress bar reads them anew this often.
 _BAR_EVERY = 10
@@ -34,7 +34,7 @@ class Monitor:
         """Names, as trackers group them, and values."""
         if self._read_at != self._steps:
             self._read_at = self._steps
-            self._values = values_of(self._optimizers)
+            self._values = named(read(self._optimizers))
         return self._values
 
     def mean_learning_rate(self) -> float | None:
@@ -71,17 +71,3 @@ class Monitor:
             return log(values, *more, **options)
 
         return log_with_values
-
-
-def values_of(optimizers: Sequence[CameAMP]) -> dict[str, float]:
-    """The readings of some optimizers under the names that trackers show; groups are numbered through."""
-    values: dict[str, float] = {}
-    readings = read(optimizers)
-    rates = [rate for reading in readings for rate in reading.learning_rates]
-    for number, (mean, smallest, largest) in enumerate(rates):
-        group = f"effective_lr/group{number}"
-        values |= {f"{group}/mean": mean, f"{group}/smallest": smallest, f"{group}/largest": largest}
-    for number, reading in enumerate(readings):
-        prefix = "context" if len(readings) == 1 else f"context{number}"
-        values |= {f"{prefix}/{name}": value for name, value in reading.context.items()}
-    return values
