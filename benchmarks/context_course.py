@@ -1,18 +1,25 @@
 """What the multiplier does where it should go down, and where it has nothing to go by.
 
-    python -m benchmarks.context_course
+    python -m benchmarks.context_course [--embedded]
 
 1. Curvatures so steep that the optimizer without context oscillates at its max_lr: the loss at the end of both.
 2. Pure noise, independent gradients of 65,536 elements: how fast the multiplier drifts, and how far the weights walk.
+3. With --embedded, what that costs: the embedded LoRA fine-tune after 100 steps of nothing but noise, and without.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import tempfile
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
+from library.cameamp_demo.options import parse
+from library.cameamp_demo.trainer import Trainer
 
 
 def oscillation(optimizer_class: type, seed: int, steps: int) -> float:
@@ -50,10 +57,34 @@ def noise(optimizer_class: type, seed: int, steps: int, marks: tuple[int, ...]) 
     return result
 
 
+def embedded(noise_steps: int, steps: int) -> float:
+    """Held-out loss of the embedded LoRA fine-tune, whose first gradients are replaced by noise of their own size."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(parse([
+            "--optimizer_type", "Automagic_CameAMP_COptim", "--output_dir", folder, "--network_dim", "16",
+            "--network_alpha", "16", "--seed", "0", "--optimizer_args", f"warmup_steps={noise_steps + steps // 2}",
+        ]))  # fmt: skip
+        step, generator = trainer.optimizer.optimizer.step, torch.Generator().manual_seed(0)
+
+        def noisy(*arguments: Any) -> Any:
+            for p in trainer.lora.parameters():
+                if p.grad is not None and trainer.step < noise_steps:
+                    p.grad = 1e-3 * torch.randn(p.shape, generator=generator)
+            return step(*arguments)
+
+        trainer.optimizer.optimizer.step = noisy
+        for _ in range(noise_steps + steps):
+            trainer._train_step()
+        return trainer.held_out_loss()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--steps", type=int, default=300, help="steps of a run; the warm-up is half of them")
+    parser.add_argument("--embedded", action="store_true", help="also what noise costs a run; two minutes")
     args = parser.parse_args()
     for seed in range(args.seeds):
         without, with_context = (
@@ -68,6 +99,9 @@ def main() -> None:
             f"step {m}: multiplier {courses[1][m][0]:.3g}, way {courses[1][m][1]:.2g} (without context "
             f"{courses[0][m][1]:.2g})" for m in marks
         ), flush=True)  # fmt: skip
+    if args.embedded:
+        alone, after = (embedded(noise_steps, 200) for noise_steps in (0, 100))
+        print(f"embedded LoRA, 200 steps: {alone:.5f}; after 100 steps of noise {after:.5f}: {after / alone - 1:+.2%}")
 
 
 if __name__ == "__main__":

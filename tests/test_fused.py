@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 
+import pytest
 import torch
 
-from library.automagic_cameamp import Automagic_CameAMP
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
 from library.cameamp import fused as fused_module
 
 SHAPES = [(8, 40), (48, 8), (8, 40), (48, 8), (9,)]
 
 
-def trained(steps=10, **options):
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """torch.compile keeps eight graphs of a function in one process."""
+    torch._dynamo.reset()
+
+
+def trained(steps=10, optimizer_class=Automagic_CameAMP, **options):
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
-    optimizer = Automagic_CameAMP(params, lr=1e-3, warmup_steps=8, **options)
+    optimizer = optimizer_class(params, lr=1e-3, warmup_steps=8, **options)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     for _ in range(steps):
         for p in params:
@@ -32,6 +39,12 @@ def assert_same_training(a, b):
 
 def test_same_numbers_in_all_phases():
     assert_same_training(trained(fused=True), trained())
+
+
+def test_same_numbers_with_a_context(caplog):
+    options = {"optimizer_class": Automagic_CameAMP_COptim, "momentum_scales": (1, 2, 3)}
+    assert_same_training(trained(fused=True, **options), trained(**options))
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_compile_failure_falls_back_with_one_warning(caplog, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import Phase, States, StepScalars, Watched, momentum_name, take_step_
+from .rules import Phase, States, StepScalars, Watched, take_step_
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class FusedRules:
         if not self._broken:
             try:
                 config = more["config"]
-                momenta = dict(zip(map(momentum_name, config.momentum_scales), scalars.scale_rates))
+                momenta = dict(zip(scalars.scale_names, scalars.scale_rates))
                 loaded = _Loaded(states, (*phase.state_names(config.came), *momenta))
                 watched = self._compiled(p, g, loaded, scalars=_as_tensors(scalars), phase=phase, **more)
                 # One graph serves all steps, so it also hands back momenta that it has left as they are.
@@ -73,12 +73,13 @@ class _Loaded:
 
 def _as_tensors(scalars: StepScalars) -> StepScalars:
     """Numbers that change with the step as 0-d tensors: as Python numbers each would be compiled into the graph."""
-    momentum_rate, gradient_share, clip_bound, scheduler, scale_rates, scale_shares = scalars
+    momentum_rate, gradient_share, clip_bound, scheduler, scale_names, scale_rates, scale_shares = scalars
     return StepScalars(
         torch.tensor(momentum_rate, dtype=torch.float32),
         torch.tensor(gradient_share, dtype=torch.float32),
         torch.tensor(clip_bound, dtype=torch.float32),
         torch.tensor(1.0 if scheduler is None else scheduler, dtype=torch.float32),
+        scale_names,
         tuple(torch.tensor(rate, dtype=torch.float32) for rate in scale_rates),
         tuple(torch.tensor(share, dtype=torch.float32) for share in scale_shares),
     )

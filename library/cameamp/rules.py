@@ -84,6 +84,7 @@ class StepScalars(NamedTuple):
         gradient_share: Grams' share of the gradient's direction.
         clip_bound: bound of a gradient element where CAME is off.
         scheduler: by how much a scheduler has changed the learning rate; None for not at all.
+        scale_names: the states of the multi-scale momenta.
         scale_rates: for each multi-scale momentum, how far it moves towards the gradient: 0 when it is not due.
         scale_shares: for each of them, its share in what drives the momentum; all 0 while none was ever updated.
     """
@@ -92,6 +93,7 @@ class StepScalars(NamedTuple):
     gradient_share: Scalar
     clip_bound: Scalar
     scheduler: Scalar | None
+    scale_names: tuple[str, ...] = ()
     scale_rates: tuple[Scalar, ...] = ()
     scale_shares: tuple[Scalar, ...] = ()
 
@@ -114,6 +116,7 @@ class StepScalars(NamedTuple):
             gradient_share=grams.gradient_share(config.beta1_decay, step),
             clip_bound=came.growing_bound(step),
             scheduler=None if scheduler == 1 else scheduler,
+            scale_names=tuple(momentum_name(k) for k in periods),
             scale_rates=tuple(1 - multiscale.DECAY if multiscale.is_due(k, step) else 0.0 for k in periods),
             scale_shares=multiscale.shares(periods, momentum_counts),
         )
@@ -178,7 +181,7 @@ def take_step_(
     direction = grad.sign_()
     watched_grad = every_nth(sg, watch_every) if watch_every else None
 
-    drive = _multi_scale_momentum(sg, direction, states, scalars, config, work)
+    drive = _multi_scale_momentum(sg, direction, states, scalars, work)
     exp_avg = states.read("exp_avg")
     if phase.early:
         s = states.read("s")
@@ -233,7 +236,7 @@ def every_nth(stack: Tensor, n: int) -> Tensor:
 
 
 def _multi_scale_momentum(
-    sg: Tensor, direction: Tensor, states: States, scalars: StepScalars, config: OptimizerConfig, work: Work
+    sg: Tensor, direction: Tensor, states: States, scalars: StepScalars, work: Work
 ) -> Tensor | None:
     """Update the momenta that are due, and return the mean of all; None where there are none yet.
 
@@ -242,8 +245,7 @@ def _multi_scale_momentum(
     """
     drive = None
     packed: list[tuple[str, Scalar]] = []
-    for period, rate, share in zip(config.momentum_scales, scalars.scale_rates, scalars.scale_shares):
-        name = momentum_name(period)
+    for name, rate, share in zip(scalars.scale_names, scalars.scale_rates, scalars.scale_shares):
         if _is_zero(share):  # Never updated, not in this step either.
             continue
         momentum = None if _is_zero(rate) else states.move(name, sg, rate, work.scratch)
