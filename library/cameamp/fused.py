@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rules import Phase, States, StepScalars, Watched, momentum_name, take_step_
+from .rules import Phase, Scalar, States, StepScalars, Watched, momentum_name, take_step_
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,7 @@ class FusedRules:
                 momenta = dict(zip(map(momentum_name, config.momentum_scales), scalars.scale_rates))
                 stacks = {name: states.read(name) for name in (*phase.state_names(config.came), *momenta)}
                 with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
-                    written, watched = self._compiled(
-                        p, g, stacks, scalars=_as_tensors(scalars), phase=phase, **more
-                    )
+                    written, watched = self._compiled(p, g, stacks, scalars=_as_tensors(scalars), phase=phase, **more)
                 for name, stack in written.items():
                     # One graph serves all steps, so it also hands back momenta that it has left as they are.
                     if momenta.get(name) != 0:
@@ -78,12 +76,12 @@ class _Loaded:
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         return self._stacks[name]
 
-    def move(self, name: str, target: Tensor, rate: Tensor, out: Tensor | None = None) -> Tensor:
+    def move(self, name: str, target: Tensor, rate: Scalar, out: Tensor | None = None) -> Tensor:
         return self._stacks[name].lerp_(target, rate)
 
-    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, Tensor]], out: Tensor | None = None) -> None:
+    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, Scalar]], out: Tensor | None = None) -> None:
         for name, share in shares:
-            stack.addcmul_(self._stacks[name], share)
+            stack.add_(self._stacks[name] * share)
 
     def write(self, name: str, stack: Tensor) -> None:
         self.written[name] = stack
