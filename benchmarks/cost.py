@@ -90,14 +90,14 @@ def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of every tensor reachable from `optimizer.state`."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(dict(optimizer.state)))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(dict(optimizer.state)))
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
     if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors_in(item)]
     return []

@@ -1,59 +1,103 @@
-"""Time of a step in each phase, as a ratio to torch's AdamW, beside other peers in the same run.
+"""Time of a step in each phase, as a ratio to torch's AdamW; operations, bytes of state and of temporary memory.
 
-    python -m benchmarks.step_time [--model sd15_lora16] [--rounds 15]
-
-Needs requirements-benchmarks.txt. Steps of all optimizers are interleaved, so that a slow moment of the machine hits
-all of them; the median is reported, with the quartiles.
+Steps of all optimizers of a set are interleaved, so that a slow moment of the machine hits all of them; the median is
+reported, with the quartiles. A set is as many optimizers as memory holds; AdamW runs in every set.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from library.automagic_cameamp import (
-    Automagic_CameAMP,
-    Automagic_CameAMP8bit,
-    Automagic_CameAMP_COptim,
-    Automagic_CameAMP_COptim8bit,
-)
-
+from . import contenders
+from .contenders import REFERENCE, Build, Copy
 from .cost import operations, state_bytes, temporary_bytes
-from .models import NAMES, load, parameters
-
-_PEER = "torch AdamW foreach"
+from .models import parameters
 
 
-def contenders(shapes: list[tuple[int, ...]]) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers to compare, each on parameters of its own; ours in the phase that its name says."""
-    from bitsandbytes.optim import AdamW8bit
-    from pytorch_optimizer import CAME
+@dataclass(frozen=True)
+class Row:
+    """One optimizer on one model.
 
-    made: dict[str, torch.optim.Optimizer] = {
-        _PEER: torch.optim.AdamW(parameters(shapes), lr=1e-6, foreach=True),
-        "pytorch_optimizer CAME": CAME(parameters(shapes), lr=1e-6),
-        "bitsandbytes AdamW8bit": AdamW8bit(parameters(shapes), lr=1e-6),
-    }
-    for ours in (
-        Automagic_CameAMP, Automagic_CameAMP_COptim, Automagic_CameAMP8bit, Automagic_CameAMP_COptim8bit
-    ):  # fmt: skip
-        late = ours(parameters(shapes), warmup_steps=1_000_000)
-        late.step()
-        # Half of the warm-up is over once the step counter says so.
-        for state in late.state.values():
-            state["step"] = 600_000
-        made[f"{ours.__name__}, early"] = ours(parameters(shapes), warmup_steps=1_000_000)
-        made[f"{ours.__name__}, late warm-up"] = late
-        made[f"{ours.__name__}, after"] = ours(parameters(shapes), warmup_steps=0)
-    return made
+    Attributes:
+        name: the optimizer, and its phase.
+        ratio: median time of a step, as a ratio to torch's AdamW in the same set.
+        low, high: the quartiles of the same.
+        milliseconds: the median itself.
+        operations: kernels launched by a step.
+        read_backs: how often a step waits for the device.
+        state: bytes of state a parameter.
+        temporary: MiB of working memory.
+    """
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    milliseconds: float
+    operations: int
+    read_backs: int
+    state: float
+    temporary: float
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+HEADER = f"{'':44}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}"
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    return (
+        f"{row.name:44}{row.ratio:7.2f}{f'{row.low:.2f} - {row.high:.2f}':>15}{row.milliseconds:9.1f}"
+        f"{row.operations:12}{row.state:11.2f}{row.temporary:10.1f}"
+    )
+
+
+def sets(fused: bool) -> Iterator[dict[str, Build]]:
+    """What to compare, in sets that fit into memory together."""
+    peers = contenders.peers()
+    reference = {REFERENCE: peers[REFERENCE]}
+    yield peers
+    for name in contenders.OURS:
+        yield {**reference, **contenders.ours(name)}
+        if fused:
+            yield {**reference, **contenders.ours(name, fused=True)}
+
+
+def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: int) -> list[Row]:
+    """Measure one set; all of its optimizers share parameters and gradients.
+
+    Where one of ours is in it, so is the time of copying the bytes of its last phase.
+    """
+    shared = parameters(shapes)
+    count = sum(p.numel() for p in shared)
+    made: dict[str, Any] = {name: build(shared) for name, build in builds.items()}
+    for optimizer in made.values():
+        optimizer.step()
+    *_, last = made
+    if last.startswith("Automagic"):
+        made[f"plain copy of the bytes of {last}"] = Copy(shared, made[last].state)
+    seconds = interleaved({name: optimizer.step for name, optimizer in made.items()}, rounds)
+    unit = statistics.median(seconds[REFERENCE])
+    rows = []
+    for name, optimizer in made.items():
+        low, middle, high = statistics.quantiles(seconds[name], n=4)
+        counted = operations(optimizer.step)
+        bytes_of = (0, 0) if isinstance(optimizer, Copy) else (state_bytes(optimizer), temporary_bytes(optimizer))
+        rows.append(
+            Row(
+                name, middle / unit, low / unit, high / unit, middle * 1e3,
+                counted.counts.total(), len(counted.read_backs), bytes_of[0] / count, bytes_of[1] / 2**20,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, in `rounds` rounds of one step each after two unmeasured ones."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 2):
@@ -65,31 +109,12 @@ def interleaved(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
     return seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=NAMES, default="sd15_lora16", help="whose shapes")
-    parser.add_argument("--limit", type=int, help="at most this many elements of the model")
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each optimizer")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--only", default="", help="leave out contenders whose names lack this")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    shapes = load(args.model, args.limit)
+def as_dict(row: Row) -> dict[str, Any]:
+    """A row as JSON holds it."""
+    return asdict(row)
+
+
+def describe(name: str, shapes: list[tuple[int, ...]]) -> str:
+    """The line above a table."""
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    print(f"{args.model}: {len(shapes)} tensors, {count / 1e6:.1f} M parameters, {args.threads} threads")
-    optimizers = {n: o for n, o in contenders(shapes).items() if n == _PEER or args.only in n}
-    seconds = interleaved({name: optimizer.step for name, optimizer in optimizers.items()}, args.rounds)
-    peer = statistics.median(seconds[_PEER])
-    print(f"{'':38}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}")
-    for name, optimizer in optimizers.items():
-        low, middle, high = statistics.quantiles(seconds[name], n=4)
-        launched = operations(optimizer.step).counts.total()
-        state, temporary = state_bytes(optimizer) / count, temporary_bytes(optimizer) / 2**20
-        print(
-            f"{name:38}{middle / peer:7.2f}{f'{low / peer:.2f} - {high / peer:.2f}':>15}{middle * 1e3:9.1f}"
-            f"{launched:12}{state:11.2f}{temporary:10.1f}"
-        )
-
-
-if __name__ == "__main__":
-    main()
+    return f"{name}: {len(shapes)} tensors, {count / 1e6:.1f} M parameters, {torch.get_num_threads()} threads"

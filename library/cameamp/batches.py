@@ -20,11 +20,12 @@ from .storage import Buffers, Storage, low_rank
 from .storage.low_rank import LowRank
 from .techniques import multiscale
 
-# At most this many elements side by side: the half dozen temporary stacks of the rules, 16 MiB each, stay well under
+# At most this many elements side by side: the half dozen temporary stacks of the rules, 25 MiB each, stay well under
 # 256 MiB.
-LARGEST_STACK = 4 * 1024 * 1024
-# Larger stacks launch fewer operations, smaller ones stay in a CPU's caches. About a dozen do well at both.
-_STACKS = 12
+LARGEST_STACK = 6_500_000
+# Larger stacks launch fewer operations, smaller ones stay in a CPU's caches. About a dozen do well at both; there are
+# more than asked for, because every shape begins a new one.
+_STACKS = 7
 _SMALLEST_STACK = 512 * 1024
 
 State = MutableMapping[str, Any]

@@ -15,12 +15,12 @@ class Magnitudes(NamedTuple):
     """Of each tensor of one stack, (tensors,).
 
     abs_sums: sum of |g|.
-    nonzero_counts: how many elements are not 0.
+    nonzero_count: how many elements of all tensors are not 0, 0-d.
     deviations: sum of squared deviations of |g| from the tensor's mean; None where not asked for.
     """
 
     abs_sums: Tensor
-    nonzero_counts: Tensor
+    nonzero_count: Tensor
     deviations: Tensor | None
 
 
@@ -57,7 +57,8 @@ def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:
 
 def count_(unusable: Tensor) -> Tensor:
     """How many elements `drop_unusable_` returned, 0-d; overwrites them."""
-    return unusable.nan_to_num_(1.0, 1.0, 1.0).clamp_(-1.0, 1.0).abs_().sum()
+    ones = unusable.nan_to_num_(1.0, 1.0, 1.0).clamp_(-1.0, 1.0).flatten()
+    return torch.dot(ones, ones)
 
 
 def measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
@@ -74,5 +75,5 @@ def measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
     if with_deviations:
         means = abs_sums / magnitude.shape[1]
         deviations = magnitude.sub_(means.unsqueeze(1)).square_().sum(dim=1)
-    nonzero_counts = torch.sign(g, out=scratch).abs_().sum(dim=(1, 2))
-    return Magnitudes(abs_sums, nonzero_counts, deviations)
+    signs = torch.sign(g, out=scratch).flatten()
+    return Magnitudes(abs_sums, torch.dot(signs, signs), deviations)

@@ -658,7 +658,7 @@ def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> t
     """AGR's sum and the decay strengths of the batches of a group; on the first one's device."""
     device = measured[0].abs_sums.device
     abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
-    magnitude = agr.magnitude_sum(abs_sums, torch.cat([m.nonzero_counts.to(device) for m in measured]))
+    magnitude = agr.magnitude_sum(abs_sums, torch.stack([m.nonzero_count.to(device) for m in measured]))
     deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
     if not deviations:
         return magnitude, [None] * len(batches)

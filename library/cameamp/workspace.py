@@ -33,7 +33,7 @@ class Workspace:
 
     For CPUs: malloc returns blocks of this size to the system and takes them back page by page, which can cost half as
     much again as the arithmetic. PyTorch's allocator for GPUs keeps its blocks, so nothing is held there. Never more
-    than four stacks of the largest size that `batches` builds, 64 MiB; five with multi-scale momentum.
+    than four stacks of the largest size that `batches` builds, 100 MiB; five with multi-scale momentum.
 
     Args:
         stacks: how many stacks to lend, 4 or 5; the fifth is the drive.

@@ -11,7 +11,7 @@ def magnitude_sum(abs_sums: Tensor, nonzero_counts: Tensor) -> Tensor:
 
     Args:
         abs_sums: sum of |g| of each tensor of the group, 1-d.
-        nonzero_counts: how many elements of each are not 0, 1-d.
+        nonzero_counts: how many elements are not 0, 1-d, of whichever parts of the group.
 
     Returns:
         0-d tensor. Infinity where fewer than two elements are not 0: a single element would be its own sum and
