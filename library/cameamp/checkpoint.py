@@ -335,7 +335,7 @@ def _restore_parameter(
         value = to_full(name, saved, kept, p.shape) if kept != own or name == "lr_mask" else None
         outside = name == "lr_mask" and _outside(value, config)
         if kept == own and not outside:
-            restored.update((key, saved[key].to(p.device, copy=True)) for key in kept.keys(name))
+            restored.update((key, saved[key].detach().to(p.device, copy=True)) for key in kept.keys(name))
             continue
         assert value is not None
         restored[name] = (value.clamp(config.min_lr, config.max_lr) if outside else value).to(p.device)

@@ -1,7 +1,7 @@
 """Checkpoints of the implementation that this one replaces: its 32-bit layout is read, its 8-bit one refused.
 
 Its 32-bit states have the names and meanings of ours. They differ in form: moments have the dtype of the parameter, and
-once such a checkpoint was resumed from, torch has cast masks and polarities to it, too. Its 8-bit layout never holds
+once such a checkpoint was resumed from, torch has cast masks and polarities to it, too. Its 8-bit layout never gets
 the residual that its steps divide by, so there is nothing to go on from.
 """
 
@@ -54,8 +54,8 @@ def converted(
                 continue
             if "magic8_version" in saved or any(name.endswith("_q") for name in map(str, state)):
                 raise ValueError(
-                    f"{labels[p]}: its state is in the 8-bit layout of an older implementation, magic8_version "
-                    f"{saved.get('magic8_version')!r}, which lacks the residual; only its 32-bit layout can be resumed"
+                    f"{labels[p]}: its state is in the 8-bit layout of an older implementation (magic8_version "
+                    f"{saved.get('magic8_version')}), which never updates the residual; only its 32-bit layout is read"
                 )
             try:
                 states[key] = _converted_state(state, saved_group["warmup_steps"])

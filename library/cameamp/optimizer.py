@@ -108,6 +108,12 @@ class CameAMP(Optimizer):
         options = self._options_of(param_group, number=len(self._group_options))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if len(set(group["params"])) < len(group["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                f"parameter group {len(self.param_groups)}: lists a parameter twice, which would be updated twice; "
+                "allowed: each parameter once, also where modules share it"
+            )
         group["max_lr"] = options.config.max_lr
         self._group_options.append(options)
         self._names.update(zip(group["params"], group.get("param_names", ())))
@@ -156,7 +162,8 @@ class CameAMP(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a sparse or complex gradient; before any parameter or state has changed.
+            RuntimeError: a sparse or complex gradient, or a sharded parameter; before any parameter or state has
+                changed.
         """
         loss = None
         if closure is not None:
@@ -164,6 +171,10 @@ class CameAMP(Optimizer):
                 loss = closure()
         if len(self.param_groups) != len(self._group_options):
             raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
+        if self._factors is None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    gradients.check_whole(p)
         active = [self._with_gradient(group["params"]) for group in self.param_groups]
         for params in active:
             for p in params:

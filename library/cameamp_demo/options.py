@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import toml
 
 from ..cameamp.config import OptimizerConfig, nearest_name, parse_optimizer_args
+from .files import find_folder
 
 
 class UserError(Exception):
@@ -215,9 +215,9 @@ def _check_ranges(options: Options) -> None:
         raise UserError(f"option 'network_alpha' is {options.network_alpha!r}; allowed: a number above 0")
     if not options.learning_rate > 0:
         raise UserError(f"option 'learning_rate' is {options.learning_rate!r}; allowed: a number above 0")
-    if re.search(r"[/\\:]|^\.*$", options.output_name):
+    if re.search(r"[/\\:\x00-\x1f]|^\.*$", options.output_name):
         raise UserError(f"option 'output_name' is {options.output_name!r}; allowed: a file name without a folder")
-    if options.resume and not os.path.isdir(options.resume):
+    if options.resume and find_folder(Path(options.resume)) is None:
         raise UserError(f"option 'resume' is {options.resume!r}, which is not a folder")
 
 
