@@ -42,7 +42,7 @@ def tensor_sums(stack: Tensor) -> Tensor:
     for start in range(0, patterns.shape[1], length):
         part = patterns[:, start : start + length].to(torch.int64)
         weights = torch.arange(start, start + part.shape[1], device=stack.device).mul_(2).add_(1)
-        sums += part.mul_(weights).sum(dim=1)
+        sums += (part * weights).sum(dim=1)  # Not in place: int64 is not copied.
     return sums
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import foreign
-from .runs import OPTIMIZERS, PHASES, Run, difference, everything, from_bytes, to_bytes
+from .runs import OPTIMIZERS, PHASES, Run, difference, from_bytes, to_bytes
 
 Saved = dict[str, Any]
 Damage = Callable[[Saved, random.Random], None]
@@ -65,14 +65,14 @@ def one_case(number: int) -> tuple[str, str]:
         message = str(error)
         assert "\n" not in message, f"{where}: more than one line: {message}"
         assert _NAMES_WHAT.search(message), f"{where}: does not say where: {message}"
-        changed = difference(everything(loader.optimizer), before)
+        changed = difference(loader.everything(), before)
         assert changed is None, f"{where}: refused, but {changed} has changed"
         return kind, "refused"
     except Exception as error:
         raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
     _loaders.pop((target, named))
     assert expected is not None, f"{where}: was let in"
-    changed = difference(everything(loader.optimizer), expected)
+    changed = difference(loader.everything(), expected)
     assert changed is None, f"{where}: loaded, but {changed} is not what was saved"
     return kind, "loaded as saved"
 
@@ -83,26 +83,38 @@ _loaders: dict[tuple[type[Any], bool], tuple[Run, dict[str, Any]]] = {}
 def _loader(target: type[Any], named: bool) -> tuple[Run, dict[str, Any]]:
     """A run in its second step, and what it holds; one that a refused checkpoint has left as it was serves again."""
     if (target, named) not in _loaders:
-        run = Run(target, named=named).run(2)
+        run = copy.deepcopy(_second_step(target, named))
         _loaders[target, named] = run, run.everything()
     return _loaders[target, named]
 
 
 @cache
-def _bytes_of(source: type[Any], steps: int, named: bool) -> bytes:
+def _second_step(target: type[Any], named: bool) -> Run:
+    return Run(target, named=named).run(2)
+
+
+@cache
+def _all_phases(source: type[Any], named: bool) -> dict[int, bytes]:
+    """Checkpoints of one run, by the number of steps taken."""
     run = Run(source, named=named)
     # A scheduler's work: learning rates that only the checkpoint knows.
     for group in run.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
         group["lr"] *= 0.75
-    return to_bytes(run.run(steps).optimizer.state_dict())
+    return {
+        steps: to_bytes(run.run(steps - run.taken).optimizer.state_dict()) for steps in sorted(PHASES.values())
+    }  # fmt: skip
+
+
+def _bytes_of(source: type[Any], steps: int, named: bool) -> bytes:
+    return _all_phases(source, named)[steps]
 
 
 @cache
 def _loaded(source: type[Any], target: type[Any], steps: int, named: bool) -> dict[str, Any]:
-    loader = Run(target, named=named).run(2)
+    loader = copy.deepcopy(_second_step(target, named))
     loader.optimizer.load_state_dict(from_bytes(_bytes_of(source, steps, named)))
-    return everything(loader.optimizer)
+    return loader.everything()
 
 
 # Damage in memory ----------------------------------------------------------------------------------------------------
