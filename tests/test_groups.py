@@ -67,6 +67,18 @@ def test_mistakes_in_a_group_name_it_and_add_nothing(group, message):
     step(optimizer)
 
 
+def test_a_parameter_listed_twice_is_refused():
+    p = matrix()
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="group 0: lists a parameter"):
+        Automagic_CameAMP([p, p])
+    optimizer = Automagic_CameAMP([p])
+    other = matrix()
+    with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="group 1: lists a parameter"):
+        optimizer.add_param_group({"params": [other, other]})
+    assert len(optimizer.param_groups) == 1
+    step(optimizer)
+
+
 def test_groups_may_carry_labels():
     optimizer = Automagic_CameAMP([{"params": [matrix()], "name": "unet", "block": 3}])
     assert optimizer.param_groups[0]["name"] == "unet"

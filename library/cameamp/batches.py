@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checksum import tensor_sums
 from .rounding import Dither
 from .storage import Buffers, Storage, low_rank
 from .storage.low_rank import LowRank
@@ -102,6 +103,10 @@ class Batch:
     def states(self, storages: Mapping[str, Storage]) -> BatchStates:
         """The states, to be read and written one at a time: they need memory while they are out of their storage."""
         return BatchStates(self, self._buffers, storages)
+
+    def tensor_sums(self) -> dict[str, Tensor]:
+        """For each bound state key, the checksums of its tensors, (tensors,) int64 on their device."""
+        return {key: tensor_sums(buffer) for key, buffer in self._buffers.items()}
 
     def dither(self) -> Dither:
         """The noise of this step."""

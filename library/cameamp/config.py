@@ -199,7 +199,7 @@ def parse_optimizer_args(words: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"optimizer_args: '{word}' has no '='; options are written key=value")
         try:
             options[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise ValueError(
                 f"optimizer_args: the value of '{name}' is {text!r}; "
                 "allowed: a Python literal such as 0.5, True or (0.8, 0.99, 0.999)"

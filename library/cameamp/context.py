@@ -242,12 +242,13 @@ class ContextualOptimizationModule:
             }
 
 
-_SAVED = ("c_optim_context", "edge_case_count", "contextual_lr_multiplier")
+# What a checkpoint holds of a context, in its first parameter group.
+SAVED = ("c_optim_context", "edge_case_count", "contextual_lr_multiplier")
 
 
 def is_in(saved: Mapping[str, Any]) -> bool:
     """Whether a saved parameter group carries a context, or a part of one."""
-    return any(key in saved for key in _SAVED)
+    return any(key in saved for key in SAVED)
 
 
 def check(saved: Mapping[str, Any]) -> None:

@@ -38,6 +38,16 @@ def check(p: Tensor) -> None:
         )
 
 
+def check_whole(p: Tensor) -> None:
+    """Raise RuntimeError for a parameter of which this process holds a part: a DTensor, or one that FSDP flattened."""
+    if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} is sharded over processes (FSDP, DTensor); these optimizers need "
+            "whole parameters, because sums over a parameter and over its group decide a step. Supported: one process, "
+            "and DDP with any number, where every process holds every parameter"
+        )
+
+
 def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:
     """Set every element of `g` that is not finite, or above 1e18 in magnitude, to 0.
 

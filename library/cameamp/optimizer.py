@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
+from .checksum import checksum
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
 from .context import ContextualOptimizationModule
 from .fused import FusedRules
@@ -122,6 +123,12 @@ class CameAMP(Optimizer):
         options = self._options_of(param_group, number=len(self._group_options))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if len(set(group["params"])) < len(group["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                f"parameter group {len(self.param_groups)}: lists a parameter twice, which would be updated twice; "
+                "allowed: each parameter once, also where modules share it"
+            )
         group["max_lr"] = options.config.max_lr
         self._group_options.append(options)
         self._names.update(zip(group["params"], group.get("param_names", ())))
@@ -180,7 +187,8 @@ class CameAMP(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a sparse or complex gradient; before any parameter or state has changed.
+            RuntimeError: a sparse or complex gradient, or a sharded parameter; before any parameter or state has
+                changed.
         """
         loss = None
         if closure is not None:
@@ -190,6 +198,10 @@ class CameAMP(Optimizer):
                 self.report_loss(loss)
         if len(self.param_groups) != len(self._group_options):
             raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
+        if self._factors is None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    gradients.check_whole(p)
         active = [self._with_gradient(group["params"]) for group in self.param_groups]
         for params in active:
             for p in params:
@@ -481,17 +493,48 @@ class CameAMP(Optimizer):
             torch's layout with `magic_version` added; only tensors, numbers, strings, lists and dicts.
         """
         saved = super().state_dict()
-        saved["param_groups"] = [
-            {**group, **options.config.as_dict(), "lr": float(group["lr"]), "initial_lr": self._initial_lr(number)}
-            for number, (group, options) in enumerate(zip(saved["param_groups"], self._group_options))
-        ]
         derived = self._derived_values()
+        checksums = self._state_checksums()
         parameters = [p for group in self.param_groups for p in group["params"]]
         saved["state"] = {key: {**state, **derived.get(parameters[key], {})} for key, state in saved["state"].items()}
-        if self._contextual:
-            saved["param_groups"][0].update(self.c_optim.state_dict())
+        context = self.c_optim.state_dict() if self._contextual else {}
+        saved["param_groups"] = [
+            checkpoint.sealed({
+                **group,
+                **options.config.as_dict(),
+                "lr": float(group["lr"]),
+                "initial_lr": self._initial_lr(number),
+                **self._saved_names(number),
+                "state_checksums": [checksums.get(p) for p in self.param_groups[number]["params"]],
+                **(context if number == 0 else {}),
+            })
+            for number, (group, options) in enumerate(zip(saved["param_groups"], self._group_options))
+        ]  # fmt: skip
         saved["magic_version"] = checkpoint.VERSION
         return saved
+
+    def _saved_names(self, number: int) -> dict[str, list[str]]:
+        """The names of a group's parameters, '' where one is not known, as torch's own optimizers save them."""
+        names = [self._names.get(p, "") for p in self.param_groups[number]["params"]]
+        return {"param_names": names} if any(names) else {}
+
+    @torch.no_grad()
+    def _state_checksums(self) -> dict[Tensor, int]:
+        """For each parameter with a state, the checksum of it; one read-back from the device in all."""
+        sums: list[Tensor] = []
+        owners: list[tuple[Tensor, str]] = []
+        for number in range(len(self.param_groups)):
+            for batch in self._batches_with_state(number):
+                for key, values in batch.tensor_sums().items():
+                    sums.append(values)
+                    owners += [(p, key) for p in batch.params]
+        if not sums:
+            return {}
+        totals = torch.cat([values.to(sums[0].device) for values in sums]).tolist()
+        known: dict[Tensor, dict[str, int]] = defaultdict(dict)
+        for (p, key), total in zip(owners, totals):
+            known[p][key] = total
+        return {p: checksum(self.state[p], totals_of_p) for p, totals_of_p in known.items()}
 
     @torch.no_grad()
     def _derived_values(self) -> dict[Tensor, dict[str, Any]]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..cameamp.config import OptimizerConfig, nearest_name, parse_optimizer_args
 from ..cameamp_cli import OWN_OPTIMIZERS, UserError, config_path, optimizer_name, read_toml
+from .files import find_folder
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -184,9 +185,9 @@ def _check_ranges(options: Options) -> None:
         raise UserError(f"option 'network_alpha' is {options.network_alpha!r}; allowed: a number above 0")
     if not options.learning_rate > 0:
         raise UserError(f"option 'learning_rate' is {options.learning_rate!r}; allowed: a number above 0")
-    if re.search(r"[/\\:]|^\.*$", options.output_name):
+    if re.search(r"[/\\:\x00-\x1f]|^\.*$", options.output_name):
         raise UserError(f"option 'output_name' is {options.output_name!r}; allowed: a file name without a folder")
-    if options.resume and not os.path.isdir(options.resume):
+    if options.resume and find_folder(Path(options.resume)) is None:
         raise UserError(f"option 'resume' is {options.resume!r}, which is not a folder")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import tempfile
@@ -25,6 +24,7 @@ from ..cameamp.config import parse_optimizer_args
 from ..cameamp.optimizer import CameAMP
 from ..cameamp.readings import Readings, named, read
 from ..cameamp_cli import OWN_OPTIMIZERS, UserError, optimizer_name
+from . import files
 from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch
 from .model import TIMESTEPS, load_base
 from .network import LoRANetwork
@@ -120,9 +120,12 @@ class Trainer:
         self._save("")
         if self.accelerator.is_main_process:
             samples = sample_digits(self.base, self.accelerator.device)
-            save_samples(samples_before, samples, self.output / f"{options.output_name}-samples.png")
             title = f"{options.optimizer_type}, lr {options.learning_rate:g}"
-            save_course(self.history, title, self.output / f"{options.output_name}-course.png")
+            pictures = [self.output / f"{options.output_name}-{name}.png" for name in ("samples", "course")]
+            with _saving(pictures[0]):
+                save_samples(samples_before, samples, pictures[0])
+            with _saving(pictures[1]):
+                save_course(self.history, title, pictures[1])
         self.accelerator.end_training()
         return self.history.held_out[0][1], self.history.held_out[-1][1]
 
@@ -199,15 +202,16 @@ class Trainer:
 
     def _save(self, suffix: str) -> None:
         if self.accelerator.is_main_process:
-            self._save_lora(self.output / f"{self.options.output_name}{suffix}.safetensors")
+            path = self.output / f"{self.options.output_name}{suffix}.safetensors"
+            with _saving(path):
+                self._save_lora(path)
         if self.options.save_state:
             self._save_state(suffix)
 
     def _save_lora(self, path: Path) -> None:
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.lora.state_dict().items()}
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, str(partial), metadata=self._metadata())
-        os.replace(partial, path)
+        save_file(tensors, str(files.beside(path)), metadata=self._metadata())
+        files.take_place_of_file(path)
 
     def _metadata(self) -> dict[str, str]:
         options = self.options
@@ -234,38 +238,59 @@ class Trainer:
         return {key: str(value) for key, value in facts.items()}
 
     def _save_state(self, suffix: str) -> Path:
-        """Save what resuming needs, beside its place and then renamed, so that a broken save replaces nothing."""
+        """Save what resuming needs; a save that breaks off leaves the one before it."""
         folder = self.output / f"{self.options.output_name}{suffix}-state"
-        partial = folder.with_name(folder.name + ".partial")
-        if self.accelerator.is_main_process and partial.exists():
-            shutil.rmtree(partial)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        if self.accelerator.is_main_process:
-            progress = {"step": self.step, "history": vars(self.history)}
-            (partial / _PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-        self.accelerator.wait_for_everyone()
+        with _saving(folder):
+            if self.accelerator.is_main_process:
+                files.begin_folder(folder)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(files.beside(folder)))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                progress = json.dumps({"step": self.step, "history": vars(self.history)})
+                (files.beside(folder) / _PROGRESS_FILE).write_text(progress, encoding="utf-8")
+                files.take_place_of_folder(folder)
+            self.accelerator.wait_for_everyone()
         return folder
 
-    def _load_state(self, folder: Path) -> None:
+    def _load_state(self, wanted: Path) -> None:
+        folder = files.find_folder(wanted) or wanted
         try:
+            files.check_folder(folder)
             progress = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
             step, history = progress["step"], History(**progress["history"])
             self.accelerator.load_state(str(folder))
         except Exception as error:  # Whatever a damaged file makes a reader raise.
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"cannot resume from {folder}: {type(error).__name__}: {reason[0] if reason else 'no message'}"
-            ) from None
+            raise UserError(f"cannot resume from {folder}: {_one_line(error)}") from None
         if step >= self.options.max_train_steps:
             raise UserError(
                 f"cannot resume from {folder}: it has {step} steps already, and max_train_steps is "
                 f"{self.options.max_train_steps}"
             )
         self.step, self.history = step, history
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    """Turn what a writer raises, on a full disk above all, into one line, and leave no half of a file behind."""
+    try:
+        yield
+    except Exception as error:  # Whatever the writers of torch, safetensors and this module raise.
+        partial = files.beside(path)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise UserError(
+            f"cannot save {path}: {_one_line(error)} ({free:.0f} MiB free on that disk); "
+            "what was saved before is still there"
+        ) from None
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 _ALLOWED_OPTIMIZERS = f"{', '.join(OWN_OPTIMIZERS)} or a class of torch.optim"

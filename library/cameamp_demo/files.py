@@ -1,0 +1,108 @@
+"""Files that are whole or not there: written beside their place, flushed to the disk, and only then renamed.
+
+A process may be killed between any two lines here. Before the renaming the earlier file stands; after it the new one. A
+folder can't be renamed over another one, so the earlier one steps aside first, and is found there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+_DIGESTS = "digests.json"
+
+
+def beside(path: Path) -> Path:
+    """Where a file or folder is written before it takes its place."""
+    return path.with_name(path.name + ".partial")
+
+
+def _earlier(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".previous")
+
+
+def find_folder(folder: Path) -> Path | None:
+    """The folder, or the one before it where a process was killed while replacing it; None where there is neither."""
+    return next((place for place in (folder, _earlier(folder)) if place.is_dir()), None)
+
+
+def take_place_of_file(path: Path) -> None:
+    """Put the file that was written beside `path` in its place."""
+    _flush(beside(path))
+    os.replace(beside(path), path)
+    _flush(path.parent)
+
+
+def begin_folder(folder: Path) -> Path:
+    """Make an empty folder to write in, beside the place it will take; what a killed process left there goes."""
+    partial = beside(folder)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def take_place_of_folder(folder: Path) -> None:
+    """Put the folder that was written beside `folder` in its place, with a digest of each of its files."""
+    partial, earlier = beside(folder), _earlier(folder)
+    digests = json.dumps(_digests(partial), indent=1)
+    (partial / _DIGESTS).write_text(digests, encoding="utf-8")
+    for path in [*_files(partial), partial]:
+        _flush(path)
+    if folder.exists():
+        if earlier.exists():
+            shutil.rmtree(earlier)
+        os.replace(folder, earlier)
+    os.replace(partial, folder)
+    _flush(folder.parent)
+    if earlier.exists():
+        shutil.rmtree(earlier)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that every file is as it was written.
+
+    Raises:
+        ValueError, OSError: a file is missing, damaged or was added; with its name.
+    """
+    expected = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+    found = _digests(folder)
+    if not isinstance(expected, dict):
+        raise ValueError(f"{_DIGESTS} is damaged")
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"{name} is missing")
+        if name not in expected:
+            raise ValueError(f"{name} was not saved with it")
+        if found[name] != expected[name]:
+            raise ValueError(f"{name} is damaged: it is not what was saved")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in _files(folder):
+        if path.name != _DIGESTS:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+            digests[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return digests
+
+
+def _flush(path: Path) -> None:
+    """Have the disk keep it before anything that depends on it; Windows can't do so for a folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,132 @@
+"""Two processes over gloo: DDP keeps its replicas equal bit for bit; sharded parameters are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .runs import OPTIMIZERS, everything, from_bytes, to_bytes
+
+PROCESSES = 2
+_ACCUMULATION = 2
+
+
+def ddp(steps: int) -> dict[str, list[str]]:
+    """Train with DDP, gradients accumulated over two batches; save in the middle and resume on every process.
+
+    Returns:
+        For each optimizer the digests of weights and states: each process's of the straight run, then each one's of
+        the resumed run.
+    """
+    results = in_processes(_ddp, steps)
+    return {name: [r[name][0] for r in results] + [r[name][1] for r in results] for name in results[0]}
+
+
+def fsdp2() -> list[dict[str, str]]:
+    """Take a step with parameters that fully_shard has sharded.
+
+    Returns:
+        For each process and optimizer, the message of the RuntimeError; empty where there was none.
+    """
+    return in_processes(_fsdp2)
+
+
+def in_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run a function in two processes that can talk to each other; what each returned."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (work, folder, arguments), nprocs=PROCESSES)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def _process(rank: int, work: Callable[..., Any], folder: str, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+    try:
+        torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64))
+
+
+def _ddp(rank: int, steps: int) -> dict[str, list[str]]:
+    results = {}
+    for optimizer_class in OPTIMIZERS:
+        model, optimizer = _replica(optimizer_class, steps)
+        _train(model, optimizer, rank, 0, steps // 2)
+        saved = to_bytes({"model": model.module.state_dict(), "optimizer": optimizer.state_dict()})
+        _train(model, optimizer, rank, steps // 2, steps)
+        again, resumed = _replica(optimizer_class, steps)
+        loaded = from_bytes(saved)
+        again.module.load_state_dict(loaded["model"])
+        resumed.load_state_dict(loaded["optimizer"])
+        _train(again, resumed, rank, steps // 2, steps)
+        results[optimizer_class.__name__] = [_digest(optimizer), _digest(resumed)]
+    return results
+
+
+def _replica(optimizer_class: type[Any], steps: int) -> tuple[DistributedDataParallel, Any]:
+    model = DistributedDataParallel(_model())
+    return model, optimizer_class(model.parameters(), lr=1e-4, warmup_steps=steps * 2 // 3)
+
+
+def _train(model: DistributedDataParallel, optimizer: Any, rank: int, first: int, last: int) -> None:
+    for step in range(first, last):
+        for part in range(_ACCUMULATION):
+            generator = torch.Generator().manual_seed(1000 * step + 10 * part + rank)
+            x = torch.randn(8, 64, generator=generator)
+            if part < _ACCUMULATION - 1:
+                with model.no_sync():
+                    _loss(model, optimizer, x)
+            else:
+                _loss(model, optimizer, x)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _loss(model: nn.Module, optimizer: Any, x: torch.Tensor) -> None:
+    loss = (model(x) - x.flip(1)).square().mean() / _ACCUMULATION
+    loss.backward()
+    if hasattr(optimizer, "report_loss"):
+        optimizer.report_loss(loss.detach())
+
+
+def _digest(optimizer: Any) -> str:
+    found = everything(optimizer)
+    states = [found[name] for name in sorted(found) if not name.startswith("group")]
+    return hashlib.sha256(to_bytes(states)).hexdigest()
+
+
+def _fsdp2(rank: int) -> dict[str, str]:
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # torch up to 2.5.
+        from torch.distributed._composable.fsdp import fully_shard
+    mesh = dist.device_mesh.init_device_mesh("cpu", (PROCESSES,))
+    messages = {}
+    for optimizer_class in OPTIMIZERS:
+        model = _model()
+        fully_shard(model, mesh=mesh)
+        optimizer = optimizer_class(model.parameters())
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        before = [p.to_local().clone() for p in model.parameters()]
+        messages[optimizer_class.__name__] = ""
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            messages[optimizer_class.__name__] = str(error)
+        assert all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before))
+        assert len(optimizer.state) == 0
+    return messages

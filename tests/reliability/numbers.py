@@ -1,0 +1,137 @@
+"""Gradients and options at their extremes: nothing that is not finite ever gets into a weight or a state."""
+
+from __future__ import annotations
+
+import gc
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .runs import states_are_finite
+
+SCALES = (0.0, 1e-45, 1e-38, 1e-30, 1e-12, 1.0, 1e12, 9e17, 1e38)
+# A group of each; between them every option that a rule computes with is at both of its ends.
+EXTREME_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"lr": 1e-7, "eps": (1e-35, 1e-35, 1e-35), "betas": (0.0, 0.0, 0.0)},
+    {
+        "lr": 1e-3, "eps": (1.0, 1.0, 1.0), "betas": (0.999999, 0.999999, 0.999999), "clip_threshold": 1e30,
+        "eta": 1e6, "beta1_decay": 1.0, "weight_decay": 100.0,
+    },
+    {
+        "lr": 0.5, "min_lr": 0.0, "max_lr": 1.0, "lr_bump": 1.0, "clip_threshold": 1e-30, "eta": 1e-6,
+        "beta1_decay": 1e-6,
+    },
+    {
+        "came": False, "cautious": True, "lr_bump": 0.0, "eps": (1e-35, 1e-35, 1e-35), "betas": (0.0, 0.0, 0.0),
+        "full_finetune": True,
+    },
+)  # fmt: skip
+# The 1-d one skips steps; were it others, each would soon be in a stack of its own.
+_SHAPES = ((64, 64), (16, 8), (3, 2, 3, 3), (7,), (), (0, 3))
+
+
+def extreme_steps(optimizer_class: type[Any], steps: int, dtype: torch.dtype, seed: int = 0) -> int:
+    """Train with gradients of any magnitude, some elements of which are not finite.
+
+    Args:
+        optimizer_class: one of the family.
+        steps: how many; the two halves of the warm-up and what follows it get a third each.
+        dtype: of the parameters.
+        seed: of everything random.
+
+    Returns:
+        How many gradient elements counted as 0.
+    """
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    groups, params = [], []
+    for options in EXTREME_OPTIONS:
+        own = [_parameter(shape, rng, generator, dtype) for shape in _SHAPES]
+        groups.append({"params": own, **options})
+        params += own
+    optimizer = optimizer_class(groups, warmup_steps=max(2, steps * 2 // 3))
+    unusable = 0
+    for step in range(steps):
+        for p in params:
+            p.grad = _gradient(p, rng, generator)
+            if p.grad is not None:
+                unusable += int((~p.grad.isfinite() | (p.grad.abs().float() > 1e18)).sum())
+        optimizer.step()
+        if step % 50 == 0 or step == steps - 1:
+            assert states_are_finite(optimizer), f"not finite after step {step + 1}"
+    assert optimizer.nonfinite_elements() == unusable
+    return unusable
+
+
+def _parameter(
+    shape: tuple[int, ...], rng: random.Random, generator: torch.Generator, dtype: torch.dtype
+) -> torch.nn.Parameter:
+    scale = rng.choice([0.0, 1e-20, 1.0, 1e4])
+    return torch.nn.Parameter((scale * torch.randn(shape, generator=generator)).to(dtype))
+
+
+def _gradient(p: Tensor, rng: random.Random, generator: torch.Generator) -> Tensor | None:
+    if p.ndim == 1 and rng.random() < 0.1:
+        return None
+    grad = (rng.choice(SCALES) * torch.randn(p.shape, generator=generator)).to(p.dtype)
+    bad = rng.choice([float("nan"), float("inf"), -float("inf")])
+    how = rng.random()
+    if how < 0.05:
+        grad.fill_(bad)
+    elif how < 0.2 and grad.numel() > 0:
+        grad.view(-1)[rng.randrange(grad.numel())] = bad
+    return grad
+
+
+def long_run(optimizer_class: type[Any], steps: int, every: int = 1000) -> list[tuple[int, float, int, float]]:
+    """Train a small model on and on.
+
+    Args:
+        optimizer_class: one of the family.
+        steps: how many.
+        every: how often to look.
+
+    Returns:
+        At every look: the step, the resident memory of this process in MiB, the bytes of all tensors alive, the loss.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.SiLU(), torch.nn.Linear(96, 64))
+    optimizer = optimizer_class(model.parameters(), lr=1e-5, warmup_steps=500)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 64, generator=generator) / 8
+    looks = []
+    for step in range(1, steps + 1):
+        x = torch.randn(16, 64, generator=generator)
+        loss = torch.nn.functional.mse_loss(model(x), x @ teacher)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % every == 0:
+            assert states_are_finite(optimizer), f"not finite at step {step}"
+            looks.append((step, resident_mebibytes(), tensor_bytes(), loss.item()))
+    return looks
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors that Python can reach, each storage once."""
+    gc.collect()
+    storages = {}
+    for value in gc.get_objects():
+        if type(value) in (Tensor, torch.nn.Parameter):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def resident_mebibytes() -> float:
+    """Memory of this process that is in RAM, in MiB; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return 0.0
+    return pages * 4096 / 2**20
