@@ -164,6 +164,7 @@ class ReferenceCOptim(ReferenceCameAMP):
         self.highest = max(max(group["max_lr"], group["lr"]) for group in self.groups) / self.largest
         self.multiplier = min(1.0, 1e-6 / self.largest)
         self.last_change = None
+        self.sum = self.variance = 0.0
 
     def step(self):
         for group in self.groups:
@@ -175,8 +176,14 @@ class ReferenceCOptim(ReferenceCameAMP):
         gather = lambda name: torch.cat([self.seen(p, name) for p in params])
         change = gather("change")
         if self.last_change is not None and self.last_change.any():
-            alignment = torch.cosine_similarity(self.last_change, gather("sg"), dim=0, eps=1e-30).item()
-            self.multiplier *= math.exp(30 * self.options["adaptation_rate"] * (alignment + 0.02))
+            sg = gather("sg")
+            alignment = torch.cosine_similarity(self.last_change, sg, dim=0, eps=1e-30).item()
+            # Were the signs of sg drawn at random, the cosine would have mean 0 and this variance.
+            squares = (self.last_change.double() ** 2, sg.double() ** 2)
+            variance = ((squares[0] * squares[1]).sum() / (squares[0].sum() * squares[1].sum())).item()
+            self.sum, self.variance = 0.9 * self.sum + alignment, 0.81 * self.variance + variance
+            offset = 0.02 if self.sum**2 > 9 * self.variance else 0.0
+            self.multiplier *= math.exp(30 * self.options["adaptation_rate"] * (alignment + offset))
             self.multiplier = min(max(self.multiplier, 1e-9), self.highest)
         self.last_change = change.bfloat16().float()
 

@@ -25,11 +25,20 @@ _GAIN = 30.0
 # and what is added to the alignment, because a step that is best by itself is too short in the long run.
 _OFFSET = 0.02
 
+# The offset is added only where the alignments of the last steps can be told from those of pure noise: where their sum,
+# each step forgetting a tenth, is this many standard deviations from 0. Noise would else carry the multiplier to its
+# bound in a hundred steps.
+_EVIDENCE = 3.0
+_MEMORY = 0.9
+
 # What a step uses of the multiplier while an edge case lasts.
 _EDGE_SHARE = 0.5
 
+_SMALLEST_SQUARE = 1e-30
+
 _HISTORIES = ("loss_history", "gradient_history", "lr_history")
 _SAMPLES = ("last_gradient", "last_change")
+_SCALARS = ("confidence", "alignment", "alignment_sum", "alignment_variance")
 
 
 class ContextualOptimizationModule:
@@ -51,6 +60,8 @@ class ContextualOptimizationModule:
             "multiplier": torch.tensor(torch.nan, dtype=torch.float32),  # not begun yet
             "confidence": torch.zeros((), dtype=torch.float32),
             "alignment": torch.zeros((), dtype=torch.float32),
+            "alignment_sum": torch.zeros((), dtype=torch.float32),
+            "alignment_variance": torch.zeros((), dtype=torch.float32),
             "edge_cases": torch.zeros((), dtype=torch.int64),
             **{name: torch.full((context_window,), torch.nan, dtype=torch.float32) for name in _HISTORIES},
         }
@@ -116,9 +127,16 @@ class ContextualOptimizationModule:
         values = self._values
         last = self._samples["last_change"]
         last = torch.zeros_like(change) if last is None or last.shape != change.shape else last.float()
-        alignment = _cosine(distributed.add_up(torch.stack(_products(last, scaled_grad))), absent=0.0)
+        *products, of_squares = distributed.add_up(torch.stack(_products(last, scaled_grad))).unbind()
+        alignment = _cosine(products, absent=0.0)
+        # The variance of a cosine of vectors whose signs have nothing to do with one another.
+        variance = of_squares / (products[1] * products[2]).clamp_min(_SMALLEST_SQUARE)
+        total = values["alignment_sum"] * _MEMORY + alignment
+        spread = values["alignment_variance"] * _MEMORY**2 + variance
+        values["alignment_sum"], values["alignment_variance"] = total, spread
+        offset = torch.where(total.square() > _EVIDENCE**2 * spread, _OFFSET, 0.0)
         begun = (last != 0).any()
-        growth = torch.exp(_GAIN * self._rate * (alignment + _OFFSET))
+        growth = torch.exp(_GAIN * self._rate * (alignment + offset))
         growth = torch.where(begun, growth, 1.0)
         growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
         values["multiplier"] = (values["multiplier"] * growth).clamp(FLOOR, self._highest)
@@ -191,7 +209,7 @@ class ContextualOptimizationModule:
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs: tensors and numbers."""
         multiplier = self._values["multiplier"].item()
-        context = {name: self._values[name].clone() for name in (*_HISTORIES, "confidence", "alignment")}
+        context = {name: self._values[name].clone() for name in (*_HISTORIES, *_SCALARS)}
         context.update((name, sample.clone()) for name, sample in self._samples.items() if sample is not None)
         return {
             "c_optim_context": context,
@@ -202,7 +220,7 @@ class ContextualOptimizationModule:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over what `check` found to be right."""
         context = saved["c_optim_context"]
-        values = {name: context[name].clone() for name in ("confidence", "alignment")}
+        values = {name: context[name].clone() for name in _SCALARS}
         for name in _HISTORIES:
             history = torch.full((self._window,), torch.nan, dtype=torch.float32)
             newest = context[name][-self._window :]
@@ -260,7 +278,7 @@ def check(saved: Mapping[str, Any]) -> None:
     context = saved.get("c_optim_context")
     if not isinstance(context, Mapping):
         raise ValueError(f"c_optim_context is {type(context).__name__}, not a dictionary")
-    for name in (*_HISTORIES, "confidence", "alignment"):
+    for name in (*_HISTORIES, *_SCALARS):
         value = context.get(name)
         dimensions = 1 if name in _HISTORIES else 0
         if not isinstance(value, Tensor) or value.ndim != dimensions or value.dtype != torch.float32:
@@ -268,7 +286,7 @@ def check(saved: Mapping[str, Any]) -> None:
     for name in _SAMPLES:
         if name in context and not (isinstance(context[name], Tensor) and context[name].ndim == 1):
             raise ValueError(f"c_optim_context's '{name}' is not a tensor of one dimension")
-    unknown = context.keys() - {*_HISTORIES, *_SAMPLES, "confidence", "alignment"}
+    unknown = context.keys() - {*_HISTORIES, *_SAMPLES, *_SCALARS}
     if unknown:
         raise ValueError(f"c_optim_context has the unknown key '{min(unknown)}'")
     count, multiplier = saved.get("edge_case_count"), saved.get("contextual_lr_multiplier")
@@ -278,19 +296,20 @@ def check(saved: Mapping[str, Any]) -> None:
         raise ValueError(f"contextual_lr_multiplier is {multiplier!r}, not a number above 0")
 
 
-def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(x.y, x.x, y.y) of two vectors, scaled so that no square leaves float32."""
+def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x.y, x.x, y.y, x^2.y^2) of two vectors, scaled so that no square leaves float32."""
     x, y = (v / v.abs().amax().clamp_min(1e-30) for v in (x, y))
-    return torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)
+    both = x * y
+    return both.sum(), torch.dot(x, x), torch.dot(y, y), torch.dot(both, both)
 
 
 def _cosine(products: Tensor | Sequence[Tensor], absent: float) -> Tensor:
     """The cosine of two vectors from what `_products` gave; `absent` where one of them is 0."""
-    dot, x_square, y_square = products
+    dot, x_square, y_square, *_ = products
     return torch.where((x_square > 0) & (y_square > 0), dot / (x_square * y_square).sqrt(), absent)
 
 
 def _scalar(loss: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(loss, Tensor):
         return loss.detach().to(device, torch.float32, non_blocking=True).mean()
-    return torch.tensor(float(loss), dtype=torch.float32).to(device, non_blocking=True)
+    return torch.full((), float(loss), dtype=torch.float32, device=device)  # Filled there: a copy would wait.

@@ -273,7 +273,7 @@ class CameAMP(Optimizer):
         loss = None
         if self._losses:
             reported = [
-                loss.to(device, non_blocking=True) if isinstance(loss, Tensor) else torch.tensor(loss, device=device)
+                loss.to(device, non_blocking=True) if isinstance(loss, Tensor) else torch.full((), loss, device=device)
                 for loss in self._losses
             ]
             loss = torch.stack([value.float() for value in reported]).mean()
