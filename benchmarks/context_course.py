@@ -58,7 +58,7 @@ def noise(optimizer_class: type, seed: int, steps: int, marks: tuple[int, ...]) 
 
 
 def embedded(name: str, lr: float, noise_steps: int, steps: int) -> float:
-    """Held-out loss of the embedded LoRA fine-tune after `steps` steps, and as many of nothing but noise before them."""
+    """Held-out loss of the embedded LoRA fine-tune after `steps` steps, with steps of nothing but noise before them."""
     AcceleratorState._reset_state(reset_partial_state=True)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Held-out loss of the embedded LoRA fine-tune with 8-bit states, as a ratio to 32-bit ones, at every evaluation.
 
-    python -m benchmarks.eight_bit_quality
+    python -m benchmarks.eight_bit_quality [--contextual]
 
 Rank 128, so that every factor has the 4,096 elements from which on states are quantized. The warm-up ends in mid-run.
 """
@@ -38,12 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
     parser.add_argument("--steps", type=int, default=400, help="steps of a run")
+    parser.add_argument("--contextual", action="store_true", help="the contextual optimizers in place of the plain")
     args = parser.parse_args()
+    name = "Automagic_CameAMP_COptim" if args.contextual else "Automagic_CameAMP"
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     worst = 0.0
     for seed in range(args.seeds):
-        full = held_out_losses("Automagic_CameAMP", seed, args.steps)
-        small = held_out_losses("Automagic_CameAMP8bit", seed, args.steps)
+        full = held_out_losses(name, seed, args.steps)
+        small = held_out_losses(f"{name}8bit", seed, args.steps)
         ratios = {step: small[step] / full[step] for step in full}
         worst = max(worst, *(ratio - 1 for ratio in ratios.values()))
         print(f"seed {seed}: 32-bit ends at {full[args.steps]:.5f}, 8-bit at {small[args.steps]:.5f}; 8-bit / 32-bit:")

@@ -22,7 +22,8 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from library.cameamp import context, detection, rules
+from library.cameamp import context, rules
+from library.cameamp.storage import momenta
 from library.cameamp_demo.options import parse
 from library.cameamp_demo.trainer import Trainer
 
@@ -59,15 +60,19 @@ def run(optimizer_type: str, lr: float, seed: int, steps: int, rank: int, *optio
 @contextlib.contextmanager
 def without(part: str) -> Iterator[tuple[str, ...]]:
     """Switch a part of the contextual optimizer off; gives the options that this takes."""
-    saved = rules._multi_scale_momentum, context._OFFSET, detection.combined_confidence
+    saved = rules._multi_scale_momentum, context._OFFSET, momenta.SMALLEST_CODED
+    momenta.momentum_storages.cache_clear()
     try:
         if part == "multi-scale momentum":
             rules._multi_scale_momentum = lambda *_: None  # type: ignore[assignment]
         elif part == "offset":
             context._OFFSET = 0.0
+        elif part == "codes of the momenta":
+            momenta.SMALLEST_CODED = 2**62
         yield {"edge cases": ("edge_threshold=1.0",), "multiplier": ("adaptation_rate=0.0",)}.get(part, ())
     finally:
-        rules._multi_scale_momentum, context._OFFSET, detection.combined_confidence = saved
+        rules._multi_scale_momentum, context._OFFSET, momenta.SMALLEST_CODED = saved
+        momenta.momentum_storages.cache_clear()
 
 
 class Kept:
@@ -122,7 +127,7 @@ def main() -> None:
                 flush=True,
             )
         if args.parts:
-            for part in ("multi-scale momentum", "edge cases", "offset", "multiplier"):
+            for part in ("multi-scale momentum", "codes of the momenta", "edge cases", "offset", "multiplier"):
                 ends = [after(NAMES[32], lr, seed, part) for lr in (1e-6, 1e-3)]
                 print(f"   without {part}: from 1e-6: {ends[0]:.5f}, from 1e-3: {ends[1]:.5f}", flush=True)
 
