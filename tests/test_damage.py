@@ -18,7 +18,7 @@ each_optimizer = pytest.mark.parametrize("optimizer_class", OPTIMIZERS, ids=lamb
 # Of these no case may load; of the others some damage can hit what is derived, or change nothing.
 REFUSED = (
     "missing parameter", "extra parameter", "wrong shape", "one bit", "not finite", "wrong step", "wrong groups",
-    "wrong option", "wrong checksum", "swapped parameters", "swapped names", "wrecked", "wrong version", *FOREIGN,
+    "wrong option", "wrong checksum", "swapped parameters", "swapped names", "wrong context", "wrong momenta", "wrecked", "wrong version", *FOREIGN,
 )  # fmt: skip
 
 
@@ -193,6 +193,10 @@ def model_and_optimizer(optimizer_class, steps):
     return model, optimizer
 
 
+def contextual(optimizer):
+    return hasattr(optimizer, "c_optim")
+
+
 def states(optimizer):
     return {name: value for name, value in everything(optimizer).items() if not name.startswith("group")}
 
@@ -216,7 +220,7 @@ def test_distributed_checkpoint_carries_checksums(optimizer_class, steps):
 
 @each_optimizer
 def test_distributed_checkpoint_in_its_flat_layout(optimizer_class, caplog):
-    """It keeps only what a new optimizer has, so no checksums; the line about it says so."""
+    """It keeps only what a new optimizer has, so neither checksums nor the context; the log says so."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -229,5 +233,7 @@ def test_distributed_checkpoint_in_its_flat_layout(optimizer_class, caplog):
     saved = from_bytes(to_bytes(get_optimizer_state_dict(*first, options=options)))
     caplog.set_level(logging.INFO)
     set_optimizer_state_dict(*second, saved, options=options)
-    assert difference(states(first[1]), states(second[1])) is None
+    without = [{n: v for n, v in states(o).items() if not n.startswith("context")} for _, o in (first, second)]
+    assert difference(*without) is None
     assert "it carries no checksums" in caplog.text
+    assert ("momenta but no context: multiplier and histories start fresh" in caplog.text) == contextual(first[1])

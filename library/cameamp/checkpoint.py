@@ -96,7 +96,10 @@ def restore(
     restored.notes += _check_names(saved["param_groups"], groups, names, labels)
     was_contextual = bool(saved["param_groups"]) and context.is_in(saved["param_groups"][0])
     if was_contextual:
-        context.check(saved["param_groups"][0])
+        try:
+            context.check(saved["param_groups"][0])
+        except ValueError as error:
+            raise ValueError(f"parameter group 0 of the checkpoint: {error}") from None
         restored.context = saved["param_groups"][0] if contextual else None
     states = saved["state"]
     seen = set()

@@ -90,7 +90,7 @@ class Run:
 
 
 def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights, states and options of an optimizer, by name; copies."""
+    """Weights, states, options and context of an optimizer, by name; copies."""
     found: dict[str, Any] = {}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(params):
@@ -101,6 +101,10 @@ def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         for name, value in group.items():
             if name != "params":
                 found[f"group {number} {name}"] = copy.deepcopy(value)
+    if hasattr(optimizer, "c_optim"):
+        context = optimizer.c_optim.state_dict()
+        found.update((f"context {name}", value) for name, value in context.pop("c_optim_context").items())
+        found.update((f"context {name}", value) for name, value in context.items())
     return found
 
 
