@@ -18,7 +18,8 @@ each_optimizer = pytest.mark.parametrize("optimizer_class", OPTIMIZERS, ids=lamb
 # Of these no case may load; of the others some damage can hit what is derived, or change nothing.
 REFUSED = (
     "missing parameter", "extra parameter", "wrong shape", "one bit", "not finite", "wrong step", "wrong groups",
-    "wrong option", "wrong checksum", "swapped parameters", "swapped names", "wrong context", "wrong momenta", "wrecked", "wrong version", *FOREIGN,
+    "wrong option", "wrong checksum", "swapped parameters", "swapped names", "wrong context", "wrong momenta",
+    "wrecked", "wrong version", *FOREIGN,
 )  # fmt: skip
 
 

@@ -92,20 +92,23 @@ def _gradient(p: Tensor, rng: random.Random, generator: torch.Generator) -> Tens
     return grad
 
 
-def long_run(optimizer_class: type[Any], steps: int, every: int = 1000) -> list[tuple[int, float, int, float]]:
+def long_run(
+    optimizer_class: type[Any], steps: int, every: int = 1000, warmup_steps: int = 500
+) -> list[tuple[int, float, int, float]]:
     """Train a small model on and on.
 
     Args:
         optimizer_class: one of the family.
         steps: how many.
         every: how often to look.
+        warmup_steps: of the optimizer; fewer than `every`.
 
     Returns:
         At every look: the step, the resident memory of this process in MiB, the bytes of all tensors alive, the loss.
     """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.SiLU(), torch.nn.Linear(96, 64))
-    optimizer = optimizer_class(model.parameters(), lr=1e-5, warmup_steps=500)
+    optimizer = optimizer_class(model.parameters(), lr=1e-5, warmup_steps=warmup_steps)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(64, 64, generator=generator) / 8

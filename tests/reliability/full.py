@@ -92,7 +92,7 @@ def ddp() -> list[str]:
         assert len(set(digests)) == 1, name
     assert all(message for messages in fsdp2() for message in messages.values())
     return [
-        f"{DDP_STEPS} steps of DDP, gradients accumulated over 2 batches, resumed in the middle: bit-identical replicas",
+        f"{DDP_STEPS} steps of DDP, gradients of 2 batches accumulated, resumed in the middle: bit-identical replicas",
         "fully_shard: a clear RuntimeError at the first step, nothing changed",
     ]
 
