@@ -36,6 +36,17 @@ def test_fuzz():
         assert outcomes[f"{kind}: loaded as saved"] == _EACH, kind
 
 
+@each_optimizer
+def test_a_layout_in_memory_that_only_damage_makes_is_refused_like_any_damage(optimizer_class):
+    """A bit of a file may be one of a stride: the tensor is whole then, but its elements stand elsewhere."""
+    saved = from_bytes(to_bytes(Run(optimizer_class).run(3).optimizer.state_dict()))
+    state = saved["state"][4]
+    state["lr_mask"] += 1e-4 * torch.rand(6, 4, 3, 3)
+    state["lr_mask"] = state["lr_mask"].as_strided((6, 4, 3, 3), (9, 18, 3, 1))
+    with pytest.raises(ValueError, match=r"^parameter 4 'c.weight' of shape \(6, 4, 3, 3\): .* its checksum"):
+        Run(optimizer_class).optimizer.load_state_dict(saved)
+
+
 def test_every_single_bit_counts():
     state = {"step": 3, "exp_avg": torch.randn(4, 5), "last_polarity": torch.rand(4, 5) > 0.5}
     before = checksum(state)

@@ -1,7 +1,7 @@
 """The full counts of the long checks: python tests/reliability/full.py [part ...]
 
-Each part runs in a process of its own, one after the other; about half an hour on one core. A part that fails stops
-with the error and an exit status of 1. tests/ runs the same functions with small counts.
+Each part runs in a process of its own, one after the other; about half an hour on one core. A part that fails prints
+its error, and makes the exit status 1. tests/ runs the same functions with small counts.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _run(name: str) -> list[str]:
     return PARTS[name]()
 
 
-def main() -> None:
-    """Run the parts that were named, or all."""
+def main() -> int:
+    """Run the parts that were named, or all; 1 if any failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all of them by default")
     parts = parser.parse_args().parts
@@ -156,13 +156,18 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate", "bitsandbytes"))
     print(f"Python {platform.python_version()}, {packages}", flush=True)
+    failed = 0
     for name in parts or PARTS:
         start = time.perf_counter()
         # spawn: a process without threads, which the kills need to fork it, and without another part's memory.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            lines = process.submit(_run, name).result()
+            try:
+                lines = process.submit(_run, name).result()
+            except Exception as error:
+                failed, lines = 1, [f"FAILED: {type(error).__name__}: {error}"]
         print(f"{name} ({time.perf_counter() - start:.0f} s)", *lines, sep="\n  ", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
