@@ -376,7 +376,7 @@ def _restore_parameter(
         restored[name] = (value.clamp(config.min_lr, config.max_lr) if outside else value).to(p.device)
         converted |= type(kept) is not type(own)
     for key in saved:
-        if key not in known and not key.startswith("momentum_"):  # Those are checked apart.
+        if key not in known and not str(key).startswith("momentum_"):  # Those are checked apart.
             raise ValueError(f"the state '{key}' is not one that step {step} of this optimizer has")
     changes.freed.update(freed)
     changes.fresh.update(name for name in wanted if name not in owed)
@@ -424,12 +424,12 @@ def _restore_momenta(
             continue
         restored[count] = updates
         if kept == storage(name, p, config):
-            restored.update((key, saved[key].to(p.device, copy=True)) for key in kept.keys(name))
+            restored.update((key, saved[key].detach().to(p.device, copy=True)) for key in kept.keys(name))
         else:
             restored[name] = to_full(name, saved, kept, p.shape).to(p.device)
             converted = True
     for key in saved:
-        if key.startswith("momentum_") and key not in known:
+        if str(key).startswith("momentum_") and key not in known:
             raise ValueError(f"the state '{key}' is not one that momentum_scales {periods} has")
     return restored, converted
 
