@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from reliability.extremes import extreme_steps, long_run
-from reliability.runs import OPTIMIZERS, PHASES, Run, difference, from_bytes, states_are_finite, to_bytes
+from reliability.runs import OPTIMIZERS, PHASES, Run, difference, everything, from_bytes, states_are_finite, to_bytes
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -290,6 +290,24 @@ def test_schedulers(optimizer_class, name):
     go_on(*first, range(9, 12))
     go_on(*second, range(9, 12))
     assert torch.equal(first[0], second[0])
+
+
+def test_a_step_that_the_grad_scaler_skips(optimizer_class):
+    model, optimizer = built(optimizer_class)
+    train(model, optimizer, 3)
+    before = {**weights(model), **everything(optimizer)}
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value, steps in ((float("inf"), 3), (1.0, 4)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        model.second.weight.grad[1, 2] = value
+        scaler.scale(torch.ones(()))  # Its scale is made here.
+        scaler.step(optimizer)
+        scaler.update()
+        after = {**weights(model), **everything(optimizer)}
+        assert (difference(after, before) is None) == (steps == 3)
+        assert optimizer.state[model.first.weight]["step"] == steps
+    assert scaler.get_scale() == 2.0
 
 
 def test_gradients_and_options_at_their_extremes(optimizer_class):
