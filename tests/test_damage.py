@@ -18,7 +18,8 @@ each_optimizer = pytest.mark.parametrize("optimizer_class", OPTIMIZERS, ids=lamb
 # Of these no case may load; of the others some damage can hit what is derived, or change nothing.
 REFUSED = (
     "missing parameter", "extra parameter", "wrong shape", "one bit", "not finite", "wrong step", "wrong groups",
-    "wrong option", "wrong checksum", "swapped parameters", "swapped names", "wrecked", "wrong version", *FOREIGN,
+    "wrong option", "wrong checksum", "swapped parameters", "swapped names", "wrong context", "wrong momenta",
+    "wrecked", "wrong version", *FOREIGN,
 )  # fmt: skip
 
 
@@ -33,6 +34,17 @@ def test_fuzz():
         assert outcomes[f"{kind}: refused"] == _EACH, kind
     for kind in ("nothing", "harmless"):
         assert outcomes[f"{kind}: loaded as saved"] == _EACH, kind
+
+
+@each_optimizer
+def test_a_layout_in_memory_that_only_damage_makes_is_refused_like_any_damage(optimizer_class):
+    """A bit of a file may be one of a stride: the tensor is whole then, but its elements stand elsewhere."""
+    saved = from_bytes(to_bytes(Run(optimizer_class).run(3).optimizer.state_dict()))
+    state = saved["state"][4]
+    state["lr_mask"] += 1e-4 * torch.rand(6, 4, 3, 3)
+    state["lr_mask"] = state["lr_mask"].as_strided((6, 4, 3, 3), (9, 18, 3, 1))
+    with pytest.raises(ValueError, match=r"^parameter 4 'c.weight' of shape \(6, 4, 3, 3\): .* its checksum"):
+        Run(optimizer_class).optimizer.load_state_dict(saved)
 
 
 def test_every_single_bit_counts():
@@ -193,6 +205,10 @@ def model_and_optimizer(optimizer_class, steps):
     return model, optimizer
 
 
+def contextual(optimizer):
+    return hasattr(optimizer, "c_optim")
+
+
 def states(optimizer):
     return {name: value for name, value in everything(optimizer).items() if not name.startswith("group")}
 
@@ -216,7 +232,7 @@ def test_distributed_checkpoint_carries_checksums(optimizer_class, steps):
 
 @each_optimizer
 def test_distributed_checkpoint_in_its_flat_layout(optimizer_class, caplog):
-    """It keeps only what a new optimizer has, so no checksums; the line about it says so."""
+    """It keeps only what a new optimizer has, so neither checksums nor the context; the log says so."""
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
         get_optimizer_state_dict,
@@ -229,5 +245,7 @@ def test_distributed_checkpoint_in_its_flat_layout(optimizer_class, caplog):
     saved = from_bytes(to_bytes(get_optimizer_state_dict(*first, options=options)))
     caplog.set_level(logging.INFO)
     set_optimizer_state_dict(*second, saved, options=options)
-    assert difference(states(first[1]), states(second[1])) is None
+    without = [{n: v for n, v in states(o).items() if not n.startswith("context")} for _, o in (first, second)]
+    assert difference(*without) is None
     assert "it carries no checksums" in caplog.text
+    assert ("momenta but no context: multiplier and histories start fresh" in caplog.text) == contextual(first[1])

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from reliability.runs import takes_names
 from torch import nn
 
 from benchmarks.models import load
@@ -149,6 +150,7 @@ def test_one_line_says_what_was_found(caplog):
     ]
 
 
+@pytest.mark.skipif(not takes_names(), reason="torch takes named parameters from 2.6 on")
 def test_names_from_the_groups_and_from_outside():
     def moved(prepare):
         torch.manual_seed(0)

@@ -26,6 +26,10 @@ from library.cameamp.techniques import (
 seeds = st.integers(0, 2**31)
 scales = st.sampled_from([1e-12, 1e-6, 1e-3, 1.0, 1e3])
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
+# Without subnormal numbers: some library builds switch them off for the whole process.
+rates = st.floats(0, 0.999, allow_subnormal=False)
+means_of_gradients = st.floats(0, 1e18, allow_subnormal=False)
+spreads = st.floats(0, 1e10, allow_subnormal=False)
 
 
 def stack(shape, seed, scale=1.0):
@@ -67,7 +71,7 @@ def test_tam_damps_a_gradient_that_turns():
     assert (first - 0.9).mean() > (0.9 - second).mean()
 
 
-@given(st.floats(0, 0.999), st.floats(0.9, 1.0), st.integers(1, 10**6))
+@given(rates, st.floats(0.9, 1.0), st.integers(1, 10**6))
 def test_consistency_rate_never_below_four_tenths(beta1, decay, step):
     assert 0.4 <= consistency.decay_rate(beta1, decay, step) < 1
 
@@ -138,7 +142,7 @@ def test_row_scaling(shape, seed, scale, eta):
     )
 
 
-@given(st.lists(st.floats(0, 1e18), min_size=1, max_size=20), st.floats(0, 1e10), st.integers(1, 10**6))
+@given(st.lists(means_of_gradients, min_size=1, max_size=20), spreads, st.integers(1, 10**6))
 def test_decay_strength_lies_between_0_and_2(means, spread, count):
     n = len(means)
     strengths = weight_decay.decay_strengths(

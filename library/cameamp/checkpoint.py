@@ -96,7 +96,10 @@ def restore(
     restored.notes += _check_names(saved["param_groups"], groups, names, labels)
     was_contextual = bool(saved["param_groups"]) and context.is_in(saved["param_groups"][0])
     if was_contextual:
-        context.check(saved["param_groups"][0])
+        try:
+            context.check(saved["param_groups"][0])
+        except ValueError as error:
+            raise ValueError(f"parameter group 0 of the checkpoint: {error}") from None
         restored.context = saved["param_groups"][0] if contextual else None
     states = saved["state"]
     seen = set()
@@ -373,7 +376,7 @@ def _restore_parameter(
         restored[name] = (value.clamp(config.min_lr, config.max_lr) if outside else value).to(p.device)
         converted |= type(kept) is not type(own)
     for key in saved:
-        if key not in known and not key.startswith("momentum_"):  # Those are checked apart.
+        if key not in known and not str(key).startswith("momentum_"):  # Those are checked apart.
             raise ValueError(f"the state '{key}' is not one that step {step} of this optimizer has")
     changes.freed.update(freed)
     changes.fresh.update(name for name in wanted if name not in owed)
@@ -421,12 +424,12 @@ def _restore_momenta(
             continue
         restored[count] = updates
         if kept == storage(name, p, config):
-            restored.update((key, saved[key].to(p.device, copy=True)) for key in kept.keys(name))
+            restored.update((key, saved[key].detach().to(p.device, copy=True)) for key in kept.keys(name))
         else:
             restored[name] = to_full(name, saved, kept, p.shape).to(p.device)
             converted = True
     for key in saved:
-        if key.startswith("momentum_") and key not in known:
+        if str(key).startswith("momentum_") and key not in known:
             raise ValueError(f"the state '{key}' is not one that momentum_scales {periods} has")
     return restored, converted
 

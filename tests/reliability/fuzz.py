@@ -290,6 +290,48 @@ def _swap_names(saved: Saved, rng: random.Random) -> None:
         group["param_names"] = ["x"] * len(group["params"])
 
 
+def _change_context(saved: Saved, rng: random.Random) -> None:
+    """Of the contextual optimizers; in a checkpoint of the others, a part of one that nobody saved."""
+    group = saved["param_groups"][0]
+    name = rng.choice(["c_optim_context", "edge_case_count", "contextual_lr_multiplier"])
+    if name not in group or rng.random() < 0.4:
+        group[name] = rng.choice([None, "text", -1, 0.123, 7777, True, [1], {}, {"confidence": torch.zeros(())}])
+    elif name != "c_optim_context" or rng.random() < 0.2:
+        del group[name]
+    else:
+        context = group[name]
+        key = rng.choice(list(context))
+        choice = rng.randrange(5)
+        if choice == 0:
+            del context[key]
+        elif choice == 1:
+            context["junk"] = torch.zeros(())
+        elif choice == 2:
+            context[key] = context[key].to(rng.choice([torch.float16, torch.float64, torch.int32]))
+        elif choice == 3:
+            context[key] = context[key].unsqueeze(0)
+        else:
+            flat = context[key].clone().reshape(-1)
+            flat.view(torch.uint8)[rng.randrange(flat.numel() * flat.element_size())] ^= 1 << rng.randrange(8)
+            context[key] = flat.view(context[key].shape)
+
+
+def _change_momenta(saved: Saved, rng: random.Random) -> None:
+    """Of the contextual optimizers; in a state of the others, one that nobody saved."""
+    state = _any_state(saved, rng)
+    names = [name for name in state if name.startswith("momentum_")]
+    if not names:
+        state[rng.choice(["momentum_scale_5", "momentum_count_1"])] = rng.choice([3, torch.zeros(4)])
+        return
+    name = rng.choice(names)
+    if rng.random() < 0.4:
+        del state[name]
+    elif isinstance(state[name], Tensor):
+        state[name] = rng.choice([state[name].double(), state[name].flatten()[1:], 1 + state[name], None])
+    else:
+        state[name] = rng.choice([state[name] + 1, -1, 10**9, 2**70, 0.5, None, "text"])
+
+
 def _wreck(saved: Saved, rng: random.Random) -> None:
     place = rng.randrange(5)
     junk = rng.choice([None, [], "text", 3, torch.zeros(2)])
@@ -340,6 +382,8 @@ IN_MEMORY: dict[str, Damage] = {
     "swapped parameters": _swap_parameters,
     "swapped tensors": _swap_one_tensor,
     "swapped names": _swap_names,
+    "wrong context": _change_context,
+    "wrong momenta": _change_momenta,
     "wrecked": _wreck,
     "nothing": _nothing,
     "harmless": _harmless,

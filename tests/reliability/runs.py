@@ -63,14 +63,14 @@ class Run:
         return sum(0.5 * (p.detach().float() - t).square().sum().item() for p, t in zip(self.params, self.targets))
 
     def run(self, steps: int) -> Run:
-        """Take so many steps; the last parameter never gets a gradient in the first four."""
+        """Take so many steps; the 0-d parameter gets no gradient in the first four."""
         for _ in range(steps):
             generator = torch.Generator().manual_seed(100 + self.taken)
             for p, target in zip(self.params, self.targets):
                 noise = 0.1 * torch.randn(p.shape, generator=generator)
                 p.grad = (p.detach().float() - target + noise).to(p.dtype)
             if self.taken < 4:
-                self.params[-1].grad = None
+                self.params[len(SHAPES) - 1].grad = None
             self.optimizer.step()
             self.taken += 1
         return self
@@ -90,7 +90,7 @@ class Run:
 
 
 def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights, states and options of an optimizer, by name; copies."""
+    """Weights, states, options and context of an optimizer, by name; copies."""
     found: dict[str, Any] = {}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(params):
@@ -101,6 +101,10 @@ def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         for name, value in group.items():
             if name != "params":
                 found[f"group {number} {name}"] = copy.deepcopy(value)
+    if hasattr(optimizer, "c_optim"):
+        context = optimizer.c_optim.state_dict()
+        found.update((f"context {name}", value) for name, value in context.pop("c_optim_context").items())
+        found.update((f"context {name}", value) for name, value in context.items())
     return found
 
 
@@ -121,6 +125,15 @@ def difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
 
 def _bits(value: Tensor) -> Tensor:
     return value.contiguous().reshape(-1).view(torch.uint8) if value.dtype != torch.bool else value
+
+
+def takes_names() -> bool:
+    """Whether this torch's optimizers take (name, parameter) pairs."""
+    try:
+        torch.optim.SGD([("p", torch.nn.Parameter(torch.zeros(1)))])
+    except TypeError:
+        return False
+    return True
 
 
 def through_torch_save(value: Any) -> Any:

@@ -26,7 +26,7 @@ def is_kept(name: str, state: Mapping[str, Any], storage: Storage) -> bool:
 
 def to_full(name: str, state: Mapping[str, Any], storage: Storage, shape: torch.Size) -> Tensor:
     """One parameter's state in float32 (or bool), of the parameter's shape; a copy."""
-    buffers = {key: state[key].detach().unsqueeze(0) for key in storage.keys(name)}
+    buffers = {key: state[key].detach().contiguous().unsqueeze(0) for key in storage.keys(name)}
     return storage.read(name, buffers, 1, shape.numel()).view(shape).clone()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from typing import Any
 
@@ -31,14 +32,15 @@ EXTREME_OPTIONS: tuple[dict[str, Any], ...] = (
 # The 1-d one skips steps; were it others, each would soon be in a stack of its own.
 _SHAPES = ((64, 64), (16, 8), (3, 2, 3, 3), (7,), (), (0, 3))
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-def extreme_steps(optimizer_class: type[Any], steps: int, dtype: torch.dtype, seed: int = 0) -> int:
-    """Train with gradients of any magnitude, some elements of which are not finite.
+
+def extreme_steps(optimizer_class: type[Any], steps: int, seed: int = 0) -> int:
+    """Train float32, bfloat16 and float16 with gradients of any magnitude, some elements of which are not finite.
 
     Args:
         optimizer_class: one of the family.
         steps: how many; the two halves of the warm-up and what follows it get a third each.
-        dtype: of the parameters.
         seed: of everything random.
 
     Returns:
@@ -47,8 +49,9 @@ def extreme_steps(optimizer_class: type[Any], steps: int, dtype: torch.dtype, se
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     groups, params = [], []
-    for options in EXTREME_OPTIONS:
-        own = [_parameter(shape, rng, generator, dtype) for shape in _SHAPES]
+    for number, options in enumerate(EXTREME_OPTIONS):
+        dtypes = [_DTYPES[(number + index) % len(_DTYPES)] for index in range(len(_SHAPES))]
+        own = [_parameter(shape, rng, generator, dtype) for shape, dtype in zip(_SHAPES, dtypes)]
         groups.append({"params": own, **options})
         params += own
     optimizer = optimizer_class(groups, warmup_steps=max(2, steps * 2 // 3))
@@ -58,10 +61,14 @@ def extreme_steps(optimizer_class: type[Any], steps: int, dtype: torch.dtype, se
             p.grad = _gradient(p, rng, generator)
             if p.grad is not None:
                 unusable += int((~p.grad.isfinite() | (p.grad.abs().float() > 1e18)).sum())
+        if hasattr(optimizer, "report_loss"):
+            optimizer.report_loss(rng.choice([1.0, 1e-38, 1e38, -1.0, float("nan"), float("inf")]))
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
             assert states_are_finite(optimizer), f"not finite after step {step + 1}"
     assert optimizer.nonfinite_elements() == unusable
+    if hasattr(optimizer, "c_optim"):
+        assert math.isfinite(optimizer.c_optim.compute_contextual_lr_multiplier())
     return unusable
 
 
@@ -85,20 +92,23 @@ def _gradient(p: Tensor, rng: random.Random, generator: torch.Generator) -> Tens
     return grad
 
 
-def long_run(optimizer_class: type[Any], steps: int, every: int = 1000) -> list[tuple[int, float, int, float]]:
+def long_run(
+    optimizer_class: type[Any], steps: int, every: int = 1000, warmup_steps: int = 500
+) -> list[tuple[int, float, int, float]]:
     """Train a small model on and on.
 
     Args:
         optimizer_class: one of the family.
         steps: how many.
         every: how often to look.
+        warmup_steps: of the optimizer; fewer than `every`.
 
     Returns:
         At every look: the step, the resident memory of this process in MiB, the bytes of all tensors alive, the loss.
     """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.SiLU(), torch.nn.Linear(96, 64))
-    optimizer = optimizer_class(model.parameters(), lr=1e-5, warmup_steps=500)
+    optimizer = optimizer_class(model.parameters(), lr=1e-5, warmup_steps=warmup_steps)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(64, 64, generator=generator) / 8
@@ -107,6 +117,8 @@ def long_run(optimizer_class: type[Any], steps: int, every: int = 1000) -> list[
         x = torch.randn(16, 64, generator=generator)
         loss = torch.nn.functional.mse_loss(model(x), x @ teacher)
         loss.backward()
+        if hasattr(optimizer, "report_loss"):
+            optimizer.report_loss(loss.detach())
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

@@ -1,0 +1,173 @@
+"""The full counts of the long checks: python tests/reliability/full.py [part ...]
+
+Each part runs in a process of its own, one after the other; about half an hour on one core. A part that fails prints
+its error, and makes the exit status 1. tests/ runs the same functions with small counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+# In place of this folder, whose modules are imported as reliability.*.
+sys.path[0:1] = [str(_ROOT), str(_ROOT / "tests")]
+
+FUZZ_CASES = 4_000
+KILLS = 200
+FULL_DISKS = 50
+PAIR_STEPS = 100
+DDP_STEPS = 200
+EXTREME_STEPS = 10_000
+LONG_STEPS = 20_000
+
+
+def fuzz() -> list[str]:
+    """Checkpoints under attack."""
+    from reliability.fuzz import fuzz
+
+    outcomes = fuzz(FUZZ_CASES)
+    kinds = sorted({outcome.partition(": ")[0] for outcome in outcomes})
+    lines = [f"{sum(outcomes.values())} cases, none let in wrong or changed by a refusal"]
+    for kind in kinds:
+        counts = [(o.partition(": ")[2], n) for o, n in sorted(outcomes.items()) if o.partition(": ")[0] == kind]
+        lines.append(f"  {kind}: " + ", ".join(f"{count} {outcome}" for outcome, count in counts))
+    return lines
+
+
+def kills() -> list[str]:
+    """SIGKILL while saving."""
+    from reliability.interrupted import killed
+
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = killed(Path(folder), KILLS)
+    return [f"{KILLS} kills: " + ", ".join(f"{what} {count} times" for what, count in sorted(outcomes.items()))]
+
+
+def full_disk() -> list[str]:
+    """A disk that is full while saving."""
+    from reliability.interrupted import full_disk
+
+    with tempfile.TemporaryDirectory() as folder:
+        messages = full_disk(Path(folder), FULL_DISKS)
+    return [f"{len(messages)} disks full at a different byte: one line each, the state before still loads"]
+
+
+def pairs() -> list[str]:
+    """Every optimizer's checkpoint in every optimizer."""
+    from reliability.runs import PAIRS, PHASES, Run
+
+    worst, converted = -1.0, 0
+    for first, second in PAIRS:
+        for steps in PHASES.values():
+            before = Run(first).run(steps)
+            after = before.resumed(second)
+            start = before.loss()
+            losses = [after.run(1).loss() for _ in range(PAIR_STEPS)]
+            worst = max(worst, max(losses[:10]) / start - 1)
+            assert max(losses) <= 1.02 * start, (first, second, steps)
+            assert losses[-1] < start, (first, second, steps)
+            converted += 1
+    return [
+        f"{converted} conversions ({len(PAIRS)} pairs in {len(PHASES)} phases): over the next {PAIR_STEPS} steps no "
+        f"loss was more than 2 % above the one saved; largest rise in the first 10: {100 * worst:+.2f} %"
+    ]
+
+
+def ddp() -> list[str]:
+    """Two processes over gloo."""
+    from reliability.distributed import ddp, fsdp2
+
+    for name, digests in ddp(DDP_STEPS).items():
+        assert len(set(digests)) == 1, name
+    assert all(message for messages in fsdp2() for message in messages.values())
+    return [
+        f"{DDP_STEPS} steps of DDP, gradients of 2 batches accumulated, resumed in the middle: bit-identical replicas",
+        "fully_shard: a clear RuntimeError at the first step, nothing changed",
+    ]
+
+
+def numbers() -> list[str]:
+    """Gradients and options at their extremes."""
+    from reliability.extremes import extreme_steps
+    from reliability.runs import OPTIMIZERS
+
+    lines = []
+    for optimizer_class in OPTIMIZERS:
+        unusable = extreme_steps(optimizer_class, EXTREME_STEPS)
+        lines.append(
+            f"{optimizer_class.__name__}: {EXTREME_STEPS} steps, {unusable} gradient elements counted as 0, "
+            "every weight and state finite"
+        )
+    return lines
+
+
+def long_run() -> list[str]:
+    """A small model, on and on."""
+    from reliability.extremes import long_run
+    from reliability.runs import OPTIMIZERS
+
+    lines = []
+    for optimizer_class in OPTIMIZERS:
+        looks = long_run(optimizer_class, LONG_STEPS)
+        (step, resident, tensors, loss), (last, last_resident, last_tensors, last_loss) = looks[0], looks[-1]
+        assert last_tensors <= tensors, (
+            f"{optimizer_class.__name__}: tensors grew from {tensors} to {last_tensors} bytes"
+        )
+        lines.append(
+            f"{optimizer_class.__name__}: step {step} to {last}: tensors {tensors / 2**10:.1f} to "
+            f"{last_tensors / 2**10:.1f} KiB, process {resident:.1f} to {last_resident:.1f} MiB, "
+            f"loss {loss:.3g} to {last_loss:.3g}, every weight and state finite"
+        )
+    return lines
+
+
+PARTS: dict[str, Callable[[], list[str]]] = {
+    part.__name__: part for part in (fuzz, kills, full_disk, pairs, ddp, long_run, numbers)
+}
+
+
+def _run(name: str) -> list[str]:
+    import torch
+
+    torch.set_num_threads(1)
+    logging.disable(logging.INFO)
+    return PARTS[name]()
+
+
+def main() -> int:
+    """Run the parts that were named, or all; 1 if any failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; all of them by default")
+    parts = parser.parse_args().parts
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        parser.error(f"unknown part '{unknown[0]}'; allowed: {', '.join(PARTS)}")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate", "bitsandbytes"))
+    print(f"Python {platform.python_version()}, {packages}", flush=True)
+    failed = 0
+    for name in parts or PARTS:
+        start = time.perf_counter()
+        # spawn: a process without threads, which the kills need to fork it, and without another part's memory.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            try:
+                lines = process.submit(_run, name).result()
+            except Exception as error:
+                failed, lines = 1, [f"FAILED: {type(error).__name__}: {error}"]
+        print(f"{name} ({time.perf_counter() - start:.0f} s)", *lines, sep="\n  ", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The test suite with the oldest and the newest versions that the requirements allow: python -m tests.versions FOLDER
+
+Makes an environment for each in FOLDER, several GB in all, runs the tests in it, and prints what ran and how it ended.
+A build of torch can be chosen as for any pip: PIP_CONSTRAINT, PIP_INDEX_URL.
+`python -m tests.versions FOLDER oldest` or `newest` runs one of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = ("torch", "accelerate", "bitsandbytes", "diffusers", "numpy")
+
+
+def requirements(oldest: bool) -> list[str]:
+    """What to install: every lower bound itself, or whatever is newest."""
+    files = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    # The tools that check the code are no part of what the code runs with.
+    wanted = [line for line in lines if line and not line.startswith(("#", "-r", "ruff", "mypy"))]
+    return [re.sub(r">=(\S+)", r"==\1" if oldest else "", line) for line in wanted]
+
+
+def run(folder: Path, name: str) -> int:
+    """Make an environment and run the tests in it; their exit code."""
+    python = folder / name / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder / name)], check=True)
+    wanted = requirements(oldest=name == "oldest")
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--upgrade", *wanted], check=True)
+    code = "import importlib.metadata as m, sys; print(*(f'{n} {m.version(n)}' for n in sys.argv[1:]), sep=', ')"
+    versions = subprocess.run([str(python), "-c", code, *SHOWN], capture_output=True, text=True, check=True).stdout
+    status = subprocess.run([str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider"], cwd=ROOT).returncode
+    print(f"{name}: {'passed' if status == 0 else f'FAILED ({status})'}: {versions.strip()}", flush=True)
+    return status
+
+
+def main(arguments: list[str]) -> int:
+    """Run the matrix."""
+    names = arguments[1:] or ["oldest", "newest"]
+    if not arguments or any(name not in ("oldest", "newest") for name in names):
+        print(__doc__)
+        return 2
+    return max(run(Path(arguments[0]).resolve(), name) for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
