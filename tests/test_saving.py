@@ -9,6 +9,7 @@ import pickle
 import shutil
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from reliability.interrupted import Saver, full_disk, killed
 
@@ -157,6 +158,22 @@ def test_the_folder_before_is_found_where_replacing_it_broke_off(tmp_path):
     files.take_place_of_folder(folder)
     assert (files.find_folder(folder) / "x").read_text() == "fourth"
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_an_archive_without_its_end_takes_no_place(tmp_path):
+    """torch 2.4 writes one, and no error, where a disk is full but for a few bytes."""
+    folder = tmp_path / "state"
+    for cut in (0, 1, 22, 100):
+        path = files.begin_folder(folder) / "x.bin"
+        torch.save({"a": torch.zeros(5)}, path)
+        os.truncate(path, path.stat().st_size - cut)
+        if cut:
+            with pytest.raises(OSError, match=r"x.bin was written without its end"):
+                files.take_place_of_folder(folder)
+        else:
+            files.take_place_of_folder(folder)
+        files.check_folder(folder)
+        torch.load(folder / "x.bin", weights_only=True)
 
 
 def test_resume_takes_a_state_that_was_left_aside(tmp_path):

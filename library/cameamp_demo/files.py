@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 _DIGESTS = "digests.json"
@@ -48,6 +49,8 @@ def begin_folder(folder: Path) -> Path:
 def take_place_of_folder(folder: Path) -> None:
     """Put the folder that was written beside `folder` in its place, with a digest of each of its files."""
     partial, earlier = beside(folder), _earlier(folder)
+    for path in _files(partial):
+        _check_archive(path)
     digests = json.dumps(_digests(partial), indent=1)
     (partial / _DIGESTS).write_text(digests, encoding="utf-8")
     for path in [*_files(partial), partial]:
@@ -79,6 +82,14 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{name} was not saved with it")
         if found[name] != expected[name]:
             raise ValueError(f"{name} is damaged: it is not what was saved")
+
+
+def _check_archive(path: Path) -> None:
+    """Check that an archive has its end: torch 2.4 says nothing where that no longer fitted on the disk."""
+    with path.open("rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    if is_archive and not zipfile.is_zipfile(path):
+        raise OSError(f"{path.name} was written without its end")
 
 
 def _files(folder: Path) -> list[Path]:
