@@ -16,7 +16,7 @@ import torch
 
 from . import contenders
 from .contenders import REFERENCE, Build, Copy
-from .cost import operations, state_bytes, temporary_bytes
+from .cost import Operations, operations, state_bytes, temporary_bytes
 from .models import parameters
 
 
@@ -29,7 +29,7 @@ class Row:
         ratio: median time of a step, as a ratio to torch's AdamW in the same set.
         low, high: the quartiles of the same.
         milliseconds: the median itself.
-        operations: kernels launched by a step.
+        operations: kernels launched by a step; 0 for a compiled one, whose kernels cannot be counted so.
         read_backs: how often a step waits for the device.
         state: bytes of state a parameter.
         temporary: MiB of working memory.
@@ -86,7 +86,8 @@ def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: 
     rows = []
     for name, optimizer in made.items():
         low, middle, high = statistics.quantiles(seconds[name], n=4)
-        counted = operations(optimizer.step)
+        compiled = getattr(getattr(optimizer, "config", None), "fused", False)
+        counted = Operations() if compiled else operations(optimizer.step)
         bytes_of = (0, 0) if isinstance(optimizer, Copy) else (state_bytes(optimizer), temporary_bytes(optimizer))
         rows.append(
             Row(
