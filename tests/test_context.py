@@ -226,6 +226,9 @@ def test_the_context_is_the_whole_optimizers():
     params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
     with pytest.raises(ValueError, match="parameter group 1: option 'context_window' is 7; there is one context"):
         Automagic_CameAMP_COptim([{"params": params[:1]}, {"params": params[1:], "context_window": 7}])
+    for lr in (0, 1.0):  # Frozen, and above max_lr, which raises that.
+        with pytest.raises(ValueError, match="parameter group 0: option 'context_window' is 7; there is one context"):
+            Automagic_CameAMP_COptim([{"params": params, "lr": lr, "context_window": 7}])
     Automagic_CameAMP([{"params": params[:1]}, {"params": params[1:], "context_window": 7}])
 
 

@@ -94,7 +94,7 @@ class ContextualOptimizationModule:
         values["multiplier"] = torch.where(values["multiplier"].isnan(), self._start, values["multiplier"])
         last = self._samples["last_gradient"]
         last = torch.zeros_like(gradient) if last is None or last.shape != gradient.shape else last.float()
-        reported = torch.zeros_like(values["confidence"]) if loss is None else _scalar(loss, self._device)
+        reported = torch.zeros_like(values["confidence"]) if loss is None else as_scalar(loss, self._device)
         sums = torch.stack([
             reported,
             torch.full_like(reported, loss is not None),
@@ -309,7 +309,8 @@ def _cosine(products: Tensor | Sequence[Tensor], absent: float) -> Tensor:
     return torch.where((x_square > 0) & (y_square > 0), dot / (x_square * y_square).sqrt(), absent)
 
 
-def _scalar(loss: Tensor | float, device: torch.device) -> Tensor:
+def as_scalar(loss: Tensor | float, device: torch.device) -> Tensor:
+    """A loss as a float32 tensor of no dimensions on a device, without waiting for it."""
     if isinstance(loss, Tensor):
         return loss.detach().to(device, torch.float32, non_blocking=True).mean()
     return torch.full((), float(loss), dtype=torch.float32, device=device)  # Filled there: a copy would wait.

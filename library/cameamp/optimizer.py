@@ -19,7 +19,7 @@ from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
 from .checksum import checksum
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
-from .context import ContextualOptimizationModule
+from .context import ContextualOptimizationModule, as_scalar
 from .fused import FusedRules
 from .readings import read
 from .rounding import stochastic_round
@@ -121,6 +121,7 @@ class CameAMP(Optimizer):
             TypeError, ValueError: as the constructor does, with the group's number. Nothing is added then.
         """
         options = self._options_of(param_group, number=len(self._group_options))
+        self._check_shared_options(options.config, number=len(self._group_options))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if len(set(group["params"])) < len(group["params"]):
@@ -160,18 +161,17 @@ class CameAMP(Optimizer):
                     )
                     return GroupOptions(raised, float(lr))
             config = self.config.replace(**own, lr=lr)
-            self._check_shared_options(config)
             return GroupOptions(config, config.lr)
         except (TypeError, ValueError) as error:
             raise type(error)(f"parameter group {number}: {error}") from None
 
-    def _check_shared_options(self, config: OptimizerConfig) -> None:
+    def _check_shared_options(self, config: OptimizerConfig, number: int) -> None:
         for name in ("context_window", "edge_threshold", "adaptation_rate"):
             value, shared = getattr(config, name), getattr(self.config, name)
             if self._contextual and value != shared:
                 raise ValueError(
-                    f"option '{name}' is {value!r}; there is one context for the whole optimizer, "
-                    f"so a group cannot have its own; allowed: {shared!r}, as the constructor has it"
+                    f"parameter group {number}: option '{name}' is {value!r}; there is one context for the whole "
+                    f"optimizer, so a group cannot have its own; allowed: {shared!r}, as the constructor has it"
                 )
 
     # The step ---------------------------------------------------------------------------------------------------
@@ -272,11 +272,7 @@ class CameAMP(Optimizer):
         unusable = torch.stack([count.to(device) for _, _, sums in measured for count in sums.unusable]).sum()
         loss = None
         if self._losses:
-            reported = [
-                loss.to(device, non_blocking=True) if isinstance(loss, Tensor) else torch.full((), loss, device=device)
-                for loss in self._losses
-            ]
-            loss = torch.stack([value.float() for value in reported]).mean()
+            loss = torch.stack([as_scalar(reported, device) for reported in self._losses]).mean()
         self._losses = []
         self._tell_bounds()
         largest = max(float(group["lr"]) for group in self.param_groups)
@@ -525,6 +521,7 @@ class CameAMP(Optimizer):
         owners: list[tuple[Tensor, str]] = []
         for number in range(len(self.param_groups)):
             for batch in self._batches_with_state(number):
+                self._bind(number, batch, reading=True)
                 for key, values in batch.tensor_sums().items():
                     sums.append(values)
                     owners += [(p, key) for p in batch.params]
