@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from .models import NAMES, load
-from .step_time import HEADER, Row, as_dict, describe, line, measure, sets
+from .step_time import HEADER, Row, describe, line, measure, sets
 
 _LIMITS = {"sdxl_full": 100_000_000, "sd15_full": 100_000_000}
 _MODELS = ("sd15_lora16", "sdxl_lora16", "sdxl_lora16_te", "sdxl_full")
@@ -67,7 +68,7 @@ def main() -> None:
                 if row.name not in known:
                     rows.append(row)
                     print(line(row), flush=True)
-        written = {name: [as_dict(row) for row in table] for name, table in tables.items()}
+        written = {name: [asdict(row) for row in table] for name, table in tables.items()}
         (args.output / "steps.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         draw(tables, args.output / "steps.png")
     print(f"written: {args.output / 'steps.json'}, {args.output / 'steps.png'}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -108,11 +108,6 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
             if number >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def as_dict(row: Row) -> dict[str, Any]:
-    """A row as JSON holds it."""
-    return asdict(row)
 
 
 def describe(name: str, shapes: list[tuple[int, ...]]) -> str:

@@ -8,7 +8,8 @@ import types
 
 import pytest
 import torch
-from test_checkpoint import assert_same, through_torch_save
+from reliability.runs import through_torch_save, took_over
+from test_checkpoint import assert_same
 
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
@@ -50,12 +51,7 @@ class Training:
 
 
 def resumed(first, optimizer_class, **options):
-    second = Training(optimizer_class, first.params[0].dtype, **options)
-    for p, q in zip(second.params, first.params):
-        p.data.copy_(q.data)
-    second.optimizer.load_state_dict(through_torch_save(first.optimizer.state_dict()))
-    second.taken = first.taken
-    return second
+    return took_over(Training(optimizer_class, first.params[0].dtype, **options), first)
 
 
 @pytest.mark.parametrize(("phase", "warmup_steps", "bound"), [("warm-up", 1000, 21), ("after", 0, 16)])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 import logging
 import pickle
 
 import pytest
 import torch
 from accelerate import Accelerator
-from reliability.runs import takes_names
+from reliability.runs import takes_names, through_torch_save
 
 from library.automagic_cameamp import Automagic_CameAMP
 
@@ -60,13 +59,6 @@ def assert_same(a, b):
             else value == other
         )
         assert same, name
-
-
-def through_torch_save(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def resumed(first, route):

@@ -10,7 +10,8 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
-from test_checkpoint import assert_same, through_torch_save
+from reliability.runs import through_torch_save, took_over
+from test_checkpoint import assert_same
 
 from library.automagic_cameamp import (
     Automagic_CameAMP,
@@ -59,12 +60,7 @@ class Training:
 
 
 def resumed(first, optimizer_class, **options):
-    second = Training(optimizer_class, first.params[0].dtype, **options)
-    for p, q in zip(second.params, first.params):
-        p.data.copy_(q.data)
-    second.optimizer.load_state_dict(through_torch_save(first.optimizer.state_dict()))
-    second.taken = first.taken
-    return second
+    return took_over(Training(optimizer_class, first.params[0].dtype, **options), first)
 
 
 @pytest.mark.parametrize("at", [1, 3, 7, 12, 15])

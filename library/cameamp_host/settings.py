@@ -33,19 +33,18 @@ def resolve(args: argparse.Namespace, table: Any = None, source: str = "the comm
     if name is None:
         return None
     _refuse_what_does_not_fit(args, name)
-    if not isinstance(table or {}, dict):
+    table = table or {}
+    if not isinstance(table, dict):
         raise UserError(f"{source}: [optimizer_config] is {table!r}; allowed: a table")
     try:
         arguments = parse_optimizer_args(args.optimizer_args or [])
-        options = {**(table or {}), **arguments}
-        if _is_full_finetuning(args):
-            options.setdefault("full_finetune", True)
-        OptimizerConfig.from_toml(table or {}, source, arguments, lr=args.learning_rate)  # Says where a mistake stands.
-        config = OptimizerConfig.from_options({**options, "lr": args.learning_rate})
+        if _is_full_finetuning(args) and "full_finetune" not in table:
+            arguments.setdefault("full_finetune", True)
+        config = OptimizerConfig.from_toml(table, source, arguments, lr=args.learning_rate)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
     args.optimizer_type = f"library.automagic_cameamp.{name}"
-    args.optimizer_args = [f"{key}={value!r}" for key, value in options.items()]
+    args.optimizer_args = [f"{key}={value!r}" for key, value in {**table, **arguments}.items()]
     return config
 
 

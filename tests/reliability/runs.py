@@ -77,12 +77,7 @@ class Run:
 
     def resumed(self, optimizer_class: type[Any], **options: Any) -> Run:
         """A new run with another optimizer, which goes on from a checkpoint of this one."""
-        other = Run(optimizer_class, **options)
-        for p, q in zip(self.params, other.params):
-            q.data.copy_(p.data)
-        other.optimizer.load_state_dict(through_torch_save(self.optimizer.state_dict()))
-        other.taken = self.taken
-        return other
+        return took_over(Run(optimizer_class, **options), self)
 
     def everything(self) -> dict[str, Any]:
         """All that training depends on, by name; copies."""
@@ -159,3 +154,12 @@ def states_are_finite(optimizer: torch.optim.Optimizer) -> bool:
     tensors = [p.detach() for p in params]
     tensors += [v for p in params for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
     return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point())
+
+
+def took_over(second: Any, first: Any) -> Any:
+    """`second` as it goes on where `first` is: its weights, its optimizer's state through a file, its step."""
+    for p, q in zip(second.params, first.params):
+        p.data.copy_(q.data)
+    second.optimizer.load_state_dict(through_torch_save(first.optimizer.state_dict()))
+    second.taken = first.taken
+    return second
