@@ -21,7 +21,7 @@ def prepared(shapes, phase, **options):
     return optimizer
 
 
-@pytest.mark.parametrize(("phase", "limit"), [("early", 1800), ("late warm-up", 1200), ("after", 1000)])
+@pytest.mark.parametrize(("phase", "limit"), [("early", 1200), ("late warm-up", 800), ("after", 600)])
 def test_operations_of_an_sdxl_lora(phase, limit):
     optimizer = prepared(load("sdxl_lora16"), phase)
     counted = operations(optimizer.step)
