@@ -74,6 +74,7 @@ def from_command_lines(folder, capsys):
         of_file("[optimizer_config]\nbetas = [0.9, 0.999]\n"),
         of_file("[optimizer_config]\nlr = 1e-4\n"),
         of_file("\n[optimizer_config]\nbetas = [0.9, 0.99, 1]\n"),
+        of_file('\noutput_dir = "C:\\models\\lora"\n'),
         printed("--embedded", "--resume", "output/none-state").removeprefix("error: "),
         printed(*small, "--max_train_steps", "2", "--output_dir", str(folder), "--resume", str(folder / "lora-state")),
     }
