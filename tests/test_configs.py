@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import toml
+from sd_scripts.options import HAS_PARSERS, check_document, check_optimizer, flat
 
-from library.automagic_cameamp import OptimizerConfig
 from library.cameamp_cli import optimizer_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.toml") if not path.name.startswith("embedded"))
-SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR", "")
 
 
 def script_of(path):
@@ -32,11 +28,9 @@ def test_there_is_one_for_each_kind_of_user():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_its_optimizer_exists_and_its_options_are_right(path):
-    document = toml.loads(path.read_text("utf-8"))
-    table = document.pop("optimizer_config")
-    options = {key: value for section in document.values() for key, value in section.items()}
+    options, table = flat(toml.loads(path.read_text("utf-8")))
     assert optimizer_name(options["optimizer_type"])
-    config = OptimizerConfig.from_toml(table, path.name, {}, lr=options["learning_rate"])
+    config = check_optimizer(options, table, path.name)
     assert config.warmup_steps <= options["max_train_steps"] / 2
     assert f"configs/{path.name}" in path.read_text("utf-8").partition("\n\n")[0]
     assert "save_state_on_train_end" not in options or f"output/{options['output_name']}-state" in path.read_text(
@@ -46,29 +40,6 @@ def test_its_optimizer_exists_and_its_options_are_right(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_real_parser_knows_every_key_and_takes_every_value(path, monkeypatch):
-    if not SD_SCRIPTS:
-        pytest.skip("SD_SCRIPTS_DIR is not set: no real parser to ask")
-    pytest.importorskip("cv2", reason="sd-scripts' requirements are not installed")
-    from library.cameamp_host.packages import join
-
-    join(Path(SD_SCRIPTS).resolve())
-    parser = importlib.import_module(script_of(path)).setup_parser()
-    actions = {action.dest: action for action in parser._actions}
-    document = toml.loads(path.read_text("utf-8"))
-    document.pop("optimizer_config")
-    argv = []
-    for section in document.values():
-        for key, value in section.items():
-            assert key in actions, f"{key} is no option of {script_of(path)}.py"
-            if value is True:
-                argv.append(f"--{key}")
-            else:
-                argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    monkeypatch.setattr(sys, "argv", ["script", *argv])
-    given = vars(parser.parse_args(argv))
-    # What the parser makes of the words is what the file says, so that the host, which takes the file's values as they
-    # are, gets values of the right types.
-    for section in document.values():
-        for key, value in section.items():
-            assert given[key] == value, key
-            assert type(given[key]) is type(value) or isinstance(value, (int, float)), key
+    if not HAS_PARSERS:
+        pytest.skip("SD_SCRIPTS_DIR is not set, or sd-scripts' requirements are not installed: no real parser to ask")
+    check_document(script_of(path), toml.loads(path.read_text("utf-8")), monkeypatch)

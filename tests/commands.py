@@ -1,0 +1,123 @@
+"""Command lines of the documents, held against the parsers that will read them; nothing is run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+from documents import ROOT
+from packaging.requirements import Requirement
+from sd_scripts.options import check_arguments
+
+import bootstrap
+from library.cameamp_demo.options import is_embedded, parse
+from library.cameamp_host.main import _parser
+
+# Words that stand for whatever the user writes there.
+PLACEHOLDERS = ("OPTIONS",)
+
+
+class ParsedError(Exception):
+    """What the patched parser raises in place of returning, so that nothing after it runs."""
+
+
+def check(command, monkeypatch):
+    """Assert that a command line of a document would be understood.
+
+    The current folder is to be one where what the command names may be looked for.
+    """
+    words = [word for word in shlex.split(command, comments=True) if word not in PLACEHOLDERS]
+    while "=" in words[0]:
+        words = words[1:]
+    program, *rest = words
+    if (program, rest[0]) == ("pip", "install"):
+        _check_packages(rest[1:])
+    elif program == "accelerate":
+        _check_training(_launched(rest), monkeypatch)
+    else:
+        assert program == "python", f"no parser is known for {program!r}"
+        _check_python(rest, monkeypatch)
+
+
+def _check_python(words, monkeypatch):
+    if words[0] == "-m" and words[1] == "pytest":
+        for path in (word for word in words[2:] if word.startswith("tests/")):
+            assert (ROOT / path).exists(), path
+    elif words[0] == "-m":
+        _check_module(words[1], words[2:], monkeypatch)
+    elif words[0] == "bootstrap.py":
+        _check_bootstrap(words[1:], monkeypatch)
+    elif "train" in words[0]:
+        _check_training(words, monkeypatch)
+    else:
+        assert (ROOT / words[0]).is_file(), words[0]
+        _check_module(words[0].removesuffix(".py").replace("/", "."), words[1:], monkeypatch)
+
+
+def _check_module(name, words, monkeypatch):
+    """A module's own parser, stopped when it has parsed."""
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
+    if "argparse" not in Path(module.__file__).read_text("utf-8"):
+        return
+    original = argparse.ArgumentParser.parse_args
+
+    def stop(parser, *_):
+        original(parser, words)
+        raise ParsedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patched.setattr("sys.argv", [name, *words])
+        try:
+            module.main(*([words] if module.main.__code__.co_argcount else []))
+        except ParsedError:
+            return
+    raise AssertionError(f"{name} parsed nothing")
+
+
+def _check_bootstrap(words, monkeypatch):
+    """What bootstrap.py would run, without installing or running it."""
+    ran = []
+    with monkeypatch.context() as patched:
+        patched.setattr(bootstrap, "install", lambda requirements: None)
+        patched.setattr(bootstrap, "run", ran.append)
+        assert bootstrap.main(words) == 0
+    for arguments in ran[-1:]:
+        _check_python(arguments, monkeypatch)
+
+
+def _launched(words):
+    """The script and its arguments that accelerate would launch."""
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    launch = launch_command_parser().parse_args(words[1:])
+    return [launch.training_script, *launch.training_script_args]
+
+
+def _check_training(words, monkeypatch):
+    script, *arguments = words
+    if script != "train_network_patch.py":
+        check_arguments(script.removesuffix(".py"), arguments, monkeypatch)
+    elif is_embedded(arguments):
+        resumed = [value for option, value in pairwise(arguments) if option == "--resume"]
+        for folder in resumed:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        parse(arguments)
+    else:
+        own, theirs = _parser().parse_known_args(arguments)
+        check_arguments(own.train_script.removesuffix(".py"), theirs, monkeypatch)
+
+
+def _check_packages(words):
+    names = iter(words)
+    for word in names:
+        if word == "-r":
+            assert (ROOT / next(names)).is_file()
+        else:
+            Requirement(word)
