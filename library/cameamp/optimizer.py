@@ -203,6 +203,8 @@ class CameAMP(Optimizer):
                 for p in group["params"]:
                     gradients.check_whole(p)
         active = [self._with_gradient(group["params"]) for group in self.param_groups]
+        if not self.state and not any(active):
+            gradients.warn_of_none(p for group in self.param_groups for p in group["params"])
         for params in active:
             for p in params:
                 gradients.check(p)
