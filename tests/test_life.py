@@ -228,6 +228,25 @@ def test_a_model_moved_to_another_dtype_and_back(optimizer_class, at):
     assert states_are_finite(optimizer)
 
 
+@pytest.mark.parametrize("at", PHASES.values(), ids=PHASES)
+def test_a_model_moved_to_another_device(optimizer_class, at):
+    """The meta device computes no values, but like any other it refuses an operation on tensors of two devices."""
+    model, optimizer = built(optimizer_class)
+    train(model, optimizer, at)
+    optimizer.zero_grad()
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().to("meta")))
+    for _ in range(10):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    weight = model.first.weight
+    states = [value for value in optimizer.state[weight].values() if torch.is_tensor(value)]
+    assert states
+    assert {value.device.type for value in (weight, *states)} == {"meta"}
+    assert optimizer.state[weight]["step"] == at + 10
+
+
 def test_zero_grad_either_way(optimizer_class):
     results = []
     for set_to_none in (True, False):
