@@ -5,6 +5,7 @@ Imports no slow package, so that a mistake is reported at once.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ def read_toml(path: str) -> dict[str, Any]:
         return toml.loads(text)
     except toml.TomlDecodeError as error:
         line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
-        key = line.partition("=")[0].strip()
+        # Neither the line nor what the parser quotes of it: that may be a token.
+        key = re.match(r"\s*([\w.-]+)\s*[=:]", line)
+        where = f"{path}, line {error.lineno}" + (f", key '{key[1]}'" if key else "")
+        reason = error.msg.partition(": ")[0].rstrip(".!")
         hint = ""
         if "homogeneous" in str(error):
             hint = " Numbers of one list must be all whole or all decimal: write 1.0 beside 0.8, not 1."
-        raise UserError(f"{path}, line {error.lineno}, key '{key}': {error.msg}.{hint}") from None
+        raise UserError(f"{where}: {reason}.{hint}") from None

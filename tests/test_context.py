@@ -180,6 +180,17 @@ def test_what_is_not_finite_is_an_edge_case_at_once(what):
     assert all(p.isfinite().all() for p in params)
 
 
+def test_too_little_to_test_is_no_confidence():
+    """And not NaN, which a checkpoint of the first steps would carry."""
+    params, optimizer = training()
+    for number in range(12):
+        set_gradients(params, number)
+        optimizer.step()
+        saved = optimizer.state_dict()["param_groups"][0]["c_optim_context"]
+        assert saved["confidence"].isfinite()
+        assert (saved["confidence"] == 0) == (number < 4)
+
+
 def test_without_any_loss_gradients_alone_decide():
     _, context = follow([1] * 5 + [1, -1] * 6)
     assert context.detect_edge_case()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reliability.distributed import ddp, fsdp2
+from reliability.distributed import built_too_early, ddp, sharded
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -15,8 +15,20 @@ def test_ddp_replicas_are_equal_bit_for_bit_also_after_resuming():
         assert len(set(digests)) == 1, name
 
 
+def refused(message):
+    return "sharded over processes (FSDP, DTensor)" in message and "Supported: one process, and DDP" in message
+
+
 def test_sharded_parameters_are_refused_at_the_first_step():
-    for messages in fsdp2():
-        for name, message in messages.items():
-            assert "sharded over processes (FSDP, DTensor)" in message, name
-            assert "Supported: one process, and DDP" in message
+    for messages in sharded():
+        assert len(messages) == 3
+        for kind, by_optimizer in messages.items():
+            for name, message in by_optimizer.items():
+                assert refused(message), (kind, name)
+
+
+def test_an_optimizer_whose_parameters_were_replaced_by_shards_is_not_silent():
+    for messages in built_too_early():
+        for kind, by_optimizer in messages.items():
+            for name, message in by_optimizer.items():
+                assert refused(message) or "build the optimizer after that" in message, (kind, name)

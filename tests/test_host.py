@@ -281,6 +281,32 @@ def test_mistakes_end_a_run_before_the_model_is_loaded(arguments, code, out, err
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ((), 0),
+        (("--print_optimizer_config",), 0),
+        (("--optimizer_args", "etta=3"), 2),
+    ],
+    ids=str,
+)
+def test_nothing_of_ours_shows_the_tokens_that_the_host_was_given(arguments, code, tmp_path):
+    secrets = {"huggingface_token": "hf_secretsecret", "wandb_api_key": "keysecretsecret"}
+    config = tmp_path / "run.toml"
+    lines = ['optimizer_type = "Automagic_CameAMP_COptim"', f"huggingface_token = '{secrets['huggingface_token']}'"]
+    config.write_text("\n".join(lines) + "\n[optimizer_config]\nverbose = true\n", "utf-8")
+    done = run(
+        "--config_file", str(config), "--wandb_api_key", secrets["wandb_api_key"], "--network_module", "x",
+        "--logging_dir", str(tmp_path / "logs"), "--output_dir", str(tmp_path / "state"), *arguments,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path != config]
+    assert (len(files) > 3) == (arguments == ())
+    for secret in secrets.values():
+        assert secret not in done.stdout + done.stderr
+        assert not any(secret.encode() in path.read_bytes() for path in files)
+
+
 def test_files_copied_into_the_host_need_nothing_else_of_ours(tmp_path):
     host = tmp_path / "host"
     shutil.copytree(STAND_IN, host)

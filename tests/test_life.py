@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -162,6 +163,23 @@ def test_everything_frozen(optimizer_class):
     assert optimizer.state[model.first.weight]["step"] == 5
 
 
+def test_a_first_step_without_any_gradient_says_so(optimizer_class):
+    """As when a wrapper has replaced the model's parameters since the optimizer was built."""
+    model, optimizer = built(optimizer_class)
+    before = weights(model)
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a gradient at its first step"):
+        optimizer.step()
+    assert difference(weights(model), before) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 1)
+        optimizer.zero_grad()
+        optimizer.step()
+        frozen_model, frozen = built(optimizer_class)
+        frozen_model.requires_grad_(False)
+        frozen.step()
+
+
 def test_tied_parameters_are_one(optimizer_class):
     model, optimizer = built(optimizer_class, tied=True)
     before = loss_of(model)
@@ -208,6 +226,25 @@ def test_a_model_moved_to_another_dtype_and_back(optimizer_class, at):
     assert loss_of(model) < before
     assert optimizer.state[model.first.weight]["step"] == at + 9
     assert states_are_finite(optimizer)
+
+
+@pytest.mark.parametrize("at", PHASES.values(), ids=PHASES)
+def test_a_model_moved_to_another_device(optimizer_class, at):
+    """The meta device computes no values, but like any other it refuses an operation on tensors of two devices."""
+    model, optimizer = built(optimizer_class)
+    train(model, optimizer, at)
+    optimizer.zero_grad()
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().to("meta")))
+    for _ in range(10):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    weight = model.first.weight
+    states = [value for value in optimizer.state[weight].values() if torch.is_tensor(value)]
+    assert states
+    assert {value.device.type for value in (weight, *states)} == {"meta"}
+    assert optimizer.state[weight]["step"] == at + 10
 
 
 def test_zero_grad_either_way(optimizer_class):
@@ -313,8 +350,9 @@ def test_a_step_that_the_grad_scaler_skips(optimizer_class):
     assert scaler.get_scale() == 2.0
 
 
-def test_gradients_and_options_at_their_extremes(optimizer_class):
-    assert extreme_steps(optimizer_class, 40) > 0
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_and_options_at_their_extremes(optimizer_class, seed):
+    assert extreme_steps(optimizer_class, 24, seed) > 0
 
 
 def test_memory_is_flat(optimizer_class):

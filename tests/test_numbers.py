@@ -37,6 +37,19 @@ def test_unusable_elements_count_as_zero(bad):
     assert optimizer.nonfinite_elements() == 9 + 6
 
 
+def test_the_tally_is_exact_beyond_what_float32_can_count():
+    p = torch.nn.Parameter(torch.zeros(1024, 1024))
+    optimizer = Automagic_CameAMP([p], warmup_steps=0)
+    for _ in range(16):
+        p.grad = torch.full_like(p, float("nan"))
+        optimizer.step()
+    assert optimizer.nonfinite_elements() == 2**24
+    p.grad = torch.zeros_like(p)
+    p.grad[1, 2] = float("nan")
+    optimizer.step()
+    assert optimizer.nonfinite_elements() == 2**24 + 1
+
+
 def test_the_largest_usable_magnitude():
     p = torch.nn.Parameter(torch.randn(4, 4))
     optimizer = Automagic_CameAMP([p], lr=1e-4)

@@ -139,6 +139,36 @@ def test_nothing_written_carries_the_environment(tmp_path, monkeypatch, caplog, 
         assert secret not in out
 
 
+SECRET = "hf_secretsecretsecret"
+
+
+@pytest.mark.parametrize(
+    "words", [["--huggingface_token", SECRET], [f"--huggingface_token={SECRET}"], [SECRET], ["--seeed", "3", SECRET]]
+)
+def test_no_mistake_on_the_command_line_repeats_a_token(words):
+    """A command line of sd-scripts, whose options the embedded trainer does not know."""
+    with pytest.raises(UserError) as raised:
+        parse(["--embedded", *words])
+    assert SECRET not in str(raised.value)
+    assert words[0].partition("=")[0] in str(raised.value) or words == [SECRET]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "huggingface_token = {}", "huggingface_token = '{}", 'huggingface_token = "{}"', 'huggingface_token : "{}"',
+        "huggingface_token = 12{}", 'huggingface_token = "x" {}', "{}", '"{}', "huggingface_token = {} = 3",
+    ],
+)  # fmt: skip
+def test_no_mistake_in_a_file_repeats_a_token(line, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(line.format(SECRET), "utf-8")
+    with pytest.raises(UserError, match=r"run.toml") as raised:
+        parse(["--embedded", "--config_file", str(path)])
+    assert SECRET not in str(raised.value)
+    assert SECRET.replace("_", "") not in str(raised.value)  # As the parser reads a number.
+
+
 # files.py ------------------------------------------------------------------------------------------------------------
 
 

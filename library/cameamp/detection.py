@@ -37,7 +37,7 @@ def combined_confidence(p_values: Tensor) -> Tensor:
     Returns:
         (...): on noise it reaches c in at most 1 - c of the cases, however many tests there are.
     """
-    tests = (p_values < 1).sum(dim=-1)
+    tests = (p_values < 1).sum(dim=-1).clamp_min(1)  # With none, 0 * log 0 would be NaN; it is no confidence at all.
     return torch.exp(tests * torch.log1p(-p_values.amin(dim=-1)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -45,6 +47,17 @@ def check_whole(p: Tensor) -> None:
             f"a parameter of shape {tuple(p.shape)} is sharded over processes (FSDP, DTensor); these optimizers need "
             "whole parameters, because sums over a parameter and over its group decide a step. Supported: one process, "
             "and DDP with any number, where every process holds every parameter"
+        )
+
+
+def warn_of_none(params: Iterable[Tensor]) -> None:
+    """Warn that no parameter has a gradient, where some should have one: such a step would do nothing, silently."""
+    if any(p.requires_grad and p.numel() > 0 for p in params):
+        warnings.warn(
+            "no parameter of this optimizer has a gradient at its first step, so nothing is trained. A wrapper that "
+            "replaces a model's parameters (FSDP, fully_shard) leaves the optimizer with the old ones: build the "
+            "optimizer after that",
+            stacklevel=2,
         )
 
 

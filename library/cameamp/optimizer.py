@@ -203,6 +203,8 @@ class CameAMP(Optimizer):
                 for p in group["params"]:
                     gradients.check_whole(p)
         active = [self._with_gradient(group["params"]) for group in self.param_groups]
+        if not self.state and not any(active):
+            gradients.warn_of_none(p for group in self.param_groups for p in group["params"])
         for params in active:
             for p in params:
                 gradients.check(p)
@@ -357,8 +359,9 @@ class CameAMP(Optimizer):
 
     def _tally(self, counts: list[Tensor]) -> None:
         for device in {count.device for count in counts}:
-            known = [self._unusable[device]] if device in self._unusable else []
-            self._unusable[device] = torch.stack(known + [c for c in counts if c.device == device]).sum()
+            # float32 would lose count at 2^24, which a few steps of nothing but NaN reach.
+            more = torch.stack([c for c in counts if c.device == device]).sum(dtype=torch.int64)
+            self._unusable[device] = self._unusable[device] + more if device in self._unusable else more
 
     def nonfinite_elements(self) -> int:
         """How many gradient elements were not finite, or above 1e18, and so counted as 0, in this process."""

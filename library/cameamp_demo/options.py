@@ -90,7 +90,10 @@ def parse(arguments: Sequence[str]) -> Run:
     Raises:
         UserError: whatever is wrong, with the key, the file and what is allowed.
     """
-    given = vars(_parser().parse_args(arguments))
+    known, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        raise UserError(_about_unknown(unknown))
+    given = vars(known)
     given.pop("embedded", None)
     path = given.pop("config_file", None)
     from_file: dict[str, Any] = {}
@@ -128,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         else:
             parser.add_argument(flag, type=type(field.default), choices=choices, help=f"{text} ({field.default})")
     return parser
+
+
+def _about_unknown(words: Sequence[str]) -> str:
+    """What to say of words that no option takes: never a value, which may be a token meant for sd-scripts."""
+    names = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if not names:
+        return f"{len(words)} words of the command line belong to no option"
+    nearest = nearest_name(names[0], [f"--{name}" for name in _FIELDS])
+    return f"unknown option '{names[0]}'{nearest or '; --help lists those of the embedded trainer'}"
 
 
 def _flatten(document: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,22 @@ def ddp(steps: int) -> dict[str, list[str]]:
     return {name: [r[name][0] for r in results] + [r[name][1] for r in results] for name in results[0]}
 
 
-def fsdp2() -> list[dict[str, str]]:
-    """Take a step with parameters that fully_shard has sharded.
+def sharded() -> list[dict[str, dict[str, str]]]:
+    """Take a step with parameters that FSDP, in each of its kinds, has sharded.
 
     Returns:
-        For each process and optimizer, the message of the RuntimeError; empty where there was none.
+        For each process, kind and optimizer, the message of the RuntimeError; empty where there was none.
     """
-    return in_processes(_fsdp2)
+    return in_processes(_sharded)
+
+
+def built_too_early() -> list[dict[str, dict[str, str]]]:
+    """Take a step with an optimizer that was built before FSDP sharded its parameters.
+
+    Returns:
+        For each process, kind and optimizer, the message of the error or of the warning; empty where there was none.
+    """
+    return in_processes(_built_too_early)
 
 
 def in_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -108,25 +119,66 @@ def _digest(optimizer: Any) -> str:
     return hashlib.sha256(to_bytes(states)).hexdigest()
 
 
-def _fsdp2(rank: int) -> dict[str, str]:
+def _fully_sharded(model: nn.Module) -> nn.Module:
     try:
         from torch.distributed.fsdp import fully_shard
     except ImportError:  # torch up to 2.5.
         from torch.distributed._composable.fsdp import fully_shard
-    mesh = dist.device_mesh.init_device_mesh("cpu", (PROCESSES,))
-    messages = {}
-    for optimizer_class in OPTIMIZERS:
-        model = _model()
-        fully_shard(model, mesh=mesh)
-        optimizer = optimizer_class(model.parameters())
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        before = [p.to_local().clone() for p in model.parameters()]
-        messages[optimizer_class.__name__] = ""
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (PROCESSES,)))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)  # A build of torch 2.4 for GPUs can't run it without one.
+    return model
+
+
+def _fsdp(model: nn.Module, use_orig_params: bool) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    model(torch.ones(8, 64)).square().mean().backward()
+    return model
+
+
+_SHARDINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "fully_shard": _fully_sharded,
+    "FullyShardedDataParallel": partial(_fsdp, use_orig_params=False),
+    "FullyShardedDataParallel, use_orig_params": partial(_fsdp, use_orig_params=True),
+}
+
+
+def _sharded(rank: int) -> dict[str, dict[str, str]]:
+    messages: dict[str, dict[str, str]] = {}
+    for kind, shard in _SHARDINGS.items():
+        for optimizer_class in OPTIMIZERS:
+            model = shard(_model())
+            optimizer = optimizer_class(model.parameters())
+            before = [p.detach().clone() for p in model.parameters()]
+            messages.setdefault(kind, {})[optimizer_class.__name__] = _complaint(optimizer)
+            assert all(map(_equal, model.parameters(), before))
+            assert len(optimizer.state) == 0
+    return messages
+
+
+def _built_too_early(rank: int) -> dict[str, dict[str, str]]:
+    messages: dict[str, dict[str, str]] = {}
+    for kind, shard in _SHARDINGS.items():
+        for optimizer_class in OPTIMIZERS:
+            model = _model()
+            optimizer = optimizer_class(model.parameters())
+            shard(model)
+            messages.setdefault(kind, {})[optimizer_class.__name__] = _complaint(optimizer)
+    return messages
+
+
+def _complaint(optimizer: torch.optim.Optimizer) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
             optimizer.step()
         except RuntimeError as error:
-            messages[optimizer_class.__name__] = str(error)
-        assert all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before))
-        assert len(optimizer.state) == 0
-    return messages
+            return str(error)
+    return "".join(str(warning.message) for warning in caught)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = (x.to_local() if hasattr(x, "to_local") else x for x in (a, b))
+    return torch.equal(a, b)

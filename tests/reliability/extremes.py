@@ -29,19 +29,32 @@ EXTREME_OPTIONS: tuple[dict[str, Any], ...] = (
         "full_finetune": True,
     },
 )  # fmt: skip
-# The 1-d one skips steps; were it others, each would soon be in a stack of its own.
-_SHAPES = ((64, 64), (16, 8), (3, 2, 3, 3), (7,), (), (0, 3))
+# One context serves all groups: one that tests losses and gradients, or one that never has enough to test.
+_OF_THE_CONTEXT: tuple[dict[str, Any], ...] = (
+    {"context_window": 20, "edge_threshold": 1.0, "adaptation_rate": 1.0},
+    {"context_window": 2, "edge_threshold": 1e-6, "adaptation_rate": 0.0},
+)
+# Every group has a large one, whose states 8-bit classes quantize; one of them also a small one, whose states they do
+# not. More would tell no more in a long run, whose time goes by the number of stacks. The 1-d one skips steps.
+_LARGE = (64, 64)
+_SMALL = ((7,), (3, 2, 3, 3), (), (16, 8))
+_EMPTY = (0, 3)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# With as many seeds every group has had every shape, and the large one in every dtype.
+ARRANGEMENTS = len(EXTREME_OPTIONS) * len(_SMALL)
 
 
 def extreme_steps(optimizer_class: type[Any], steps: int, seed: int = 0) -> int:
     """Train float32, bfloat16 and float16 with gradients of any magnitude, some elements of which are not finite.
 
+    Every matrix is named as a LoRA factor, so that ALLoRA is on wherever full_finetune is not.
+
     Args:
         optimizer_class: one of the family.
         steps: how many; the two halves of the warm-up and what follows it get a third each.
-        seed: of everything random.
+        seed: of everything random, and of which group has which shape in which dtype.
 
     Returns:
         How many gradient elements counted as 0.
@@ -49,12 +62,16 @@ def extreme_steps(optimizer_class: type[Any], steps: int, seed: int = 0) -> int:
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     groups, params = [], []
+    with_small = (seed + seed // len(_SMALL)) % len(EXTREME_OPTIONS)
     for number, options in enumerate(EXTREME_OPTIONS):
-        dtypes = [_DTYPES[(number + index) % len(_DTYPES)] for index in range(len(_SHAPES))]
-        own = [_parameter(shape, rng, generator, dtype) for shape, dtype in zip(_SHAPES, dtypes)]
+        shapes = (_LARGE, _SMALL[seed % len(_SMALL)], _EMPTY) if number == with_small else (_LARGE,)
+        dtypes = [_DTYPES[(seed + number + index) % len(_DTYPES)] for index in range(len(shapes))]
+        own = [_parameter(shape, rng, generator, dtype) for shape, dtype in zip(shapes, dtypes)]
         groups.append({"params": own, **options})
         params += own
-    optimizer = optimizer_class(groups, warmup_steps=max(2, steps * 2 // 3))
+    of_the_context = _OF_THE_CONTEXT[seed % len(_OF_THE_CONTEXT)]
+    optimizer = optimizer_class(groups, warmup_steps=max(2, steps * 2 // 3), **of_the_context)
+    optimizer.set_parameter_names({p: "lora_down.weight" for p in params if p.ndim > 1})
     unusable = 0
     for step in range(steps):
         for p in params:
@@ -64,12 +81,29 @@ def extreme_steps(optimizer_class: type[Any], steps: int, seed: int = 0) -> int:
         if hasattr(optimizer, "report_loss"):
             optimizer.report_loss(rng.choice([1.0, 1e-38, 1e38, -1.0, float("nan"), float("inf")]))
         optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 10 == 0 or step == steps - 1:
             assert states_are_finite(optimizer), f"not finite after step {step + 1}"
-    assert optimizer.nonfinite_elements() == unusable
-    if hasattr(optimizer, "c_optim"):
-        assert math.isfinite(optimizer.c_optim.compute_contextual_lr_multiplier())
+            assert _context_is_finite(optimizer), f"context not finite after step {step + 1}"
+            assert _is_quantized(optimizer, eight_bit="8bit" in optimizer_class.__name__), "not kept in 8 bits"
+    tally = optimizer.nonfinite_elements()
+    assert tally == unusable, f"{tally} elements are tallied, {unusable} were unusable"
     return unusable
+
+
+def _context_is_finite(optimizer: Any) -> bool:
+    """Whether what drives the learning rates is; histories have NaN for what they do not know."""
+    if not hasattr(optimizer, "c_optim"):
+        return True
+    saved = optimizer.c_optim.state_dict()
+    scalars = [v.item() for v in saved["c_optim_context"].values() if v.ndim == 0]
+    samples = [v for name, v in saved["c_optim_context"].items() if name.startswith("last_")]
+    multipliers = [saved["contextual_lr_multiplier"], optimizer.c_optim.compute_contextual_lr_multiplier()]
+    return all(map(math.isfinite, scalars + multipliers)) and all(bool(v.isfinite().all()) for v in samples)
+
+
+def _is_quantized(optimizer: Any, eight_bit: bool) -> bool:
+    """Whether the learning rates of the large parameters, and of no others, are kept in 8 bits; of none in 32."""
+    return all(("lr_mask_q" in state) == (eight_bit and p.shape == _LARGE) for p, state in optimizer.state.items())
 
 
 def _parameter(

@@ -29,6 +29,7 @@ FULL_DISKS = 50
 PAIR_STEPS = 100
 DDP_STEPS = 200
 EXTREME_STEPS = 10_000
+ARRANGED_STEPS = 100
 LONG_STEPS = 20_000
 
 
@@ -86,27 +87,31 @@ def pairs() -> list[str]:
 
 def ddp() -> list[str]:
     """Two processes over gloo."""
-    from reliability.distributed import ddp, fsdp2
+    from reliability.distributed import ddp, sharded
 
     for name, digests in ddp(DDP_STEPS).items():
         assert len(set(digests)) == 1, name
-    assert all(message for messages in fsdp2() for message in messages.values())
+    kinds = [kind for messages in sharded() for kind in messages.items()]
+    assert all("sharded over processes" in message for _, messages in kinds for message in messages.values())
     return [
         f"{DDP_STEPS} steps of DDP, gradients of 2 batches accumulated, resumed in the middle: bit-identical replicas",
-        "fully_shard: a clear RuntimeError at the first step, nothing changed",
+        *(f"{kind}: a clear RuntimeError at the first step, nothing changed" for kind in sorted(dict(kinds))),
     ]
 
 
 def numbers() -> list[str]:
     """Gradients and options at their extremes."""
-    from reliability.extremes import extreme_steps
+    from reliability.extremes import ARRANGEMENTS, extreme_steps
     from reliability.runs import OPTIMIZERS
 
     lines = []
     for optimizer_class in OPTIMIZERS:
         unusable = extreme_steps(optimizer_class, EXTREME_STEPS)
+        for seed in range(1, ARRANGEMENTS):
+            unusable += extreme_steps(optimizer_class, ARRANGED_STEPS, seed)
         lines.append(
-            f"{optimizer_class.__name__}: {EXTREME_STEPS} steps, {unusable} gradient elements counted as 0, "
+            f"{optimizer_class.__name__}: {EXTREME_STEPS} steps, then {ARRANGED_STEPS} with each of "
+            f"{ARRANGEMENTS - 1} other arrangements of shapes and dtypes: {unusable} gradient elements counted as 0, "
             "every weight and state finite"
         )
     return lines

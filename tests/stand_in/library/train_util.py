@@ -13,7 +13,9 @@ from accelerate import Accelerator
 
 def setup_parser():
     parser = argparse.ArgumentParser()
-    for name in ("config_file", "optimizer_type", "logging_dir", "resume", "output_dir"):
+    for name in (
+        "config_file", "optimizer_type", "logging_dir", "resume", "output_dir", "huggingface_token", "wandb_api_key",
+    ):  # fmt: skip
         parser.add_argument(f"--{name}")
     for name in ("deepspeed", "fused_backward_pass"):
         parser.add_argument(f"--{name}", action="store_true")
