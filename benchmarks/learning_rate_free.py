@@ -60,18 +60,18 @@ def run(optimizer_type: str, lr: float, seed: int, steps: int, rank: int, *optio
 @contextlib.contextmanager
 def without(part: str) -> Iterator[tuple[str, ...]]:
     """Switch a part of the contextual optimizer off; gives the options that this takes."""
-    saved = rules._multi_scale_momentum, context._OFFSET, momenta.SMALLEST_CODED
+    saved = rules.multi_scale_momentum, context._OFFSET, momenta.SMALLEST_CODED
     momenta.momentum_storages.cache_clear()
     try:
         if part == "multi-scale momentum":
-            rules._multi_scale_momentum = lambda *_: None  # type: ignore[assignment]
+            rules.multi_scale_momentum = lambda *_: None  # type: ignore[assignment]
         elif part == "offset":
             context._OFFSET = 0.0
         elif part == "codes of the momenta":
             momenta.SMALLEST_CODED = 2**62
         yield {"edge cases": ("edge_threshold=1.0",), "multiplier": ("adaptation_rate=0.0",)}.get(part, ())
     finally:
-        rules._multi_scale_momentum, context._OFFSET, momenta.SMALLEST_CODED = saved
+        rules.multi_scale_momentum, context._OFFSET, momenta.SMALLEST_CODED = saved
         momenta.momentum_storages.cache_clear()
 
 

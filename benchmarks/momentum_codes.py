@@ -81,14 +81,14 @@ def recorded(steps: int) -> list[Tensor]:
     """Scaled gradients of some factors of a real run, each (steps, 1, rows, columns)."""
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     seen: dict[tuple[int, ...], list[Tensor]] = {}
-    original = rules._multi_scale_momentum
+    original = rules.multi_scale_momentum
 
     def watch(sg: Tensor, *more: object) -> Tensor | None:
         if 4096 <= sg[0].numel() <= 16384:
             seen.setdefault(tuple(sg.shape[1:]), []).append(sg[:1].clone())
         return original(sg, *more)  # type: ignore[arg-type]
 
-    rules._multi_scale_momentum = watch  # type: ignore[assignment]
+    rules.multi_scale_momentum = watch  # type: ignore[assignment]
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(parse([
@@ -98,7 +98,7 @@ def recorded(steps: int) -> list[Tensor]:
             for _ in range(steps):
                 trainer._train_step()
     finally:
-        rules._multi_scale_momentum = original
+        rules.multi_scale_momentum = original
     # LoRA downs have no gradient at the first step.
     return [torch.stack(stream[:: len(stream) // steps][1:]) for stream in seen.values()]
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
-from library.cameamp import fused as fused_module
+from library.cameamp import compiling
 
 SHAPES = [(8, 40), (48, 8), (8, 40), (48, 8), (9,)]
 
 
 @pytest.fixture(autouse=True)
 def no_graphs_of_other_tests():
-    """torch.compile keeps eight graphs of a function in one process."""
     torch._dynamo.reset()
+    compiling._compiled.cache_clear()
+    yield
+    compiling._compiled.cache_clear()
 
 
 def trained(steps=10, optimizer_class=Automagic_CameAMP, **options):
@@ -54,7 +56,7 @@ def test_compile_failure_falls_back_with_one_warning(caplog, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(fused_module.torch, "compile", failing)
+    monkeypatch.setattr(compiling.torch, "compile", failing)
     caplog.set_level(logging.WARNING)
     assert_same_training(trained(fused=True), trained())
     (line,) = [r.message for r in caplog.records if r.name.startswith("library")]
@@ -68,7 +70,7 @@ def test_other_failures_are_not_hidden(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(fused_module.torch, "compile", failing)
+    monkeypatch.setattr(compiling.torch, "compile", failing)
     try:
         trained(fused=True)
     except MemoryError:

@@ -106,7 +106,7 @@ class ContextualOptimizationModule:
         self._remember("loss_history", mean_loss)
         self._remember("gradient_history", _cosine(products, absent=torch.nan))
         self._samples["last_gradient"] = gradient.bfloat16()
-        broken = (lost > 0) | ((reports > 0) & ~mean_loss.isfinite())
+        broken = (lost > 0) | ((reports > 0) & mean_loss.isfinite().logical_not())
         values["confidence"] = torch.where(broken, 1.0, self._confidence())
         values["edge_cases"] = values["edge_cases"] + self._is_edge_case()
         self._remember("lr_history", self.multiplier() * lr)

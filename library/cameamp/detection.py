@@ -108,4 +108,4 @@ def _upper_tail(t: Tensor, freedom: Tensor, enough: Tensor) -> Tensor:
     """p-value of Student's t: by Wallace's normal approximation (1959), within a few percent for 3 degrees or more."""
     size = (freedom * torch.log1p(t * t / freedom)).sqrt() * (8 * freedom + 1) / (8 * freedom + 3)
     p = 0.5 * torch.erfc(torch.sign(t) * size / math.sqrt(2))
-    return torch.where(enough & ~p.isnan(), p, 1.0)
+    return torch.where(enough & p.isnan().logical_not(), p, 1.0)

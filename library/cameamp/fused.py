@@ -1,73 +1,134 @@
-"""The rules through torch.compile, and without it where compiling fails."""
+"""The rules of a step as compiled graphs: states go in and come out as float32 stacks, however they are kept."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rules import Phase, Scalar, States, StepScalars, Watched, take_step_
+from . import compiling
+from .batches import LARGEST_STACK
+from .gradients import FirstPass, first_pass
+from .rules import (
+    Scalar,
+    StackOptions,
+    States,
+    StepScalars,
+    Watched,
+    move_,
+    multi_scale_momentum,
+    scale_gradient_,
+    take_step_,
+)
+from .workspace import Work
 
-logger = logging.getLogger(__name__)
-
-
-# Graphs beyond this number would be refused: three phases with and without what a stack may have.
-_MOST_GRAPHS = 64
-
-# What a graph works on a copy of, and hands back, instead of changing it. Graphs that change all of their inputs are
-# beyond PyTorch 2.13's C++ code generator, which loses track of buffers (KeyError); and of the gradients nobody needs
-# what is left, so this copy is free.
-_COPIED = ("exp_avg",)
-
-
-class FusedRules:
-    """Calls `rules.take_step_` compiled: one graph for each combination of phase and options, whatever the shapes."""
-
-    def __init__(self) -> None:
-        self._compiled: Any = torch.compile(_take_step_apart, dynamic=True, fullgraph=True)
-        self._broken = False
-
-    def take_step_(
-        self, p: Tensor, g: Tensor, states: States, *, scalars: StepScalars, phase: Phase, **more: Any
-    ) -> Watched | None:
-        """As `rules.take_step_`; the first call of each graph compiles it, which takes seconds."""
-        if not self._broken:
-            try:
-                config = more["config"]
-                momenta = dict(zip(scalars.scale_names, scalars.scale_rates))
-                stacks = {name: states.read(name) for name in (*phase.state_names(config.came), *momenta)}
-                with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
-                    written, watched = self._compiled(p, g, stacks, scalars=_as_tensors(scalars), phase=phase, **more)
-                for name, stack in written.items():
-                    # One graph serves all steps, so it also hands back momenta that it has left as they are.
-                    if momenta.get(name) != 0:
-                        states.write(name, stack)
-                return watched
-            except Exception as error:
-                # A graph is compiled before anything of it runs, so nothing has changed yet.
-                if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    raise
-                self._broken = True
-                reason = str(error).strip().partition("\n")[0]
-                logger.warning("fused: compiling failed, the rules run uncompiled from here on: %s", reason)
-        return take_step_(p, g, states, scalars=scalars, phase=phase, **more)
+# A graph takes and gives a dozen stacks in the early phase; with larger ones a step would need more memory than it may.
+# There is little to gain either: one operation on so many elements keeps a device busy for long.
+_LARGEST = LARGEST_STACK // 2
 
 
-def _take_step_apart(
-    p: Tensor, g: Tensor, stacks: dict[str, Tensor], **more: Any
-) -> tuple[dict[str, Tensor], Watched | None]:
-    """The step as a graph can hold it: states go in and come out as tensors, whatever they are stored in."""
-    copies = {name: stack.clone() if name in _COPIED else stack for name, stack in stacks.items()}
-    states = _Loaded(copies)
-    watched = take_step_(p, g.clone(), states, **more)
-    return states.written, watched
+def fused_first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:
+    """As `gradients.first_pass`; `g` may be left as it is."""
+    found = compiling.run(_first_pass, g, with_deviations, watch_every) if g.numel() <= _LARGEST else None
+    return first_pass(g, with_deviations, watch_every) if found is None else found
+
+
+def fused_step(
+    p: Tensor,
+    g: Tensor,
+    states: States,
+    magnitude_sum: Tensor,
+    decay_strengths: Tensor | None,
+    multiplier: Tensor | None,
+    scalars: StepScalars,
+    options: StackOptions,
+) -> tuple[Tensor, Watched | None]:
+    """As `rules.take_step_`: one graph for each combination of phase and options, whatever the shapes.
+
+    Around multi-scale momenta, whose products of thin matrices cannot be merged with anything, it is two graphs.
+
+    Returns:
+        The new weights, and what `rules.take_step_` returns.
+    """
+    in_first = {"magnitude_sum": magnitude_sum}
+    in_second = {"decay_strengths": decay_strengths, "multiplier": multiplier}
+    own = options.phase.state_names(options.config.came)
+    if not scalars.scale_names:
+        return _run(take_step_, {"p": p, "g": g}, states, own, scalars, options, **in_first, **in_second)
+    first = tuple(name for name in own if name == "exp_avg_sq")
+    second = tuple(name for name in own if name != "exp_avg_sq")
+    _, (sg, direction) = _run(scale_gradient_, {"g": g}, states, first, scalars, options, **in_first)
+    drive = multi_scale_momentum(sg, direction, states, scalars, Work())
+    in_second |= {"direction": direction, "drive": drive}
+    return _run(move_, {"p": p, "sg": sg}, states, second, scalars, options, **in_second)
+
+
+def _run(
+    rules: Callable[..., Any],
+    overwritten: dict[str, Tensor],
+    states: States,
+    names: Sequence[str],
+    scalars: StepScalars,
+    options: StackOptions,
+    **more: Tensor | None,
+) -> tuple[Any, Any]:
+    """Run a part of the rules, compiled if possible.
+
+    Args:
+        rules: a function of `rules`.
+        overwritten: its arguments that it overwrites.
+        states: the states of the stack.
+        names: those that it needs.
+        more: its other arguments.
+
+    Returns:
+        The new weights, where it was given any, and what `rules` returns.
+    """
+    stack = next(iter(overwritten.values()))
+    if stack.numel() <= _LARGEST:
+        stacks = {name: states.read(name) for name in names if name != "last_polarity" or options.has_polarity}
+        # Bools go in and out as bytes, from which code is generated that takes many times less.
+        stacks = {name: s.view(torch.uint8) if s.dtype == torch.bool else s for name, s in stacks.items()}
+        in_place = stack.device.type != "cpu"
+        changed = compiling.run(
+            _on_copies, rules, overwritten, stacks, in_place, scalars=_as_tensors(scalars), options=options, **more
+        )
+        if changed is not None:
+            p, result, written = changed
+            for name, new in written.items():
+                states.write(name, new.view(torch.bool) if new.dtype == torch.uint8 else new)
+            return p, result
+        del stacks
+    result = rules(**overwritten, states=states, work=Work(), scalars=scalars, options=options, **more)
+    return overwritten.get("p"), result
+
+
+def _first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:
+    return first_pass(g.clone(), with_deviations, watch_every)
+
+
+def _on_copies(
+    rules: Callable[..., Any],
+    overwritten: dict[str, Tensor],
+    stacks: dict[str, Tensor],
+    in_place: bool,
+    **more: Any,
+) -> tuple[Tensor | None, Any, dict[str, Tensor]]:
+    """What is compiled: the rules on copies, which a graph never makes, and the states that they changed.
+
+    States are changed in place where that can be: PyTorch 2.13's C++ code generator loses track of buffers (KeyError)
+    in graphs that change their inputs.
+    """
+    copies = {name: stack.clone() for name, stack in overwritten.items()}
+    states = _Loaded(stacks if in_place else {name: stack.clone() for name, stack in stacks.items()})
+    result = rules(**copies, states=states, work=Work(), **more)
+    return copies.get("p"), result, states.written
 
 
 class _Loaded:
-    """States read beforehand, for a graph that knows no storages."""
+    """States read beforehand."""
 
     def __init__(self, stacks: dict[str, Tensor]) -> None:
         self._stacks = stacks
@@ -76,26 +137,19 @@ class _Loaded:
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         return self._stacks[name]
 
-    def move(self, name: str, target: Tensor, rate: Scalar, out: Tensor | None = None) -> Tensor:
-        return self._stacks[name].lerp_(target, rate)
+    def write(self, name: str, stack: Tensor) -> None:
+        self.written[name] = stack.to(torch.uint8) if stack.dtype == torch.bool else stack
+
+    def move(self, name: str, target: Tensor, rate: Scalar, out: Tensor | None = None) -> Tensor | None:
+        raise NotImplementedError("momenta are not part of a graph")
 
     def add_to(self, stack: Tensor, shares: Sequence[tuple[str, Scalar]], out: Tensor | None = None) -> None:
-        for name, share in shares:
-            stack.add_(self._stacks[name] * share)
-
-    def write(self, name: str, stack: Tensor) -> None:
-        self.written[name] = stack
+        raise NotImplementedError("momenta are not part of a graph")
 
 
 def _as_tensors(scalars: StepScalars) -> StepScalars:
     """Numbers that change with the step as 0-d tensors: as Python numbers each would be compiled into the graph."""
-    momentum_rate, gradient_share, clip_bound, scheduler, scale_names, scale_rates, scale_shares = scalars
-    return StepScalars(
-        torch.tensor(momentum_rate, dtype=torch.float32),
-        torch.tensor(gradient_share, dtype=torch.float32),
-        torch.tensor(clip_bound, dtype=torch.float32),
-        torch.tensor(1.0 if scheduler is None else scheduler, dtype=torch.float32),
-        scale_names,
-        tuple(torch.tensor(rate, dtype=torch.float32) for rate in scale_rates),
-        tuple(torch.tensor(share, dtype=torch.float32) for share in scale_shares),
-    )
+    scheduler = 1.0 if scalars.scheduler is None else scalars.scheduler
+    numbers = [scalars.momentum_rate, scalars.gradient_share, scalars.clip_bound, scheduler]
+    rate, share, bound, factor = torch.tensor(numbers, dtype=torch.float32, device="cpu").unbind()
+    return StepScalars(rate, share, bound, factor)

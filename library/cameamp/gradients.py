@@ -26,6 +26,19 @@ class Magnitudes(NamedTuple):
     deviations: Tensor | None
 
 
+class FirstPass(NamedTuple):
+    """What a first pass over a stack of gradients finds.
+
+    magnitudes: of the usable elements.
+    unusable: how many elements are not, 0-d.
+    watched: every so-manieth element of each tensor, (tensors, elements); None where nobody watches.
+    """
+
+    magnitudes: Magnitudes
+    unusable: Tensor
+    watched: Tensor | None
+
+
 def check(p: Tensor) -> None:
     """Raise RuntimeError for a gradient that no rule here can use, naming the parameter's shape."""
     grad = p.grad
@@ -61,6 +74,26 @@ def warn_of_none(params: Iterable[Tensor]) -> None:
         )
 
 
+def first_pass(g: Tensor, with_deviations: bool, watch_every: int = 0, scratch: Tensor | None = None) -> FirstPass:
+    """Measure a stack of gradients.
+
+    Args:
+        g: the gradients, (tensors, rows, columns) float32; those that are not usable become 0.
+        with_deviations: whether to measure deviations.
+        watch_every: distance between the elements to return; 0 for none.
+        scratch: memory to compute in, of g's shape; allocated where None.
+    """
+    unusable = drop_unusable_(g, scratch)
+    count = _count_(unusable)
+    magnitudes = _measure(g, with_deviations, scratch=unusable)
+    return FirstPass(magnitudes, count, every_nth(g, watch_every) if watch_every else None)
+
+
+def every_nth(stack: Tensor, n: int) -> Tensor:
+    """Every n-th element of each tensor of a stack, from the first one on: (tensors, elements), a copy."""
+    return stack.flatten(1)[:, ::n].clone()
+
+
 def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:
     """Set every element of `g` that is not finite, or above 1e18 in magnitude, to 0.
 
@@ -69,22 +102,28 @@ def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:
         scratch: memory for the result, of g's shape; allocated where None.
 
     Returns:
-        These elements, and 0 for all others, in a tensor of g's shape.
+        A tensor of g's shape: 0 for usable elements, and for the others what `_count_` counts.
     """
+    if torch.compiler.is_compiling():
+        usable = g.abs() <= LARGEST_MAGNITUDE  # false for NaN
+        g.copy_(torch.where(usable, g, 0.0))
+        return ~usable
     # hardshrink keeps what lies outside its bounds, NaN too. Comparing and selecting by a bool mask does the same at
-    # four times the cost on a CPU.
+    # four times the cost on a CPU, outside of a graph.
     unusable = torch.hardshrink(g, LARGEST_MAGNITUDE, out=scratch)
     g.sub_(unusable).nan_to_num_(0.0, 0.0, 0.0)
     return unusable
 
 
-def count_(unusable: Tensor) -> Tensor:
-    """How many elements `drop_unusable_` returned, 0-d; overwrites them."""
+def _count_(unusable: Tensor) -> Tensor:
+    """How many elements are not usable, 0-d, from what `drop_unusable_` returned; overwrites it."""
+    if torch.compiler.is_compiling():
+        return _count_in_graph(unusable)
     ones = unusable.nan_to_num_(1.0, 1.0, 1.0).clamp_(-1.0, 1.0).flatten()
     return torch.dot(ones, ones)
 
 
-def measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
+def _measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
     """Magnitudes of a stack of usable gradients.
 
     Args:
@@ -92,11 +131,19 @@ def measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
         with_deviations: whether to measure deviations.
         scratch: a tensor of g's shape to compute in.
     """
-    magnitude = torch.abs(g, out=scratch).flatten(1)
+    compiling = torch.compiler.is_compiling()
+    magnitude = torch.abs(g, out=None if compiling else scratch).flatten(1)
     abs_sums = magnitude.sum(dim=1)
     deviations = None
     if with_deviations:
         means = abs_sums / magnitude.shape[1]
         deviations = magnitude.sub_(means.unsqueeze(1)).square_().sum(dim=1)
+    if compiling:
+        return Magnitudes(abs_sums, _count_in_graph(g), deviations)
     signs = torch.sign(g, out=scratch).flatten()
     return Magnitudes(abs_sums, torch.dot(signs, signs), deviations)
+
+
+def _count_in_graph(stack: Tensor) -> Tensor:
+    """How many elements are not 0; by sums over the same dimension as others, which a graph makes in one loop."""
+    return (stack != 0).flatten(1).sum(dim=1).sum()

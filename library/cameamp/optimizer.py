@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch.optim import Optimizer
 from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
 from .checksum import checksum
+from .compiling import Compiler
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names
 from .context import ContextualOptimizationModule, as_scalar
-from .fused import FusedRules
+from .fused import fused_first_pass, fused_step
 from .readings import read
 from .rounding import stochastic_round
-from .rules import Phase, StepScalars, Watched, every_nth, lr_factor, momentum_count, momentum_name, take_step_
+from .rules import Phase, StackOptions, StepScalars, Watched, lr_factor, momentum_count, momentum_name, take_step_
 from .sampling import Sampler
 from .storage import Storage
 from .storage.choice import full
@@ -31,7 +33,7 @@ from .storage.convert import is_kept, to_full
 from .storage.full import Full
 from .storage.momenta import momentum_storages
 from .techniques import agr, allora, lr_mask, multiscale, weight_decay
-from .workspace import Work, Workspace
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class CameAMP(Optimizer):
     _factors: set[Tensor] | None
     _positions: dict[Tensor, int]
     _layouts: dict[int, Layout]
-    _fused: FusedRules | None
+    _compiler: Compiler
     _sampler: Sampler | None
     _workspace: Workspace
 
@@ -208,6 +210,13 @@ class CameAMP(Optimizer):
         for params in active:
             for p in params:
                 gradients.check(p)
+        fused = any(options.config.fused for options in self._group_options)
+        with self._compiler.active() if fused else nullcontext():
+            self._take_step(active)
+        return loss
+
+    def _take_step(self, active: list[list[Tensor]]) -> None:
+        """A step of the parameters with a gradient, for each group."""
         measured = [(number, *self._measure(number, params)) for number, params in enumerate(active) if params]
         multiplier = self._observe(measured) if self._contextual and measured else None
         watched: list[Watched] = []
@@ -222,7 +231,6 @@ class CameAMP(Optimizer):
             grads, changes = (list(pieces) for pieces in zip(*watched))
             sampler = self._sample()
             self.c_optim.follow(sampler.gather(everything, grads), sampler.gather(everything, changes))
-        return loss
 
     @staticmethod
     def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
@@ -294,6 +302,10 @@ class CameAMP(Optimizer):
             self._sampler = Sampler([p.numel() for group in self.param_groups for p in group["params"]])
         return self._sampler
 
+    def _watch_every(self) -> int:
+        """Distance between the elements that the context sees of each tensor; 0 without a context."""
+        return self._sample().every if self._contextual else 0
+
     def _momentum_scales(self, number: int) -> tuple[int, ...]:
         return self._group_options[number].config.momentum_scales if self._contextual else ()
 
@@ -307,12 +319,15 @@ class CameAMP(Optimizer):
         for batch in batches:
             work = self._workspace.lend(batch)
             g = batch.gradients(work.gradients)
-            unusable = gradients.drop_unusable_(g, work.scratch)
-            counts.append(gradients.count_(unusable))
-            measured.append(gradients.measure(g, decays, scratch=unusable))
-            if self._contextual:
-                watched.append(every_nth(g, self._sample().every))
-            del g, unusable
+            if config.fused:
+                found = fused_first_pass(g, decays, self._watch_every())
+            else:
+                found = gradients.first_pass(g, decays, self._watch_every(), work.scratch)
+            counts.append(found.unusable)
+            measured.append(found.magnitudes)
+            if found.watched is not None:
+                watched.append(found.watched)
+            del g, found
         self._tally(counts)
         return GroupSums(*_group_sums(batches, measured), counts, watched)
 
@@ -327,35 +342,21 @@ class CameAMP(Optimizer):
         scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number), traits.momentum_counts)
         work = self._workspace.lend(batch)
         g = batch.gradients(work.gradients)
-        gradients.drop_unusable_(g, work.scratch)
         p = batch.weights(work.weights)
-        rules = self._fused_rules().take_step_ if config.fused else take_step_
-        watched = rules(
-            p,
-            g,
-            states,
-            magnitude_sum=magnitude_sum.to(p.device),
-            decay_strengths=decay,
-            work=Work() if config.fused else work,
-            scalars=scalars,
-            phase=self._phase(number, batch),
-            has_polarity=traits.has_polarity,
-            row_scaled=traits.row_scaled,
-            config=config,
-            multiplier=None if multiplier is None else multiplier.to(p.device),
-            watch_every=self._sample().every if self._contextual else 0,
-        )
+        phase = self._phase(number, batch)
+        options = StackOptions(phase, traits.has_polarity, traits.row_scaled, config, self._watch_every())
+        total = magnitude_sum.to(p.device)
+        factor = None if multiplier is None else multiplier.to(p.device)
+        if config.fused:
+            p, watched = fused_step(p, g, states, total, decay, factor, scalars, options)
+        else:
+            watched = take_step_(p, g, states, total, decay, factor, work, scalars, options)
         del g, work
         dtype = batch.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
             p = stochastic_round(p, dtype, batch.dither())
         batch.write_weights(p)
         return watched
-
-    def _fused_rules(self) -> FusedRules:
-        if self._fused is None:
-            self._fused = FusedRules()
-        return self._fused
 
     def _tally(self, counts: list[Tensor]) -> None:
         for device in {count.device for count in counts}:
@@ -690,7 +691,7 @@ class CameAMP(Optimizer):
         self._factors = None
         self._positions = {}
         self._layouts = {}
-        self._fused = None
+        self._compiler = Compiler()
         self._sampler = None
         self._workspace = Workspace(stacks=5 if self._contextual else 4)
         if self._contextual and self.__dict__.get("_group_options"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import OptimizerConfig
+from .gradients import drop_unusable_, every_nth
 from .techniques import (
     adabelief,
     agr,
@@ -134,54 +135,101 @@ class Watched(NamedTuple):
     change: Tensor
 
 
+class StackOptions(NamedTuple):
+    """What decides which rules act on a stack, and how; the same for hundreds of steps.
+
+    Attributes:
+        phase: the part of the warm-up.
+        has_polarity: whether `last_polarity` holds the signs of a step before.
+        row_scaled: whether ALLoRA applies.
+        config: the group's options.
+        watch_every: distance between the elements that the context sees; 0 for none.
+    """
+
+    phase: Phase
+    has_polarity: bool
+    row_scaled: bool
+    config: OptimizerConfig
+    watch_every: int = 0
+
+
 def take_step_(
     p: Tensor,
     g: Tensor,
     states: States,
     magnitude_sum: Tensor,
     decay_strengths: Tensor | None,
+    multiplier: Tensor | None,
     work: Work,
     scalars: StepScalars,
-    phase: Phase,
-    has_polarity: bool,
-    row_scaled: bool,
-    config: OptimizerConfig,
-    multiplier: Tensor | None = None,
-    watch_every: int = 0,
+    options: StackOptions,
 ) -> Watched | None:
     """Update the weights and states of a stack of same-shape parameters, each seen as a matrix.
 
     Args:
         p: weights, (tensors, rows, columns) float32; updated.
-        g: gradients without unusable elements, likewise; overwritten.
-        states: the states that `phase` has; each is written back as soon as it is not needed.
+        g: gradients, likewise; overwritten.
+        states: the states that the phase has; each is written back as soon as it is not needed.
         magnitude_sum: AGR's sum over the parameter group, 0-d.
         decay_strengths: theta of each tensor, (tensors,); None where nothing decays.
+        multiplier: 0-d factor of all learning rates; None where no context drives the optimizer.
         work: memory to compute in.
         scalars: what changes with the step.
-        phase: which rules act.
-        has_polarity: whether `last_polarity` holds the signs of a step before.
-        row_scaled: whether ALLoRA applies.
-        config: the group's options.
-        multiplier: 0-d factor of all learning rates; None where no context drives the optimizer.
-        watch_every: distance between the elements to return; 0 for none.
+        options: which rules act.
     """
-    eps1, eps2, eps3 = config.eps
-    beta1, beta2, beta3 = config.betas
+    sg, direction = scale_gradient_(g, states, magnitude_sum, work, scalars, options)
+    drive = multi_scale_momentum(sg, direction, states, scalars, work)
+    return move_(p, sg, direction, drive, states, decay_strengths, multiplier, work, scalars, options)
 
+
+def scale_gradient_(
+    g: Tensor, states: States, magnitude_sum: Tensor, work: Work, scalars: StepScalars, options: StackOptions
+) -> tuple[Tensor, Tensor]:
+    """The first half of a step, to the scaled gradient; arguments as of `take_step_`.
+
+    Returns:
+        The scaled gradient, and the gradient's sign.
+    """
+    config = options.config
+    drop_unusable_(g, work.scratch)
     grad = agr.regularize_(g, magnitude_sum, work.scratch)
-
     if config.came:
         exp_avg_sq = states.read("exp_avg_sq")
-        sg = came.scale_by_second_moment_(grad, exp_avg_sq, beta2, eps1, config.clip_threshold, work.scaled)
+        sg = came.scale_by_second_moment_(
+            grad, exp_avg_sq, config.betas[1], config.eps[0], config.clip_threshold, work.scaled
+        )
         states.write("exp_avg_sq", exp_avg_sq)
-        del exp_avg_sq
     else:
         sg = came.clip_elements(grad, scalars.clip_bound, work.scaled)
-    direction = grad.sign_()
+    return sg, grad.sign_()
+
+
+def move_(
+    p: Tensor,
+    sg: Tensor,
+    direction: Tensor,
+    drive: Tensor | None,
+    states: States,
+    decay_strengths: Tensor | None,
+    multiplier: Tensor | None,
+    work: Work,
+    scalars: StepScalars,
+    options: StackOptions,
+) -> Watched | None:
+    """The second half of a step, from the scaled gradient to the weights.
+
+    Args:
+        sg: scaled gradient; overwritten.
+        direction: sign of the gradient.
+        drive: what moves the momentum, where that is not the scaled gradient.
+
+    The others are as of `take_step_`.
+    """
+    phase, has_polarity, row_scaled, config, watch_every = options
+    eps1, eps2, eps3 = config.eps
+    beta1, _, beta3 = config.betas
     watched_grad = every_nth(sg, watch_every) if watch_every else None
 
-    drive = _multi_scale_momentum(sg, direction, states, scalars, work)
     exp_avg = states.read("exp_avg")
     if phase.early:
         s = states.read("s")
@@ -230,12 +278,7 @@ def take_step_(
     return Watched(watched_grad, every_nth(rates, watch_every) * every_nth(u, watch_every))
 
 
-def every_nth(stack: Tensor, n: int) -> Tensor:
-    """Every n-th element of each tensor of a stack, from the first one on: (tensors, elements), a copy."""
-    return stack.flatten(1)[:, ::n].clone()
-
-
-def _multi_scale_momentum(
+def multi_scale_momentum(
     sg: Tensor, direction: Tensor, states: States, scalars: StepScalars, work: Work
 ) -> Tensor | None:
     """Update the momenta that are due, and return the mean of all; None where there are none yet.

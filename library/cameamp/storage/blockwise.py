@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import compiling
 from ..rounding import Dither
 from . import Buffers
 
@@ -56,33 +57,55 @@ class Blockwise:
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         if fill != 0:
             raise ValueError(f"a blockwise state starts at 0, not {fill}")
-        zero = int((_map(self.signed) == 0).nonzero()[0])
-        codes = torch.full((n, *shape), zero, dtype=torch.uint8, device=dither.device)
+        codes = torch.full((n, *shape), _code_of_zero(self.signed), dtype=torch.uint8, device=dither.device)
         return {
             f"{name}_q": codes,
             f"{name}_q_scale": torch.zeros(n, shape.numel() // self.block, dtype=torch.float32, device=dither.device),
         }
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        codes = buffers[f"{name}_q"]
-        values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"].view(-1, 1)
         tables = _tables(self.signed, codes.device)
+        compiled = compiling.run(_decode, codes.view(-1, self.block), scale, tables.values, self.root)
+        if compiled is not None:
+            return compiled.view(-1, rows, columns)
+        values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for part, of in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
             torch.index_select(tables.values, 0, of.int(), out=part)
-        values.view(-1, self.block).mul_(buffers[f"{name}_q_scale"].view(-1, 1))
+        values.view(-1, self.block).mul_(scale)
         return (values.square_() if self.root else values).view(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
         codes = buffers[f"{name}_q"]
+        tables = _tables(self.signed, codes.device)
         blocks = stack.reshape(-1, self.block)
+        compiled = compiling.run(_encode, blocks, tables.midpoints, tables.first, self.root)
+        if compiled is not None:
+            codes.copy_(compiled[0].view_as(codes))
+            buffers[f"{name}_q_scale"].copy_(compiled[1].view_as(buffers[f"{name}_q_scale"]))
+            return
         if self.root:
             blocks.sqrt_()
         scale = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
         buffers[f"{name}_q_scale"].copy_(scale.view_as(buffers[f"{name}_q_scale"]))
         blocks.div_(torch.where(scale > 0, scale, 1.0).unsqueeze(1))
-        tables = _tables(self.signed, codes.device)
         for part, of in zip(blocks.view(-1).split(_PART), codes.view(-1).split(_PART)):
             _nearest_codes(part, tables, out=of)
+
+
+def _decode(codes: Tensor, scale: Tensor, values: Tensor, root: bool) -> Tensor:
+    """As `Blockwise.read`, of (blocks, elements), for a graph."""
+    found = values[codes.int()] * scale
+    return found.square() if root else found
+
+
+def _encode(blocks: Tensor, midpoints: Tensor, first: Tensor, root: bool) -> tuple[Tensor, Tensor]:
+    """As `Blockwise.write`, of (blocks, elements), for a graph: codes and scales."""
+    blocks = blocks.sqrt() if root else blocks
+    scale = blocks.abs().amax(dim=1)
+    x = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
+    code = first[(x.view(torch.int32) >> 16) & 0xFFFF].int()
+    return (code + (x > midpoints[code]).int()).to(torch.uint8), scale
 
 
 class _Tables(NamedTuple):
@@ -91,7 +114,8 @@ class _Tables(NamedTuple):
     Attributes:
         values: the 256 values, ascending.
         midpoints: between each value and the next; infinity after the last.
-        first: for the upper 16 bits of a float32 from -1 to 1, the code of the smallest number that has them.
+        first: for the upper 16 bits of a float32 from -1 to 1, the code of the smallest number that has them; for
+            any other bits 0, so that an index never lies outside.
     """
 
     values: Tensor
@@ -118,6 +142,11 @@ def _map(signed: bool) -> Tensor:
 
 
 @cache
+def _code_of_zero(signed: bool) -> int:
+    return _map(signed).tolist().index(0.0)
+
+
+@cache
 def _tables(signed: bool, device: torch.device) -> _Tables:
     values = _map(signed)
     midpoints = torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
@@ -127,5 +156,6 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     negative = upper >= 0x8000
     bits = torch.where(negative, (bits | 0xFFFF) - 2**32, bits).to(torch.int32)
     smallest = bits.view(torch.float32).nan_to_num(1.0).clamp(-1.0, 1.0)
-    first = torch.bucketize(smallest, midpoints[:-1]).to(torch.uint8)
+    first = torch.zeros(1 << 16, dtype=torch.uint8, device="cpu")
+    first[: len(upper)] = torch.bucketize(smallest, midpoints[:-1]).to(torch.uint8)
     return _Tables(*(table.to(device, non_blocking=True) for table in (values, midpoints, first)))

@@ -16,4 +16,4 @@ def row_scaling(p: Tensor, eta: float) -> Tensor:
     Returns:
         (tensors, rows, 1).
     """
-    return torch.linalg.vector_norm(p, dim=2, keepdim=True).add_(1 / eta**2).rsqrt_()
+    return torch.linalg.vector_norm(p, dim=2, keepdim=True).add_(1 / (eta * eta)).rsqrt_()

@@ -27,8 +27,8 @@ def scale_by_second_moment_(
     """
     exp_avg_sq.mul_(beta2).add_((1 - beta2) * eps).addcmul_(grad, grad, value=1 - beta2)
     scaled = torch.rsqrt(exp_avg_sq, out=out).mul_(grad)
-    root_mean_square = torch.linalg.vector_norm(scaled.flatten(1), dim=1) / math.sqrt(scaled[0].numel())
-    excess = (root_mean_square / clip_threshold).clamp_min_(1.0)
+    norm = torch.linalg.vector_norm(scaled.flatten(1), dim=1)
+    excess = norm.mul_(1 / (math.sqrt(scaled[0].numel()) * clip_threshold)).clamp_min_(1.0)
     return scaled.mul_(excess.reciprocal_().view(-1, 1, 1))
 
 

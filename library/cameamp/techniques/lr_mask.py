@@ -24,8 +24,11 @@ def bump_(
         min_lr: lower bound.
         max_lr: upper bound.
     """
-    bumps = (polarity == last_polarity).to(lr_mask.dtype).mul_(2 * lr_bump).sub_(lr_bump)
-    lr_mask.add_(bumps).clamp_(min_lr, max_lr)
+    if torch.compiler.is_compiling():  # In numbers: code generated for bools in memory takes many times as long.
+        differs = (polarity.to(lr_mask.dtype) - last_polarity.to(lr_mask.dtype)).abs()
+    else:
+        differs = (polarity ^ last_polarity).to(lr_mask.dtype)
+    lr_mask.add_(differs.mul_(-2 * lr_bump).add_(lr_bump)).clamp_(min_lr, max_lr)
 
 
 def scaled(lr_mask: Tensor, multiplier: Tensor, min_lr: float, max_lr: float, out: Tensor | None = None) -> Tensor:

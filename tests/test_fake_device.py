@@ -1,0 +1,73 @@
+"""Steps on CUDA tensors without a card: PyTorch's fake tensors know their device and shape, and have no values.
+
+Whatever would make the program wait for a value of the device has nothing to read, and fails here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import library.automagic_cameamp as family
+from benchmarks.cost import operations
+from library.cameamp.storage import blockwise
+
+NAMES = [name for name in family.__all__ if name.startswith("Automagic")]
+WARMUP_STEPS = {"early": 1000, "late warm-up": 6, "after": 0}
+
+
+@pytest.fixture(autouse=True)
+def cuda_without_a_card(monkeypatch):
+    """What a build of PyTorch without CUDA cannot do on fake tensors, done otherwise."""
+    for signed in (True, False):
+        blockwise._code_of_zero(signed)
+    monkeypatch.setattr(family, "require_bitsandbytes", lambda: None)
+    # Indexing asks for a driver even then; the operations behind it do not.
+    monkeypatch.setattr(torch.Tensor, "__getitem__", view_at)
+    monkeypatch.setattr(torch.Tensor, "__setitem__", lambda x, key, value: view_at(x, key).copy_(value))
+    yield
+    blockwise._tables.cache_clear()
+
+
+def view_at(x, key):
+    """x[key], for integers, slices and an ellipsis before one last part."""
+    dim = 0
+    for part in key if isinstance(key, tuple) else (key,):
+        if part is Ellipsis:
+            dim = x.ndim - 1
+        elif isinstance(part, int):
+            x = x.select(dim, part)
+        else:
+            x = torch.ops.aten.slice(x, dim, part.start, part.stop, part.step or 1)
+            dim += 1
+    return x
+
+
+def fake_parameters():
+    shapes = [(64, 64), (64, 64), (16, 320), (320, 16), (64, 16, 3, 3), (5,), ()]
+    params = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    return params
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("phase", WARMUP_STEPS)
+def test_no_rule_makes_a_device_wait(name, phase):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = fake_parameters()
+        optimizer = getattr(family, name)(params, warmup_steps=WARMUP_STEPS[phase])
+        for _ in range(5):
+            family.report_loss(optimizer, torch.empty((), device="cuda"))
+            counted = operations(optimizer.step)
+            assert counted.read_backs == []
+        kept = {key: value for state in optimizer.state.values() for key, value in state.items()}
+        assert {value.device.type for value in kept.values() if torch.is_tensor(value)} == {"cuda"}
+
+
+def test_a_wait_would_be_seen():
+    """Or the test above would show nothing."""
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):
+        torch.empty((), device="cuda").item()
