@@ -1,0 +1,204 @@
+"""The study as tables of text. What has not been run is left out."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+
+from ..contenders import OURS
+from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE, OUR_RATES, PLAIN, PLAIN_8BIT
+from .plan import CASES, OPTIMIZERS, PLAIN_RATE, precisions, rates_on_seeds
+from .runs import DIGITS, TEXT, Result, Run, Runs
+from .variants import ALONE, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, WARMUPS
+
+TASKS = (DIGITS, TEXT)
+_CELL = 20
+_NAME_WIDTH = max(len(name) for name in OPTIMIZERS)
+
+
+def all_tables(runs: Runs) -> Iterator[str]:
+    """Every line of every table."""
+    for task in TASKS:
+        yield from _grids(runs, task)
+        yield from _seeds(runs, task)
+    yield from _precisions(runs)
+    for task in TASKS:
+        yield from _goals(runs, task)
+    yield from _ablations(runs)
+    for task in TASKS:
+        yield from _formulas(runs, task)
+
+
+def _grids(runs: Runs, task: str) -> Iterator[str]:
+    yield f"{task}, {runs.steps(task)} steps, seed 0: held-out loss at the end, by learning rate"
+    yield f"    {'':{_NAME_WIDTH}}     best   worst          all"
+    for optimizer in OPTIMIZERS:
+        grid = runs.grid(task, optimizer)
+        if grid:
+            finals = [result.final for result in grid.values()]
+            best, worst = min(finals), max(finals)
+            each = "  ".join(f"{lr:g}: {_loss(result.final).strip()}" for lr, result in grid.items())
+            yield f"    {optimizer:{_NAME_WIDTH}}  {_loss(best)} {_loss(worst)} {worst / best - 1:+8.1%}   {each}"
+    yield ""
+
+
+def _seeds(runs: Runs, task: str) -> Iterator[str]:
+    yield f"{task}, {runs.steps(task)} steps, at the best learning rate and ours at the default"
+    yield f"    {'':{_NAME_WIDTH}}       lr seeds    mean  spread  to AdamW  AdamW's loss after  CPU ms a step"
+    for optimizer in OPTIMIZERS:
+        for lr in rates_on_seeds(runs, task, optimizer):
+            found = runs.seeds(task, optimizer, lr)
+            if not found:
+                continue
+            finals = [result.final for result in found.values()]
+            mean = statistics.mean(finals)
+            spread = (max(finals) - min(finals)) / mean
+            yield (
+                f"    {optimizer:{_NAME_WIDTH}} {lr:8g} {len(found):5} {_loss(mean)} {spread:7.1%}"
+                f" {_mean_to_reference(runs, task, found):+9.2%}  {_reach(runs, task, found):>18}"
+                f"  {step_milliseconds(runs, task, optimizer):13.1f}"
+            )
+    yield ""
+
+
+def _precisions(runs: Runs) -> Iterator[str]:
+    known = [run for run in precisions() if run in runs]
+    if known:
+        yield f"{known[0].task}, {runs.steps(known[0].task)} steps, seed 0: held-out loss at the end"
+        for run in known:
+            yield f"    {run.optimizer:{_NAME_WIDTH}} {run.lr:8g} {_loss(runs[run].final)}"
+        yield ""
+
+
+def _goals(runs: Runs, task: str) -> Iterator[str]:
+    """The goals of the study and what came of them."""
+    reference = runs.reference(task, 0)
+    if reference is None or not runs.best_rate(task, PLAIN):
+        return
+    yield f"{task}: goals"
+    reached = {(name, lr): share for name in OURS for lr, share in _reaching_rates(runs, task, name)}
+    for goal, chosen in (
+        (0.7, reached),
+        (0.9, {key: share for key, share in reached.items() if key[1] == DEFAULT_RATE}),
+    ):
+        (name, lr), share = min(chosen.items(), key=lambda item: item[1])
+        where = "at its best" if chosen is reached else "at the default lr"
+        yield (
+            f"    the best of ours {where} reaches tuned AdamW's loss in {_share(share)} of its steps"
+            f" (at most {goal}): {_met(share <= goal)}; {name}, lr {lr:g}"
+        )
+    for name in OURS:
+        grid = runs.grid(task, name)
+        if set(OUR_RATES) <= grid.keys():
+            worst = max(result.final for result in grid.values()) / reference.final - 1
+            verdict = _met(worst <= 0.03)
+            yield f"    {name}, worst from 1e-6 to 1e-3 to tuned AdamW {worst:+.1%} (at most +3 %): {verdict}"
+    best, default = runs.grid(task, PLAIN), runs.grid(task, CONTEXTUAL).get(DEFAULT_RATE)
+    if default is not None:
+        excess = default.final / min(result.final for result in best.values()) - 1
+        yield f"    contextual at the default to plain at its best {excess:+.1%} (at most +5 %): {_met(excess <= 0.05)}"
+    for full, coded in ((PLAIN, PLAIN_8BIT), (CONTEXTUAL, CONTEXTUAL_8BIT)):
+        both = runs.grid(task, full), runs.grid(task, coded)
+        excesses = [both[1][lr].final / both[0][lr].final - 1 for lr in both[0].keys() & both[1].keys()]
+        if excesses:
+            largest = max(excesses, key=abs)
+            yield f"    {coded} to 32-bit, over all lr, at most {largest:+.2%} (1 %): {_met(abs(largest) <= 0.01)}"
+    yield ""
+
+
+def _ablations(runs: Runs) -> Iterator[str]:
+    columns = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE))
+    yield from _changes(
+        runs,
+        f"{DIGITS}, seed 0: loss at the end, and how it changes with a technique left out or alone",
+        [Run(DIGITS, optimizer, lr) for optimizer, lr in columns],
+        (*LEFT_OUT, *CONTEXT_LEFT_OUT, *ALONE),
+    )
+
+
+def _formulas(runs: Runs, task: str) -> Iterator[str]:
+    columns = [Run(task, optimizer, lr, seed) for optimizer, lr in CASES for seed in (0, 1)]
+    for title, names in (
+        ("other formulas", (name for name in (*FORMULAS, *CONTEXT_FORMULAS) if name not in WARMUPS)),
+        ("the length of the warm-up, which is half of the run elsewhere", WARMUPS),
+    ):
+        seeds = columns if names is not WARMUPS else [run for run in columns if run.seed == 0]
+        yield from _changes(runs, f"{task}: {title}", seeds, dict.fromkeys(names))
+
+
+def _changes(runs: Runs, title: str, columns: list[Run], names: Iterable[str]) -> Iterator[str]:
+    """A table of how variants change the final loss of some runs."""
+    columns = [run for run in columns if run in runs]
+    varied = [name for name in names if any(_varied(run, name) in runs for run in columns)]
+    if not varied:
+        return
+    width = max(map(len, varied))
+    yield title
+    yield f"    {'':{width}}" + "".join(f"{_short(run):>{_CELL}}" for run in columns)
+    yield f"    {'as it is':{width}}" + "".join(f"{_loss(runs[run].final):>{_CELL}}" for run in columns)
+    for name in varied:
+        cells = []
+        for run in columns:
+            other = _varied(run, name)
+            cells.append(f"{runs[other].final / runs[run].final - 1:+.1%}" if other in runs else "")
+        yield (f"    {name:{width}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)).rstrip()
+    yield ""
+
+
+def _varied(run: Run, variant: str) -> Run:
+    return Run(run.task, run.optimizer, run.lr, run.seed, variant)
+
+
+def _short(run: Run) -> str:
+    """Kind of the optimizer, learning rate and seed."""
+    kind = "contextual" if run.optimizer == CONTEXTUAL else "plain"
+    return f"{kind} {run.lr:g}, {run.seed}"
+
+
+def step_milliseconds(runs: Runs, task: str, optimizer: str) -> float:
+    """CPU time of a step: the median over an optimizer's learning rates, since the machine's other work disturbs it."""
+    return statistics.median(result.step_seconds * 1000 for result in runs.grid(task, optimizer).values())
+
+
+def shares_of_steps(runs: Runs, task: str, found: Mapping[int, Result]) -> list[float]:
+    """For each seed, the share of the run after which tuned AdamW's final loss of that seed is reached."""
+    references = {seed: runs.reference(task, seed) for seed in found}
+    return [
+        found[seed].steps_to(reference.final) / found[seed].steps[-1]
+        for seed, reference in references.items()
+        if reference is not None
+    ]
+
+
+def _reaching_rates(runs: Runs, task: str, optimizer: str) -> Iterator[tuple[float, float]]:
+    for lr in rates_on_seeds(runs, task, optimizer):
+        shares = shares_of_steps(runs, task, runs.seeds(task, optimizer, lr))
+        if shares:
+            yield lr, statistics.mean(shares)
+
+
+def _reach(runs: Runs, task: str, found: Mapping[int, Result]) -> str:
+    shares = shares_of_steps(runs, task, found)
+    never = sum(map(math.isinf, shares))
+    if not shares:
+        return ""
+    return f"never in {never} of {len(shares)}" if never else _share(statistics.mean(shares))
+
+
+def _mean_to_reference(runs: Runs, task: str, found: Mapping[int, Result]) -> float:
+    pairs = [(result, runs.reference(task, seed)) for seed, result in found.items()]
+    ratios = [result.final / reference.final - 1 for result, reference in pairs if reference is not None]
+    return statistics.mean(ratios) if ratios else math.nan
+
+
+def _share(share: float) -> str:
+    return f"{share:.2f}" if math.isfinite(share) else "more than all"
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:7.5f}" if loss < 1 else f"{loss:7.4f}"
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "missed"
