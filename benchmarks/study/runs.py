@@ -86,16 +86,21 @@ class Runs:
     def make(self, run: Run) -> Result:
         """The result of a run, which is made if it is not known."""
         known = run in self
-        result = _result(self._kept.get(self._name(run), lambda: _make(run, self._steps[run.task])))
+        result = _result(self._kept.get(self.name(run), lambda: _make(run, self._steps[run.task])))
         if not known:
-            print(f"{self._name(run)}: {result.final:.5g}", flush=True)
+            print(f"{self.name(run)}: {result.final:.5g}", flush=True)
         return result
 
+    def name(self, run: Run) -> str:
+        """What a run is called in the file of results."""
+        variant = f", {run.variant}" if run.variant else ""
+        return f"{run.task}, {self._steps[run.task]} steps, {run.optimizer}, lr {run.lr:g}, seed {run.seed}{variant}"
+
     def __getitem__(self, run: Run) -> Result:
-        return _result(self._kept.results[self._name(run)])
+        return _result(self._kept.results[self.name(run)])
 
     def __contains__(self, run: Run) -> bool:
-        return self._name(run) in self._kept.results
+        return self.name(run) in self._kept.results
 
     def steps(self, task: str) -> int:
         """Steps of a run of a task."""
@@ -128,10 +133,6 @@ class Runs:
         lr = self.best_rate(task, REFERENCE)
         run = Run(task, REFERENCE, lr or 0.0, seed)
         return None if lr is None or run not in self else self[run]
-
-    def _name(self, run: Run) -> str:
-        variant = f", {run.variant}" if run.variant else ""
-        return f"{run.task}, {self._steps[run.task]} steps, {run.optimizer}, lr {run.lr:g}, seed {run.seed}{variant}"
 
 
 def new_task(name: str, seed: int) -> Task:
