@@ -17,6 +17,7 @@ from .tables import TASKS, shares_of_steps, step_milliseconds
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 
 def save_all(runs: Runs, folder: Path) -> None:
@@ -44,11 +45,9 @@ def _curves(runs: Runs, task: str, by_step: Any, by_time: Any) -> None:
                 continue
             means = [statistics.mean(losses) for losses in zip(*(result.losses for result in found))]
             style: dict[str, Any] = {"color": f"C{number}", "label": f"{optimizer}, {lr:g}"}
-            if optimizer in OURS:
-                style["linestyle"] = "--" if lr == DEFAULT_RATE else "-"
-                style["linewidth"] = 2
-            else:
-                style["linewidth"] = 1
+            style["linestyle"] = "--" if optimizer in OURS and lr == DEFAULT_RATE else "-"
+            # 8-bit curves lie on their 32-bit ones: both are to be seen.
+            style["linewidth"] = 1 if optimizer not in OURS or optimizer.endswith("8bit") else 3
             steps = found[0].steps
             by_step.plot(steps, means, **style)
             seconds = step_milliseconds(runs, task, optimizer) / 1000
@@ -56,6 +55,7 @@ def _curves(runs: Runs, task: str, by_step: Any, by_time: Any) -> None:
     for axis, label in ((by_step, "step"), (by_time, "seconds of CPU time, one thread")):
         axis.set_yscale("log")
         axis.set_ylim(top=_top(runs, task))
+        _plain_numbers(axis.yaxis)
         axis.set_xlabel(label)
         axis.set_ylabel("held-out loss")
         axis.set_title(task)
@@ -67,6 +67,11 @@ def _top(runs: Runs, task: str) -> float:
     lr = runs.best_rate(task, REFERENCE)
     losses = runs.grid(task, REFERENCE)[lr].losses if lr is not None else [1.0]
     return 1.6 * losses[0]
+
+
+def _plain_numbers(axis: Any) -> None:
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(ticker.FormatStrFormatter("%g"))
 
 
 def _range(runs: Runs, task: str, axis: Any) -> None:
@@ -84,6 +89,7 @@ def _range(runs: Runs, task: str, axis: Any) -> None:
     axis.set_yticks(range(len(known)), known)
     axis.invert_yaxis()
     axis.set_xscale("log")
+    _plain_numbers(axis.xaxis)
     axis.set_xlabel("held-out loss at the end, one mark a learning rate; the line is tuned AdamW")
     axis.set_title(task)
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..contenders import OURS, REFERENCE
-from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE, PEER_RATES, PLAIN, PLAIN_8BIT, beyond, rates
+from .optimizers import (
+    CONTEXTUAL,
+    CONTEXTUAL_8BIT,
+    DEFAULT_RATE,
+    OUR_RATES,
+    PEER_RATES,
+    PLAIN,
+    PLAIN_8BIT,
+    beyond,
+    rates,
+)
 from .runs import DIGITS, DIGITS_128, Run, Runs
 from .variants import ALONE, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, WARMUPS
 
@@ -13,8 +23,8 @@ OPTIMIZERS = (REFERENCE, *OURS, *(name for name in PEER_RATES if name != REFEREN
 
 # Where techniques are left out: the plain optimizer at its best power of ten, the contextual one at its default.
 PLAIN_RATE = 1e-4
-# Where formulas are changed: also the plain one at its default.
-CASES = ((PLAIN, DEFAULT_RATE), (PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE))
+# Where formulas are changed: also the plain one at its default, and at a rate that is too high for it.
+CASES = ((PLAIN, DEFAULT_RATE), (PLAIN, PLAIN_RATE), (PLAIN, OUR_RATES[-1]), (CONTEXTUAL, DEFAULT_RATE))
 # 8-bit states are compared at these.
 PAIRS = ((PLAIN, PLAIN_8BIT, PLAIN_RATE), (CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE))
 
