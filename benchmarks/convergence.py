@@ -9,36 +9,40 @@ Everything runs on one thread. Finished runs are kept in a file, so that the com
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from .study import pictures, plan, tables
 from .study.kept import Kept
-from .study.runs import DIGITS, DIGITS_128, STEPS, TEXT, Runs
+from .study.runs import DIGITS, STEPS, TEXT, Run, Runs
 
-PARTS = ("grids", "seeds", "precisions", "ablations", "formulas")
+PARTS = ("grids", "seeds", "ablations", "warmups", "formulas")
 
 
 def train(runs: Runs, tasks: list[str], parts: list[str], seeds: int) -> None:
     """Make the runs that are asked for."""
-    if "grids" in parts:
+    for part in parts:
         for task in tasks:
-            plan.make_grids(runs, task)
-    if "seeds" in parts:
-        for task in tasks:
-            plan.make_seeds(runs, task, seeds)
-    if "precisions" in parts and DIGITS in tasks:
-        for run in plan.precisions():
-            runs.make(run)
-    if "ablations" in parts and DIGITS in tasks:
-        for run in plan.ablations():
-            runs.make(run)
-    if "formulas" in parts:
-        for seed in range(min(seeds, 2)):
-            for task in tasks:
-                for run in plan.formulas(task, seed):
+            if part == "grids":
+                plan.make_grids(runs, task)
+            elif part == "seeds":
+                plan.make_seeds(runs, task, seeds)
+            else:
+                for run in wanted(part, task, seeds):
                     runs.make(run)
+
+
+def wanted(part: str, task: str, seeds: int) -> Iterator[Run]:
+    """The runs of a part of the study that do not depend on the results of others."""
+    if part == "ablations":
+        yield from plan.ablations(task)
+    elif part == "warmups":
+        yield from plan.warmups(task)
+    else:
+        for seed in range(min(seeds, 2)):
+            yield from plan.formulas(task, seed)
 
 
 def main() -> None:
@@ -53,7 +57,7 @@ def main() -> None:
     parser.add_argument("--pictures", default="output/convergence", help="folder of the pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    steps = {DIGITS: args.digits_steps, DIGITS_128: args.digits_steps, TEXT: args.text_steps}
+    steps = {DIGITS: args.digits_steps, TEXT: args.text_steps}
     runs = Runs(Kept(Path(args.kept or args.results)), steps)
     if not args.kept:
         train(runs, args.tasks, args.parts, args.seeds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import library.automagic_cameamp as family
 from ..contenders import OURS, REFERENCE, peer
 from .task import Build, Named
 
-# Each rate is twice the one before, and a grid is extended where the best rate is at its edge. Prodigy's rate is a
+# Each rate is twice the one before, and a grid is extended while the best rate is at its edge. Prodigy's rate is a
 # factor of the one that it finds.
 _ADAM = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 PEER_RATES: dict[str, tuple[float, ...]] = {
@@ -38,13 +39,11 @@ def rates(optimizer: str) -> tuple[float, ...]:
     return _OUR_GRID if optimizer in OURS else PEER_RATES[optimizer]
 
 
-def beyond(optimizer: str, best: float) -> float | None:
-    """The rate to try next where the best one is at the edge of the grid; None where it is not."""
-    grid = PEER_RATES.get(optimizer, ())
-    if len(grid) < 2 or best not in (grid[0], grid[-1]):
+def beyond(optimizer: str, tried: Collection[float], best: float) -> float | None:
+    """The rate to try next where the best one is the lowest or highest of those tried; None where it is not."""
+    if optimizer in OURS or best not in (min(tried), max(tried)):
         return None
-    step = grid[1] / grid[0]
-    return best / step if best == grid[0] else best * step
+    return best / 2 if best == min(tried) else best * 2
 
 
 def builder(optimizer: str, lr: float, options: dict[str, Any]) -> Build:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ..contenders import OURS
 from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE, OUR_RATES, PLAIN, PLAIN_8BIT
-from .plan import CASES, OPTIMIZERS, PLAIN_RATE, precisions, rates_on_seeds
+from .plan import CASES, OPTIMIZERS, rates_on_seeds
 from .runs import DIGITS, TEXT, Result, Run, Runs
-from .variants import ALONE, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, WARMUPS
+from .variants import ALONE, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, LEFT_OUT, WARMUPS
 
 TASKS = (DIGITS, TEXT)
 _CELL = 20
@@ -22,12 +22,10 @@ def all_tables(runs: Runs) -> Iterator[str]:
     for task in TASKS:
         yield from _grids(runs, task)
         yield from _seeds(runs, task)
-    yield from _precisions(runs)
     for task in TASKS:
         yield from _goals(runs, task)
-    yield from _ablations(runs)
     for task in TASKS:
-        yield from _formulas(runs, task)
+        yield from _variants(runs, task)
 
 
 def _grids(runs: Runs, task: str) -> Iterator[str]:
@@ -60,15 +58,6 @@ def _seeds(runs: Runs, task: str) -> Iterator[str]:
                 f"  {step_milliseconds(runs, task, optimizer):13.1f}"
             )
     yield ""
-
-
-def _precisions(runs: Runs) -> Iterator[str]:
-    known = [run for run in precisions() if run in runs]
-    if known:
-        yield f"{known[0].task}, {runs.steps(known[0].task)} steps, seed 0: held-out loss at the end"
-        for run in known:
-            yield f"    {run.optimizer:{_NAME_WIDTH}} {run.lr:8g} {_loss(runs[run].final)}"
-        yield ""
 
 
 def _goals(runs: Runs, task: str) -> Iterator[str]:
@@ -107,24 +96,15 @@ def _goals(runs: Runs, task: str) -> Iterator[str]:
     yield ""
 
 
-def _ablations(runs: Runs) -> Iterator[str]:
-    columns = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE))
-    yield from _changes(
-        runs,
-        f"{DIGITS}, seed 0: loss at the end, and how it changes with a technique left out or alone",
-        [Run(DIGITS, optimizer, lr) for optimizer, lr in columns],
-        (*LEFT_OUT, *CONTEXT_LEFT_OUT, *ALONE),
-    )
-
-
-def _formulas(runs: Runs, task: str) -> Iterator[str]:
-    columns = [Run(task, optimizer, lr, seed) for optimizer, lr in CASES for seed in (0, 1)]
-    for title, names in (
-        ("other formulas", (name for name in (*FORMULAS, *CONTEXT_FORMULAS) if name not in WARMUPS)),
-        ("the length of the warm-up, which is half of the run elsewhere", WARMUPS),
+def _variants(runs: Runs, task: str) -> Iterator[str]:
+    first, second = ([Run(task, optimizer, lr, seed) for optimizer, lr in CASES] for seed in (0, 1))
+    both = [run for pair in zip(first, second) for run in pair]
+    for title, columns, names in (
+        ("a technique left out or alone", first[:2], (*LEFT_OUT, *CONTEXT_LEFT_OUT, *ALONE)),
+        ("the length of the warm-up, which is half of the run elsewhere", first[:2], WARMUPS),
+        ("other formulas", both, CONTEXT_FORMULAS),
     ):
-        seeds = columns if names is not WARMUPS else [run for run in columns if run.seed == 0]
-        yield from _changes(runs, f"{task}: {title}", seeds, dict.fromkeys(names))
+        yield from _changes(runs, f"{task}: {title}; change of the loss at the end", columns, names)
 
 
 def _changes(runs: Runs, title: str, columns: list[Run], names: Iterable[str]) -> Iterator[str]:

@@ -168,18 +168,17 @@ WARMUPS: dict[str, Variant] = {
 }
 
 FORMULAS: dict[str, Variant] = {
+    "max_lr=1e-2 in place of 1e-3": Variant({"max_lr": 1e-2}),
     "bias correction of the residual": _bias_corrected(),
-    "bumps of 5 % in place of 3e-6": _geometric(1.05),
     "bumps of 10 % in place of 3e-6": _geometric(1.1),
     "both, bumps of 10 %": _together(_bias_corrected(), _geometric(1.1)),
-    **WARMUPS,
 }
 
 CONTEXT_FORMULAS: dict[str, Variant] = {
+    "max_lr=1e-2 in place of 1e-3": Variant({"max_lr": 1e-2}),
     **FORMULAS,
     "gain 15 in place of 30": Variant(patches=((context, "_GAIN", 15.0),)),
     "gain 60 in place of 30": Variant(patches=((context, "_GAIN", 60.0),)),
-    "offset 0.01 in place of 0.02": Variant(patches=((context, "_OFFSET", 0.01),)),
     "offset 0.05 in place of 0.02": Variant(patches=((context, "_OFFSET", 0.05),)),
 }
 
@@ -190,4 +189,5 @@ VARIANTS: dict[str, Variant] = {
     **CONTEXT_LEFT_OUT,
     **ALONE,
     **CONTEXT_FORMULAS,
+    **WARMUPS,
 }
