@@ -155,7 +155,11 @@ def _geometric(factor: float) -> Variant:
 
 
 def _together(*variants: Variant) -> Variant:
-    return Variant(patches=tuple(patch for variant in variants for patch in variant.patches))
+    options = {name: value for variant in variants for name, value in variant.options.items()}
+    return Variant(options, tuple(patch for variant in variants for patch in variant.patches))
+
+
+_HIGHER = Variant({"max_lr": 1e-2})
 
 
 WARMUPS: dict[str, Variant] = {
@@ -168,15 +172,15 @@ WARMUPS: dict[str, Variant] = {
 }
 
 FORMULAS: dict[str, Variant] = {
-    "max_lr=1e-2 in place of 1e-3": Variant({"max_lr": 1e-2}),
     "bias correction of the residual": _bias_corrected(),
     "bumps of 10 % in place of 3e-6": _geometric(1.1),
-    "both, bumps of 10 %": _together(_bias_corrected(), _geometric(1.1)),
+    "bias correction and bumps of 10 %": _together(_bias_corrected(), _geometric(1.1)),
 }
 
 CONTEXT_FORMULAS: dict[str, Variant] = {
-    "max_lr=1e-2 in place of 1e-3": Variant({"max_lr": 1e-2}),
     **FORMULAS,
+    "max_lr=1e-2 in place of 1e-3": _HIGHER,
+    "bias correction and max_lr=1e-2": _together(_bias_corrected(), _HIGHER),
     "gain 15 in place of 30": Variant(patches=((context, "_GAIN", 15.0),)),
     "gain 60 in place of 30": Variant(patches=((context, "_GAIN", 60.0),)),
     "offset 0.05 in place of 0.02": Variant(patches=((context, "_OFFSET", 0.05),)),
