@@ -66,7 +66,7 @@ def test_tables_are_of_the_losses_that_are_kept(tmp_path: Path) -> None:
         kept.get(few.name(Run(DIGITS, optimizer, 1e-3)), lambda result=result: result)
     line = next(line for line in tables.all_tables(few) if line.startswith(f"    {PLAIN} "))
     assert "0.10000" in line
-    reach = next(line for line in tables.all_tables(few) if "at its best reaches" in line)
+    reach = next(line for line in tables.all_tables(few) if "the best of ours at its best" in line)
     assert "in 0.75 of its steps" in reach
     assert "missed" in reach
 

@@ -83,14 +83,16 @@ def _range(runs: Runs, task: str, axis: Any) -> None:
         color = "C1" if optimizer in OURS else "C0"
         axis.plot([min(finite), max(finite)], [place, place], color=color, linewidth=4, solid_capstyle="butt")
         axis.plot(finite, [place] * len(finite), "|", color="black")
+    axis.set_xscale("log")
+    _plain_numbers(axis.xaxis)
     reference = runs.reference(task, 0)
     if reference is not None:
         axis.axvline(reference.final, color="0.6", linewidth=0.8)
+        # Runs that went astray would leave no room for the others.
+        axis.set_xlim(right=min(axis.get_xlim()[1], 2.2 * reference.final))
     axis.set_yticks(range(len(known)), known)
     axis.invert_yaxis()
-    axis.set_xscale("log")
-    _plain_numbers(axis.xaxis)
-    axis.set_xlabel("held-out loss at the end, one mark a learning rate; the line is tuned AdamW")
+    axis.set_xlabel("held-out loss at the end, a mark for each learning rate; the line is tuned AdamW")
     axis.set_title(task)
 
 
@@ -104,7 +106,8 @@ def _steps(runs: Runs, task: str, axis: Any) -> None:
                 never = sum(map(math.isinf, shares))
                 note = f"; not reached in {never} of {len(shares)}" if never else ""
                 bars.append((f"{optimizer}, {lr:g}{note}", statistics.mean(min(share, 1.0) for share in shares)))
-    axis.barh(range(len(bars)), [share for _, share in bars], color="C1")
+    colors = ["C1" if share < 1 else "0.8" for _, share in bars]
+    axis.barh(range(len(bars)), [share for _, share in bars], color=colors)
     axis.set_yticks(range(len(bars)), [label for label, _ in bars])
     axis.invert_yaxis()
     for goal in (0.7, 0.9):
