@@ -105,7 +105,7 @@ def _steps(runs: Runs, task: str, axis: Any) -> None:
             if shares:
                 never = sum(map(math.isinf, shares))
                 note = f"; not reached in {never} of {len(shares)}" if never else ""
-                bars.append((f"{optimizer}, {lr:g}{note}", statistics.mean(min(share, 1.0) for share in shares)))
+                bars.append((f"{optimizer}, {lr:g}{note}", statistics.median(min(share, 1.0) for share in shares)))
     colors = ["C1" if share < 1 else "0.8" for _, share in bars]
     axis.barh(range(len(bars)), [share for _, share in bars], color=colors)
     axis.set_yticks(range(len(bars)), [label for label, _ in bars])
