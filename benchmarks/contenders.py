@@ -43,14 +43,22 @@ OURS = tuple(name for name in family.__all__ if name.startswith("Automagic"))
 def peers() -> dict[str, Build]:
     """Those whose packages are installed; a line is printed for each one that is not."""
     found: dict[str, Build] = {}
-    for name, (module, class_name, options) in _PEERS.items():
+    for name in _PEERS:
         try:
-            optimizer_class = getattr(importlib.import_module(module), class_name)
+            found[name] = peer(name)
         except ImportError as error:
             print(f"left out: {name} ({error})")
-            continue
-        found[name] = _builder(optimizer_class, options)
     return found
+
+
+def peer(name: str, **options: Any) -> Build:
+    """One of them, with its options or others.
+
+    Raises:
+        ImportError: its package is not installed.
+    """
+    module, class_name, own = _PEERS[name]
+    return _builder(getattr(importlib.import_module(module), class_name), {**own, **options})
 
 
 def ours(name: str, phases: Sequence[str] = PHASES, **options: Any) -> dict[str, Build]:

@@ -1,0 +1,66 @@
+"""The optimizers of the study, and the learning rates that each is tried at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+import library.automagic_cameamp as family
+
+from ..contenders import OURS, REFERENCE, peer
+from .task import Build, Named
+
+# Each rate is twice the one before, and a grid is extended while the best rate is at its edge. Prodigy's rate is a
+# factor of the one that it finds.
+_ADAM = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+PEER_RATES: dict[str, tuple[float, ...]] = {
+    REFERENCE: _ADAM,
+    "bitsandbytes AdamW8bit": _ADAM,
+    "pytorch_optimizer CAME": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    "prodigyopt Prodigy": (0.25, 0.5, 1.0, 2.0, 4.0),
+    "lion_pytorch Lion": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
+    "adv_optm Adopt_adv": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+}
+
+# The default first; the last is max_lr, beyond which there is nothing to try.
+DEFAULT_RATE = 1e-6
+OUR_RATES = (DEFAULT_RATE, 1e-5, 1e-4, 1e-3)
+# A fifth for the grid, where the plain ones are at their best.
+_OUR_GRID = (DEFAULT_RATE, 1e-5, 1e-4, 3e-4, 1e-3)
+
+PLAIN, PLAIN_8BIT = "Automagic_CameAMP", "Automagic_CameAMP8bit"
+CONTEXTUAL, CONTEXTUAL_8BIT = "Automagic_CameAMP_COptim", "Automagic_CameAMP_COptim8bit"
+
+
+def rates(optimizer: str) -> tuple[float, ...]:
+    """The grid of an optimizer."""
+    return _OUR_GRID if optimizer in OURS else PEER_RATES[optimizer]
+
+
+def beyond(optimizer: str, tried: Collection[float], best: float) -> float | None:
+    """The rate to try next where the best one is the lowest or highest of those tried; None where it is not."""
+    if optimizer in OURS or best not in (min(tried), max(tried)):
+        return None
+    return best / 2 if best == min(tried) else best * 2
+
+
+def builder(optimizer: str, lr: float, options: dict[str, Any]) -> Build:
+    """How to build an optimizer.
+
+    Args:
+        optimizer: one of ours, or a peer's name.
+        lr: its learning rate.
+        options: the other options.
+    """
+
+    def build(named: Named) -> torch.optim.Optimizer:
+        parameters = [p for _, p in named]
+        if optimizer not in OURS:
+            return peer(optimizer, lr=lr, **options)(parameters)
+        own = getattr(family, optimizer)(parameters, lr=lr, **options)
+        own.set_parameter_names({p: name for name, p in named})
+        return own
+
+    return build

@@ -1,0 +1,77 @@
+"""Which runs the study consists of, the most telling first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..contenders import OURS, REFERENCE
+from .optimizers import (
+    CONTEXTUAL,
+    DEFAULT_RATE,
+    OUR_RATES,
+    PEER_RATES,
+    PLAIN,
+    beyond,
+    rates,
+)
+from .runs import Run, Runs
+from .variants import ALONE, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, WARMUPS
+
+OPTIMIZERS = (REFERENCE, *OURS, *(name for name in PEER_RATES if name != REFERENCE))
+
+# Where techniques are left out and formulas changed: the plain optimizer at its best rate, at its default, and at one
+# that is too high for it; the contextual one at its default.
+PLAIN_RATE = 3e-4
+CASES = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE), (PLAIN, DEFAULT_RATE), (PLAIN, OUR_RATES[-1]))
+
+
+def make_grids(runs: Runs, task: str) -> None:
+    """Every optimizer over its learning rates, on one seed; one rate more where the best is at the edge."""
+    for optimizer in OPTIMIZERS:
+        for lr in rates(optimizer):
+            runs.make(Run(task, optimizer, lr))
+        while True:
+            grid = runs.grid(task, optimizer)
+            more = beyond(optimizer, grid, min(grid, key=lambda lr: grid[lr].final))
+            if more is None:
+                break
+            runs.make(Run(task, optimizer, more))
+
+
+def make_seeds(runs: Runs, task: str, seeds: int) -> None:
+    """Every optimizer at its best rate, and ours at the default too, on more seeds."""
+    for seed in range(1, seeds):
+        for optimizer in OPTIMIZERS:
+            for lr in rates_on_seeds(runs, task, optimizer):
+                runs.make(Run(task, optimizer, lr, seed))
+
+
+def rates_on_seeds(runs: Runs, task: str, optimizer: str) -> list[float]:
+    """The rates at which an optimizer is run on more than one seed."""
+    best = runs.best_rate(task, optimizer)
+    if best is None:
+        return []
+    return [best, DEFAULT_RATE] if optimizer in OURS and best != DEFAULT_RATE else [best]
+
+
+def ablations(task: str) -> Iterator[Run]:
+    """Techniques left out and alone, on one seed."""
+    for optimizer, lr in CASES[:2]:
+        yield Run(task, optimizer, lr)
+        for name in (*LEFT_OUT, *CONTEXT_LEFT_OUT, *ALONE) if optimizer == CONTEXTUAL else LEFT_OUT:
+            yield Run(task, optimizer, lr, 0, name)
+
+
+def formulas(task: str, seed: int) -> Iterator[Run]:
+    """Other formulas."""
+    for optimizer, lr in CASES:
+        yield Run(task, optimizer, lr, seed)
+        for name in CONTEXT_FORMULAS if optimizer == CONTEXTUAL else FORMULAS:
+            yield Run(task, optimizer, lr, seed, name)
+
+
+def warmups(task: str) -> Iterator[Run]:
+    """Lengths of the warm-up, on one seed."""
+    for optimizer, lr in CASES[:2]:
+        for name in WARMUPS:
+            yield Run(task, optimizer, lr, 0, name)

@@ -1,0 +1,164 @@
+"""The runs of the convergence study: what they are called, how they are made, and what is known of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..contenders import OURS, REFERENCE
+from .digits import DigitsLoRA
+from .kept import Kept
+from .optimizers import beyond, builder, rates
+from .task import Task, train
+from .text import Text
+from .variants import AS_IT_IS, VARIANTS, active
+
+DIGITS, TEXT = "digits", "text"
+
+# How many steps a run has unless told otherwise, and how many held-out losses.
+STEPS = {DIGITS: 100, TEXT: 200}
+_EVALUATIONS = 10
+_HELD_OUT_IMAGES = 80  # half of them: a loss costs as much as three steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        task: which task.
+        optimizer: which optimizer.
+        lr: its learning rate.
+        seed: of initial weights and batches.
+        variant: what is changed in ours.
+    """
+
+    task: str
+    optimizer: str
+    lr: float
+    seed: int = 0
+    variant: str = AS_IT_IS
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of a run.
+
+    Attributes:
+        steps: the steps at which there are held-out losses, the last step of the run at the end.
+        losses: these losses; infinite where they are not a number.
+        step_seconds: CPU time of a step.
+    """
+
+    steps: list[int]
+    losses: list[float]
+    step_seconds: float
+
+    @property
+    def final(self) -> float:
+        """The loss after the last step."""
+        return self.losses[-1]
+
+    def steps_to(self, loss: float) -> float:
+        """After how many steps a loss is reached, between two held-out losses by a straight line; infinity if never."""
+        for index, (step, reached) in enumerate(zip(self.steps, self.losses)):
+            if reached <= loss:
+                if index == 0:
+                    return step
+                before, higher = self.steps[index - 1], self.losses[index - 1]
+                return step - (step - before) * (loss - reached) / (higher - reached)
+        return math.inf
+
+
+class Runs:
+    """Runs that are made once and then known.
+
+    Args:
+        kept: where results are kept.
+        steps: how many steps a run of each task has.
+    """
+
+    def __init__(self, kept: Kept, steps: Mapping[str, int]) -> None:
+        self._kept, self._steps = kept, steps
+
+    def make(self, run: Run) -> Result:
+        """The result of a run, which is made if it is not known."""
+        known = run in self
+        result = _result(self._kept.get(self.name(run), lambda: _make(run, self._steps[run.task])))
+        if not known:
+            print(f"{self.name(run)}: {result.final:.5g}", flush=True)
+        return result
+
+    def name(self, run: Run) -> str:
+        """What a run is called in the file of results."""
+        variant = f", {run.variant}" if run.variant else ""
+        return f"{run.task}, {self._steps[run.task]} steps, {run.optimizer}, lr {run.lr:g}, seed {run.seed}{variant}"
+
+    def __getitem__(self, run: Run) -> Result:
+        return _result(self._kept.results[self.name(run)])
+
+    def __contains__(self, run: Run) -> bool:
+        return self.name(run) in self._kept.results
+
+    def steps(self, task: str) -> int:
+        """Steps of a run of a task."""
+        return self._steps[task]
+
+    def grid(self, task: str, optimizer: str) -> dict[float, Result]:
+        """The known runs over the optimizer's learning rates, by rate, on the first seed."""
+        known = {lr: self[run] for lr in rates(optimizer) if (run := Run(task, optimizer, lr)) in self}
+        while known and (more := beyond(optimizer, known, _best(known))) is not None:
+            if (run := Run(task, optimizer, more)) not in self:
+                break
+            known[more] = self[run]
+        return dict(sorted(known.items()))
+
+    def best_rate(self, task: str, optimizer: str) -> float | None:
+        """The learning rate of the lowest final loss; None where nothing is known."""
+        known = self.grid(task, optimizer)
+        return _best(known) if known else None
+
+    def seeds(self, task: str, optimizer: str, lr: float) -> dict[int, Result]:
+        """The known runs at a learning rate, by seed."""
+        found: dict[int, Result] = {}
+        while (run := Run(task, optimizer, lr, len(found))) in self:
+            found[len(found)] = self[run]
+        return found
+
+    def reference(self, task: str, seed: int) -> Result | None:
+        """The tuned AdamW of a seed."""
+        lr = self.best_rate(task, REFERENCE)
+        run = Run(task, REFERENCE, lr or 0.0, seed)
+        return None if lr is None or run not in self else self[run]
+
+
+def new_task(name: str, seed: int) -> Task:
+    """A task by its name."""
+    if name == TEXT:
+        return Text(seed)
+    return DigitsLoRA(seed, rank=16, batch_size=8, images=_HELD_OUT_IMAGES)
+
+
+def _make(run: Run, steps: int) -> dict[str, Any]:
+    variant = VARIANTS[run.variant]
+    options = dict(variant.options) if run.optimizer in OURS else {}
+    if run.optimizer in OURS and variant.warmup is not None:
+        options["warmup_steps"] = round(variant.warmup * steps)
+    with active(variant):
+        every = max(1, steps // _EVALUATIONS)
+        course = train(new_task(run.task, run.seed), builder(run.optimizer, run.lr, options), steps, every)
+    losses = [float(f"{loss:.5g}") if math.isfinite(loss) else math.inf for loss in course.losses]
+    return {"every": every, "steps": steps, "losses": losses, "step_ms": round(course.step_seconds * 1000, 1)}
+
+
+def _result(kept: Mapping[str, Any]) -> Result:
+    steps = list(range(kept["every"], kept["steps"] + 1, kept["every"]))
+    if steps[-1] != kept["steps"]:
+        steps.append(kept["steps"])
+    return Result(steps, kept["losses"], kept["step_ms"] / 1000)
+
+
+def _best(grid: Mapping[float, Result]) -> float:
+    return min(grid, key=lambda lr: grid[lr].final)
