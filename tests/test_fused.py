@@ -76,3 +76,29 @@ def test_other_failures_are_not_hidden(monkeypatch):
     except MemoryError:
         return
     raise AssertionError("the failure was swallowed")
+
+
+def test_few_graphs_whatever_changes():
+    """No step, learning rate or bound compiles anything anew, and a shape no more than a graph a part of the rules."""
+
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    def train(sizes, **options):
+        params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
+        optimizer = Automagic_CameAMP(params, warmup_steps=0, fused=True, **options)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            optimizer.step()
+            scheduler.step()
+
+    torch._dynamo.utils.counters.clear()
+    train([(8, 40), (48, 8), (8, 40), (48, 8)])
+    first = graphs()
+    assert 0 < first <= 2  # a pass over the gradients, and the rules
+    train([(8, 40), (48, 8)] * 3, lr=1e-5, eta=3.0, clip_threshold=0.5, beta1_decay=0.99, max_lr=1e-2)
+    assert graphs() == first
+    train([(6, 20), (30, 6)] * 2)
+    assert graphs() <= first + 2 * 2
