@@ -102,3 +102,14 @@ def test_few_graphs_whatever_changes():
     assert graphs() == first
     train([(6, 20), (30, 6)] * 2)
     assert graphs() <= first + 2 * 2
+
+
+def test_only_groups_that_ask_for_it_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(compiling, "_compiled", lambda function: compiled.append(function.__name__) or function)
+    params = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.randn(8, 8)
+    groups = [{"params": params[:1]}, {"params": params[1:], "fused": True}]
+    Automagic_CameAMP(groups, warmup_steps=0).step()
+    assert compiled == ["_first_pass", "_on_copies"]

@@ -18,14 +18,14 @@ _MOST_GRAPHS = 64
 
 
 class Compiler:
-    """Compiles what one optimizer runs, and gives up at the first failure, with one warning."""
+    """Compiles what groups of one optimizer run, and gives up at the first failure, with one warning."""
 
     def __init__(self) -> None:
         self.works = True
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Around a step: functions that are given to `run` are compiled."""
+        """Around the work on a group: functions that are given to `run` are compiled."""
         config = torch._dynamo.config
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # before PyTorch 2.6
         token = _active.set(self)
@@ -39,11 +39,17 @@ class Compiler:
 _active: ContextVar[Compiler | None] = ContextVar("compiler", default=None)
 
 
+def is_active() -> bool:
+    """Whether `run` compiles; for what it would cost to prepare."""
+    compiler = _active.get()
+    return compiler is not None and compiler.works
+
+
 def run(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     """What a function returns when it runs compiled.
 
     Args:
-        function: takes and returns tensors, changes none of them, and depends on no number that changes with the step.
+        function: takes and returns tensors, and depends on no number that changes with the step.
 
     Returns:
         None where nothing is to be compiled, or compiling failed; nothing of the function has run then.

@@ -87,7 +87,7 @@ def _run(
         The new weights, where it was given any, and what `rules` returns.
     """
     stack = next(iter(overwritten.values()))
-    if stack.numel() <= _LARGEST:
+    if stack.numel() <= _LARGEST and compiling.is_active():
         stacks = {name: states.read(name) for name in names if name != "last_polarity" or options.has_polarity}
         # Bools go in and out as bytes, from which code is generated that takes many times less.
         stacks = {name: s.view(torch.uint8) if s.dtype == torch.bool else s for name, s in stacks.items()}

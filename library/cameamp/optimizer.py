@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,27 +210,26 @@ class CameAMP(Optimizer):
         for params in active:
             for p in params:
                 gradients.check(p)
-        fused = any(options.config.fused for options in self._group_options)
-        with self._compiler.active() if fused else nullcontext():
-            self._take_step(active)
-        return loss
-
-    def _take_step(self, active: list[list[Tensor]]) -> None:
-        """A step of the parameters with a gradient, for each group."""
         measured = [(number, *self._measure(number, params)) for number, params in enumerate(active) if params]
         multiplier = self._observe(measured) if self._contextual and measured else None
         watched: list[Watched] = []
         for number, batches, sums in measured:
-            for batch, decay in zip(batches, sums.decay_strengths):
-                seen = self._update(number, batch, sums.magnitude, decay, multiplier)
-                if seen is not None:
-                    watched.append(seen)
+            with self._compiling(number):
+                for batch, decay in zip(batches, sums.decay_strengths):
+                    seen = self._update(number, batch, sums.magnitude, decay, multiplier)
+                    if seen is not None:
+                        watched.append(seen)
             self._log_progress(number, batches)
         if multiplier is not None:
             everything = [batch for _, batches, _ in measured for batch in batches]
             grads, changes = (list(pieces) for pieces in zip(*watched))
             sampler = self._sample()
             self.c_optim.follow(sampler.gather(everything, grads), sampler.gather(everything, changes))
+        return loss
+
+    def _compiling(self, number: int) -> AbstractContextManager[None]:
+        """Around the work on a group: what is compiled where the group asks for it."""
+        return self._compiler.active() if self._group_options[number].config.fused else nullcontext()
 
     @staticmethod
     def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
@@ -245,7 +244,8 @@ class CameAMP(Optimizer):
             for period, count in scales:
                 state[count] = state.get(count, 0) + multiscale.is_due(period, step)
         batches = self._batches(number, params)
-        return batches, self._sum_up(number, batches)
+        with self._compiling(number):
+            return batches, self._sum_up(number, batches)
 
     # Context ----------------------------------------------------------------------------------------------------
 
