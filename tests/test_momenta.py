@@ -111,10 +111,12 @@ def test_low_rank_follows_a_matrix_of_its_rank(folded):
     assert torch.cosine_similarity(y.flatten(1), target.flatten(1)).min() > 0.99
 
 
-def test_low_rank_turns_with_the_gradient():
-    """From one direction to another: the old factors leave, the new ones come in."""
-    generator = torch.Generator().manual_seed(0)
-    storage = LowRank(32, 48, 2)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_low_rank_turns_with_the_gradient(rank, seed):
+    """From one direction to another: the old factor leaves, the new one comes in, and factors to spare stay out."""
+    generator = torch.Generator().manual_seed(seed)
+    storage = LowRank(32, 48, rank)
     buffers = storage.allocate("m", torch.Size((32, 48)), 1, 0.0, dither())
     exact = torch.zeros(1, 32, 48)
     for number in range(60):
@@ -123,7 +125,7 @@ def test_low_rank_turns_with_the_gradient():
         storage.follow("m", buffers, target, 0.1, dither(number))
         exact.lerp_(target, 0.1)
         y = storage.read("m", buffers, 32, 48)
-        assert torch.cosine_similarity(y.flatten(1), exact.flatten(1)).item() > 0.9
+        assert torch.cosine_similarity(y.flatten(1), exact.flatten(1)).item() > 0.99
 
 
 @pytest.mark.parametrize("optimizer_class", [Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit])

@@ -17,6 +17,8 @@ from ..rounding import Dither, uniform_noise
 from . import Buffers
 
 _LARGEST_CODE = 127
+# Of a direction's length, what must lie outside of the directions before it to be one of its own.
+_SMALLEST_NEW_PART = 1e-3
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,15 @@ def _two_or_more(factor: Tensor) -> Tensor:
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    """The rows of each matrix, (tensors, few, many), made orthogonal to one another, and of norm 1 or 0."""
+    """The rows of each matrix, (tensors, few, many), made orthogonal to one another, and of norm 1.
+
+    A row that the ones before it hold already becomes zeros: what is left of it is rounding, along any of them.
+    """
     made: list[Tensor] = []
     for row in x.unbind(1):
+        least = torch.linalg.vector_norm(row, dim=1, keepdim=True) * _SMALLEST_NEW_PART
         for known in made:
             row = row - known * (known * row).sum(dim=1, keepdim=True)
         norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)
-        made.append(row / torch.where(norm > 0, norm, torch.inf))
+        made.append(row / torch.where(norm > least, norm, torch.inf))
     return torch.stack(made, dim=1)
