@@ -185,7 +185,9 @@ def test_mistakes_are_found_before_torch_is_imported():
     assert done.stderr.startswith("error: optimizer_args: unknown option 'etta', did you mean 'eta'?")
 
 
-def test_without_embedded_a_clear_error(capsys):
+def test_without_embedded_a_clear_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SD_SCRIPTS_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)  # A checkout of sd-scripts may lie beside this one, and would be found.
     assert "--embedded" in refused(capsys)
 
 

@@ -31,13 +31,16 @@ def cuda_without_a_card(monkeypatch):
 
 
 def view_at(x, key):
-    """x[key], for integers, slices and an ellipsis before one last part."""
+    """x[key], for integers, slices, tensors of indices, and an ellipsis before one last part."""
     dim = 0
     for part in key if isinstance(key, tuple) else (key,):
         if part is Ellipsis:
             dim = x.ndim - 1
         elif isinstance(part, int):
             x = x.select(dim, part)
+        elif isinstance(part, torch.Tensor):  # PyTorch 2.14's own index_select, of fake tensors.
+            x = torch.ops.aten.index(x, [*[None] * dim, part])
+            dim += 1
         else:
             x = torch.ops.aten.slice(x, dim, part.start, part.stop, part.step or 1)
             dim += 1

@@ -55,6 +55,21 @@ def test_finite_stays_finite(dtype):
     assert all(rounded(x, dtype, step).isfinite().all() for step in range(50))
 
 
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiny_values_stay_tiny(dtype, flush, monkeypatch):
+    """Also where `ldexp` multiplies by a power of two that must be a float32 itself, as PyTorch 2.4's does."""
+    monkeypatch.setattr(torch, "ldexp", lambda x, exponent: x * torch.pow(2.0, exponent.float()))
+    x = torch.tensor([1e-45, -1e-40, 1e-38, -1e-37, 5e-37, 0.0]).view(1, -1, 1)
+    try:
+        torch.set_flush_denormal(flush)
+        for step in range(50):
+            result = rounded(x, dtype, step)
+            assert (result.double() - x.double()).abs().max() <= (2.0**-126 if dtype == torch.bfloat16 else 2.0**-24)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_noise_is_uniform_and_independent():
     noise = uniform_noise(Dither(torch.arange(8, dtype=torch.int32), 3), 0, 25_000)
     assert noise.min() >= 0

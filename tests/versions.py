@@ -1,8 +1,8 @@
-"""The test suite with the oldest and the newest versions that the requirements allow: python -m tests.versions FOLDER
+"""The test suite with the oldest and the newest versions that the requirements allow: python tests/versions.py FOLDER
 
 Makes an environment for each in FOLDER, several GB in all, runs the tests in it, and prints what ran and how it ended.
 A build of torch can be chosen as for any pip: PIP_CONSTRAINT, PIP_INDEX_URL.
-`python -m tests.versions FOLDER oldest` or `newest` runs one of them.
+`python tests/versions.py FOLDER oldest` or `newest` runs one of them.
 """
 
 from __future__ import annotations

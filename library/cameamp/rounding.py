@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bits of the significand, the implicit one included, and the exponent below which the dtype's steps stop shrinking.
-_FORMATS = {torch.bfloat16: (8, -125), torch.float16: (11, -13)}
+# Bits of the significand, the implicit one included, and the exponent below which steps stop shrinking. float16's own do
+# there; bfloat16's go down to 2^-133, but a power of two beyond 2^126 or below 2^-126 overflows, or becomes 0, in some
+# versions and settings of PyTorch.
+_FORMATS = {torch.bfloat16: (8, -118), torch.float16: (11, -13)}
 
 # Steps of the noise; finer than what float32 keeps beyond the 8 or 11 bits of the significand.
 _NOISE_BITS = 13
@@ -61,7 +63,8 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, dither: Dither) -> Tensor:
         dither: the noise that decides.
 
     Returns:
-        `x` in `dtype`: exactly `x` where it is representable, finite where `x` is.
+        `x` in `dtype`: exactly `x` where it is representable (in bfloat16, as a multiple of 2^-126), finite where `x`
+        is.
     """
     rounded = torch.empty(x.shape, dtype=dtype, device=x.device)
     parts, noises = dither.in_parts(x.flatten(1))
