@@ -19,7 +19,7 @@ from torch import Tensor
 
 from library.cameamp import rules
 from library.cameamp.rounding import Dither
-from library.cameamp.storage import Buffers, Storage
+from library.cameamp.storage import Buffers, MovingStorage
 from library.cameamp.storage.full import Full
 from library.cameamp.storage.low_rank import LowRank
 from library.cameamp.storage.momenta import momentum_storages
@@ -31,14 +31,38 @@ from library.cameamp_demo.trainer import Trainer
 PERIODS = (1, 5, 10, 25)
 
 
-class SignAndRankOne:
+class Unpacked:
+    """A momentum that is moved by reading and writing it."""
+
+    def move(
+        self,
+        name: str,
+        buffers: Buffers,
+        target: Tensor,
+        rate: float,
+        dither: Dither,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> Tensor:
+        moved = torch.lerp(self.read(name, buffers, *target.shape[1:]), target, rate)
+        self.write(name, buffers, moved, dither)
+        return moved
+
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        raise NotImplementedError
+
+
+class SignAndRankOne(Unpacked):
     """One bit an element and a rank-1 magnitude, of row and column means (as SMMF, arXiv 2412.08894)."""
 
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         # The signs are counted at a bit each, and kept in bytes for once.
         return {"signs": torch.zeros(n, *shape, dtype=torch.int8), "magnitude": torch.zeros(n, *shape)}
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         return buffers["signs"] * buffers["magnitude"]
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
@@ -48,13 +72,13 @@ class SignAndRankOne:
         buffers["magnitude"].copy_(size.mean(dim=2, keepdim=True) * size.mean(dim=1, keepdim=True) / mean)
 
 
-class Nothing:
+class Nothing(Unpacked):
     """No momentum is kept."""
 
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         return {}
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int) -> Tensor:
+    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         return torch.zeros(1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
@@ -103,7 +127,7 @@ def recorded(steps: int) -> list[Tensor]:
     return [torch.stack(stream[:: len(stream) // steps][1:]) for stream in seen.values()]
 
 
-def fidelity(stream: Tensor, storages: list[Storage]) -> tuple[list[float], list[float]]:
+def fidelity(stream: Tensor, storages: list[MovingStorage]) -> tuple[list[float], list[float]]:
     """Cosine of the weighted means at each step, and the mean cosine of each momentum."""
     rows, columns = stream.shape[2:]
     shape = torch.Size((rows, columns))
@@ -116,13 +140,8 @@ def fidelity(stream: Tensor, storages: list[Storage]) -> tuple[list[float], list
         for place, (period, storage) in enumerate(zip(PERIODS, storages)):
             if multiscale.is_due(period, step):
                 exact[place].lerp_(sg, 1 - multiscale.DECAY)
-                if isinstance(storage, LowRank):
-                    storage.follow("m", buffers[place], sg, 1 - multiscale.DECAY, Dither(position, step))
-                    used.append(storage.read("m", buffers[place], rows, columns))
-                else:
-                    value = torch.lerp(storage.read("m", buffers[place], rows, columns), sg, 1 - multiscale.DECAY)
-                    used.append(value.clone())
-                    storage.write("m", buffers[place], value, Dither(position, step))
+                moved = storage.move("m", buffers[place], sg, 1 - multiscale.DECAY, Dither(position, step))
+                used.append(storage.read("m", buffers[place], rows, columns) if moved is None else moved)
             else:
                 used.append(storage.read("m", buffers[place], rows, columns))
             if step >= period:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .checksum import tensor_sums
 from .rounding import Dither
-from .storage import Buffers, Storage, low_rank
+from .storage import Buffers, MovingStorage, Storage, low_rank
 from .storage.low_rank import LowRank
-from .techniques import multiscale
 
 # At most this many elements side by side: the half dozen temporary stacks of the rules, 25 MiB each, stay well under
 # 256 MiB.
@@ -190,29 +189,33 @@ class BatchStates:
         """A state, for a rule to update in place; unpacked into `out` where that helps."""
         return self._storages[name].read(name, self._buffers, self._batch.rows, self._batch.columns, out)
 
-    def move(self, name: str, target: Tensor, rate: float | Tensor, out: Tensor | None = None) -> Tensor | None:
-        """Move a state by a rate towards a target.
+    def move(
+        self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Tensor | None:
+        """Move a momentum by a rate towards a target, and keep it.
 
         Returns:
-            The state, still to be kept by `write`; None where the storage has done it all without unpacking.
+            A copy of it, in `out` where given; None where its storage never unpacks it.
         """
-        storage = self._storages[name]
-        if isinstance(storage, LowRank) and isinstance(rate, float):
-            storage.follow(name, self._buffers, target, rate, self._batch.dither())
-            return None
-        return self.read(name, out).lerp_(target, rate)
+        storage = cast(MovingStorage, self._storages[name])
+        return storage.move(name, self._buffers, target, rate, self._batch.dither(), out, scratch)
 
-    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, float | Tensor]], out: Tensor | None = None) -> None:
-        """stack += the sum of share * state; a state is unpacked into `out` where that helps."""
+    def add_to(
+        self, stack: Tensor, stack_share: float, shares: Sequence[tuple[str, float]], out: Tensor | None = None
+    ) -> None:
+        """stack_share * stack + the sum of share * state, in `stack`; a state is unpacked into `out` where needed."""
         in_factors = []
         for name, share in shares:
             storage = self._storages[name]
-            if isinstance(storage, LowRank) and isinstance(share, float):
+            if isinstance(storage, LowRank):
                 in_factors.append((storage, name, share))
             else:
-                multiscale.add_share_(stack, self.read(name, out), share)
+                stack.mul_(stack_share).add_(self.read(name, out), alpha=share)
+                stack_share = 1.0
         if in_factors:
-            low_rank.add_to(stack, in_factors, self._buffers)
+            low_rank.add_to(stack, stack_share, in_factors, self._buffers)
+        elif stack_share != 1:
+            stack.mul_(stack_share)
 
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""

@@ -12,9 +12,9 @@ from . import compiling
 from .batches import LARGEST_STACK
 from .gradients import FirstPass, first_pass
 from .rules import (
-    Scalar,
     StackOptions,
     States,
+    StatesAndMomenta,
     StepScalars,
     Watched,
     move_,
@@ -38,7 +38,7 @@ def fused_first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> Firs
 def fused_step(
     p: Tensor,
     g: Tensor,
-    states: States,
+    states: StatesAndMomenta,
     magnitude_sum: Tensor,
     decay_strengths: Tensor | None,
     multiplier: Tensor | None,
@@ -139,12 +139,6 @@ class _Loaded:
 
     def write(self, name: str, stack: Tensor) -> None:
         self.written[name] = stack.to(torch.uint8) if stack.dtype == torch.bool else stack
-
-    def move(self, name: str, target: Tensor, rate: Scalar, out: Tensor | None = None) -> Tensor | None:
-        raise NotImplementedError("momenta are not part of a graph")
-
-    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, Scalar]], out: Tensor | None = None) -> None:
-        raise NotImplementedError("momenta are not part of a graph")
 
 
 def _as_tensors(scalars: StepScalars) -> StepScalars:

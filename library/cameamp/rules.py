@@ -35,14 +35,26 @@ class States(Protocol):
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A state, (tensors, rows, columns), to update in place; unpacked into `out` where that helps."""
 
-    def move(self, name: str, target: Tensor, rate: Scalar, out: Tensor | None = None) -> Tensor | None:
-        """Move a state by a rate towards a target: the state, still to be written, or None where all is done."""
-
-    def add_to(self, stack: Tensor, shares: Sequence[tuple[str, Scalar]], out: Tensor | None = None) -> None:
-        """stack += the sum of share * state; a state is unpacked into `out` where that helps."""
-
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""
+
+
+class Momenta(Protocol):
+    """The multi-scale momenta of a stack, by name. `out` and `scratch` are memory to use where given."""
+
+    def move(
+        self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Tensor | None:
+        """Keep (1 - rate) * momentum + rate * target, and return a copy of it; None where it stays packed."""
+
+    def add_to(
+        self, stack: Tensor, stack_share: float, shares: Sequence[tuple[str, float]], out: Tensor | None = None
+    ) -> None:
+        """stack_share * stack + the sum of share * momentum, in `stack`."""
+
+
+class StatesAndMomenta(States, Momenta, Protocol):
+    """All that is kept of a stack."""
 
 
 class Phase(NamedTuple):
@@ -95,8 +107,8 @@ class StepScalars(NamedTuple):
     clip_bound: Scalar
     scheduler: Scalar | None
     scale_names: tuple[str, ...] = ()
-    scale_rates: tuple[Scalar, ...] = ()
-    scale_shares: tuple[Scalar, ...] = ()
+    scale_rates: tuple[float, ...] = ()
+    scale_shares: tuple[float, ...] = ()
 
     @classmethod
     def at(
@@ -156,7 +168,7 @@ class StackOptions(NamedTuple):
 def take_step_(
     p: Tensor,
     g: Tensor,
-    states: States,
+    states: StatesAndMomenta,
     magnitude_sum: Tensor,
     decay_strengths: Tensor | None,
     multiplier: Tensor | None,
@@ -279,33 +291,33 @@ def move_(
 
 
 def multi_scale_momentum(
-    sg: Tensor, direction: Tensor, states: States, scalars: StepScalars, work: Work
+    sg: Tensor, direction: Tensor, momenta: Momenta, scalars: StepScalars, work: Work
 ) -> Tensor | None:
     """Update the momenta that are due, and return the mean of all; None where there are none yet.
 
     An element whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know
     which elements never had a gradient, and those must not drift.
     """
-    drive = None
-    packed: list[tuple[str, Scalar]] = []
+    drive, drive_share = None, 1.0
+    packed: list[tuple[str, float]] = []
     for name, rate, share in zip(scalars.scale_names, scalars.scale_rates, scalars.scale_shares):
-        if _is_zero(share):  # Never updated, not in this step either.
+        if share == 0:  # Never updated, not in this step either.
             continue
-        momentum = None if _is_zero(rate) else states.move(name, sg, rate, work.scratch)
-        if momentum is None:
+        room = work.drive if drive is None else None
+        moved = momenta.move(name, sg, rate, room, work.scratch) if rate != 0 else None
+        if moved is None:
             packed.append((name, share))
-            continue
-        if drive is None:
-            drive = torch.mul(momentum, share, out=work.drive)
+        elif drive is None:
+            drive, drive_share = moved, share  # It is multiplied where the packed ones are added.
         else:
-            multiscale.add_share_(drive, momentum, share)
-        states.write(name, momentum)
-        del momentum
-    if packed:
-        if drive is None:
-            drive = torch.zeros_like(sg) if work.drive is None else work.drive.zero_()
-        states.add_to(drive, packed, work.scratch)
-    return None if drive is None else drive.mul_(direction).mul_(direction)
+            drive.add_(moved, alpha=share / drive_share)
+        del moved
+    if drive is None and packed:
+        drive = torch.zeros_like(sg) if work.drive is None else work.drive.zero_()
+    if drive is None:
+        return None
+    momenta.add_to(drive, drive_share, packed, work.scratch)
+    return drive.mul_(direction).mul_(direction)
 
 
 def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:
@@ -317,8 +329,3 @@ def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | 
     if scheduler is None or row_scaling is None:
         return scheduler if row_scaling is None else row_scaling
     return row_scaling * scheduler
-
-
-def _is_zero(scalar: Scalar) -> bool:
-    """Whether a number is 0; of a tensor, in a compiled graph, nobody knows."""
-    return not isinstance(scalar, Tensor) and scalar == 0

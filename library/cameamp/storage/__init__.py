@@ -30,3 +30,29 @@ class Storage(Protocol):
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
         """Keep what the rules made of the stack that `read` gave; `stack` may be overwritten."""
+
+
+class MovingStorage(Storage, Protocol):
+    """How a state is kept that only ever moves towards something: a momentum."""
+
+    def move(
+        self,
+        name: str,
+        buffers: Buffers,
+        target: Tensor,
+        rate: float,
+        dither: Dither,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> Tensor | None:
+        """Keep (1 - rate) * state + rate * target.
+
+        Args:
+            target: (n, rows, columns); left as it is.
+            rate: from 0 to 1.
+            out: memory for the result, of target's shape; allocated where None and needed.
+            scratch: memory to compute in, likewise.
+
+        Returns:
+            That sum as it was before it was packed, a copy; None from storages that never unpack it.
+        """

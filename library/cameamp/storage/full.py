@@ -30,3 +30,16 @@ class Full:
         buffer = buffers[name]
         if stack.data_ptr() != buffer.data_ptr():  # Rules mostly update the buffer itself.
             buffer.copy_(stack.view_as(buffer))
+
+    def move(
+        self,
+        name: str,
+        buffers: Buffers,
+        target: Tensor,
+        rate: float,
+        dither: Dither,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> Tensor:
+        moved = buffers[name].view(target.shape).lerp_(target, rate)
+        return moved.clone() if out is None else out.copy_(moved)

@@ -56,13 +56,19 @@ class LowRank:
         return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
-        self.follow(name, buffers, stack, 1.0, dither)
+        self.move(name, buffers, stack, 1.0, dither)
 
-    def follow(self, name: str, buffers: Buffers, target: Tensor, rate: float, dither: Dither) -> None:
-        """Move the state by a rate towards a target, (tensors, rows, columns), without unpacking it.
-
-        One subspace iteration of (1 - rate) * state + rate * target: it follows a matrix that changes by a tenth.
-        """
+    def move(
+        self,
+        name: str,
+        buffers: Buffers,
+        target: Tensor,
+        rate: float,
+        dither: Dither,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> None:
+        """Without unpacking it: one subspace iteration, which follows a matrix that changes by a tenth."""
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
         values = target.flatten(1)
         missing = self.rows * self.columns - values.shape[1]
@@ -85,20 +91,21 @@ class LowRank:
             part.copy_(factor.round_())
 
 
-def add_to(stack: Tensor, shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> None:
-    """stack += the sum of share * state over some states of equal folding, all in one pass.
+def add_to(stack: Tensor, stack_share: float, shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> None:
+    """stack_share * stack + the sum of share * state over some states of equal folding, all in one pass.
 
     Args:
-        stack: (tensors, rows, columns); updated.
+        stack: (tensors, rows, columns); becomes the result.
+        stack_share: its own share.
         shares: how each state is kept, its name, and its share.
         buffers: where they are kept.
     """
     folded = shares[0][0]
     left, right = _factors(shares, buffers)
     if folded.rows * folded.columns == stack[0].numel():
-        stack.view(-1, folded.rows, folded.columns).baddbmm_(left, right)
+        stack.view(-1, folded.rows, folded.columns).baddbmm_(left, right, beta=stack_share)
     else:
-        stack.flatten(1).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
+        stack.flatten(1).mul_(stack_share).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
 
 
 def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from math import isqrt
 
-from . import Storage
+from . import MovingStorage
 from .full import Full
 from .low_rank import LowRank
 from .nibbles import Nibbles
@@ -25,7 +25,7 @@ _FULL = Full()
 
 
 @cache
-def momentum_storages(periods: tuple[int, ...], rows: int, columns: int) -> dict[int, Storage]:
+def momentum_storages(periods: tuple[int, ...], rows: int, columns: int) -> dict[int, MovingStorage]:
     """How each momentum of a parameter is kept.
 
     Args:
@@ -40,7 +40,7 @@ def momentum_storages(periods: tuple[int, ...], rows: int, columns: int) -> dict
     if count < SMALLEST_CODED:
         return dict.fromkeys(periods, _FULL)
     left = int(_BYTES_AN_ELEMENT * max(4, len(periods)) * count)
-    storages: dict[int, Storage] = {}
+    storages: dict[int, MovingStorage] = {}
     by_weight = sorted(periods)
     nibbles = -(-count // 2) + 4
     smallest = LowRank(*_fold(rows, columns, 0), 1).bytes()

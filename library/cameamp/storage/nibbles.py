@@ -43,26 +43,57 @@ class Nibbles:
         }
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        size = (len(codes), 2, codes.shape[1])
-        if out is not None and out.numel() == 2 * codes.numel():
-            values = out.view(size)
-        else:
-            values = torch.empty(size, dtype=torch.float32, device=codes.device)
-        values[:, 0].copy_((codes & 15).view(torch.int8).sub_(_MIDDLE))
-        values[:, 1].copy_((codes >> 4).view(torch.int8).sub_(_MIDDLE))
-        values.mul_(scale.unsqueeze(2))
-        return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
+        return _unpacked(buffers[f"{name}_q"], buffers[f"{name}_q_scale"], rows, columns, out)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
+        _pack(stack, buffers[f"{name}_q"], buffers[f"{name}_q_scale"], stack)
+
+    def move(
+        self,
+        name: str,
+        buffers: Buffers,
+        target: Tensor,
+        rate: float,
+        dither: Dither,
+        out: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> Tensor:
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        values = stack.flatten(1)
-        count, half = values.shape[1], codes.shape[1]
-        torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale)
-        scale.mul_(_SPACING / math.sqrt(count))
-        # Adding a half and cutting rounds to the nearest level; a tensor of zeros keeps a scale of 0.
-        values.div_(scale.clamp_min(_SMALLEST_SCALE)).add_(_MIDDLE + 0.5).clamp_(0, 2 * _MIDDLE + 0.5)
-        # As signed bytes: CPUs take several times as long to make unsigned ones.
-        whole = values.to(torch.int8).view(torch.uint8)
-        high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1))
-        torch.bitwise_left_shift(high, 4, out=codes).bitwise_or_(whole[:, :half])
+        # Scaled on the way, and then a plain sum: CPUs take half as long again for `lerp_`.
+        rows, columns = target.shape[1:]
+        moved = _unpacked(codes, scale * (1 - rate), rows, columns, out).add_(target, alpha=rate)
+        _pack(moved, codes, scale, scratch)
+        return moved
+
+
+def _unpacked(codes: Tensor, scale: Tensor, rows: int, columns: int, out: Tensor | None) -> Tensor:
+    """(tensors, rows, columns) of codes and the distance between levels; in `out` where its size allows."""
+    halves = torch.empty(len(codes), 2, codes.shape[1], dtype=torch.uint8, device=codes.device)
+    torch.bitwise_and(codes, 15, out=halves[:, 0])
+    torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
+    if out is not None and out.numel() == halves.numel():
+        values = out.view(halves.shape)
+    else:
+        values = torch.empty(halves.shape, dtype=torch.float32, device=codes.device)
+    values.copy_(halves.view(torch.int8).sub_(_MIDDLE)).mul_(scale.unsqueeze(2))
+    return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
+
+
+def _pack(stack: Tensor, codes: Tensor, scale: Tensor, scratch: Tensor | None) -> None:
+    """Write a stack's codes and the distance between their levels.
+
+    Args:
+        stack: (tensors, rows, columns).
+        scratch: memory to compute in, which may be the stack itself; allocated where None.
+    """
+    values = stack.flatten(1)
+    count, half = values.shape[1], codes.shape[1]
+    torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale)
+    scale.mul_(_SPACING / math.sqrt(count))
+    # Adding a half and cutting rounds to the nearest level; a tensor of zeros keeps a scale of 0.
+    levels = torch.div(values, scale.clamp_min(_SMALLEST_SCALE), out=None if scratch is None else scratch.flatten(1))
+    # As signed bytes: CPUs take several times as long to make unsigned ones.
+    whole = levels.add_(_MIDDLE + 0.5).clamp_(0, 2 * _MIDDLE + 0.5).to(torch.int8)
+    high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1))
+    # The sum overflows into the sign, which is the byte's highest bit.
+    torch.add(whole[:, :half], high, alpha=16, out=codes.view(torch.int8))

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 DECAY = 0.9
 
 
@@ -33,10 +31,3 @@ def shares(periods: Sequence[int], counts: Sequence[int]) -> tuple[float, ...]:
     return tuple(
         1 / period / total / (1 - DECAY**count) if count > 0 else 0.0 for period, count in zip(periods, counts)
     )
-
-
-def add_share_(drive: Tensor, momentum: Tensor, share: float | Tensor) -> Tensor:
-    """drive + share * momentum, in place."""
-    if isinstance(share, Tensor):  # In a compiled graph, which would otherwise depend on the number.
-        return drive.addcmul_(momentum, share)
-    return drive.add_(momentum, alpha=share)
