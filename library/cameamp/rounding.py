@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bits of the significand, the implicit one included, and the exponent below which steps stop shrinking. float16's own do
+# Bits of the significand, the implicit one included, and the exponent below which steps stop shrinking. float16's do
 # there; bfloat16's go down to 2^-133, but a power of two beyond 2^126 or below 2^-126 overflows, or becomes 0, in some
 # versions and settings of PyTorch.
 _FORMATS = {torch.bfloat16: (8, -118), torch.float16: (11, -13)}
