@@ -17,6 +17,8 @@ from ..rounding import Dither, uniform_noise
 from . import Buffers
 
 _LARGEST_CODE = 127
+# Below it only what is all zeros is divided.
+_SMALLEST_NORM = 1e-37
 # Of a direction's length, what must lie outside of the directions before it to be one of its own.
 _SMALLEST_NEW_PART = 1e-3
 
@@ -75,7 +77,7 @@ class LowRank:
         padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
         matrix = padded.view(-1, self.rows, self.columns)
         factors = codes.to(torch.float32)
-        old_left = factors[:, :, : self.rows].mul_(scale.prod(dim=1).mul_(1 - rate).unsqueeze(2)).transpose(1, 2)
+        old_left = factors[:, :, : self.rows].mul_(_of_both(scale).mul_(1 - rate)).transpose(1, 2)
         old_right = factors[:, :, self.rows :]
         # A little of every direction, or one that the factors lack could never come in. The same for all tensors.
         alike = Dither(torch.zeros_like(dither.positions[:1]), dither.step)
@@ -85,10 +87,9 @@ class LowRank:
         left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
         right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
         for place, factor, part in ((0, left, codes[:, :, : self.rows]), (1, right, codes[:, :, self.rows :])):
-            largest = torch.maximum(factor.amax(dim=2), factor.amin(dim=2).neg_())
-            scale[:, place] = largest / _LARGEST_CODE
-            factor.mul_((_LARGEST_CODE / torch.where(largest > 0, largest, torch.inf)).unsqueeze(2))
-            part.copy_(factor.round_())
+            step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(_LARGEST_CODE)
+            scale[:, place] = step
+            part.copy_(factor.div_(step.clamp_min_(_SMALLEST_NORM).unsqueeze(2)).round_())
 
 
 def add_to(stack: Tensor, stack_share: float, shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> None:
@@ -111,11 +112,16 @@ def add_to(stack: Tensor, stack_share: float, shares: Sequence[tuple[LowRank, st
 def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> tuple[Tensor, Tensor]:
     """(tensors, rows, ranks) and (tensors, ranks, columns), whose product is the sum of share * state."""
     rows = shares[0][0].rows
-    codes = torch.cat([buffers[f"{name}_q"].to(torch.float32) for _, name, _ in shares], dim=1)
-    scales = torch.cat([buffers[f"{name}_q_scale"].prod(dim=1).mul_(share) for _, name, share in shares], dim=1)
-    codes[:, :, :rows].mul_(scales.unsqueeze(2))
+    codes = torch.cat([buffers[f"{name}_q"] for _, name, _ in shares], dim=1).to(torch.float32)
+    scales = torch.cat([_of_both(buffers[f"{name}_q_scale"]).mul_(share) for _, name, share in shares], dim=1)
+    codes[:, :, :rows].mul_(scales)
     codes = _two_or_more(codes)
     return codes[:, :, :rows].transpose(1, 2), codes[:, :, rows:]
+
+
+def _of_both(scale: Tensor) -> Tensor:
+    """What one of two factors is multiplied by so that the other need not be, (tensors, rank, 1)."""
+    return (scale[:, 0] * scale[:, 1]).unsqueeze(2)
 
 
 def _two_or_more(factor: Tensor) -> Tensor:
@@ -128,9 +134,10 @@ def _orthonormal(x: Tensor) -> Tensor:
 
     A row that the ones before it hold already becomes zeros: what is left of it is rounding, along any of them.
     """
-    made: list[Tensor] = []
-    for row in x.unbind(1):
-        least = torch.linalg.vector_norm(row, dim=1, keepdim=True) * _SMALLEST_NEW_PART
+    first, *others = x.unbind(1)
+    made = [first / torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)]
+    for row in others:
+        least = torch.linalg.vector_norm(row, dim=1, keepdim=True).mul_(_SMALLEST_NEW_PART)
         for known in made:
             row = row - known * (known * row).sum(dim=1, keepdim=True)
         norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)

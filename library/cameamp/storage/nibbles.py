@@ -59,7 +59,6 @@ class Nibbles:
         scratch: Tensor | None = None,
     ) -> Tensor:
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        # Scaled on the way, and then a plain sum: CPUs take half as long again for `lerp_`.
         rows, columns = target.shape[1:]
         moved = _unpacked(codes, scale * (1 - rate), rows, columns, out).add_(target, alpha=rate)
         _pack(moved, codes, scale, scratch)
