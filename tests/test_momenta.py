@@ -76,7 +76,7 @@ def test_operations_of_an_sdxl_lora():
 def test_nibbles_go_to_the_nearest_level_and_keep_zeros(rows, columns, seed):
     storage, shape = Nibbles(), torch.Size((rows, columns))
     x = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
-    x[1] *= 1e-20
+    x[1] *= 1e-15  # Smaller squares become 0 once code that PyTorch 2.4 compiled has run in this process.
     x[0][x[0].abs() < 0.3] = 0.0
     buffers = storage.allocate("m", shape, 2, 0.0, dither(tensors=2))
     assert not storage.read("m", buffers, rows, columns).any()
