@@ -33,6 +33,8 @@ class Row:
         read_backs: how often a step waits for the device.
         state: bytes of state a parameter.
         temporary: MiB of working memory.
+        first: seconds of the first step in this phase, which makes the states and compiles.
+        graphs: how many graphs it compiled.
     """
 
     name: str
@@ -44,16 +46,21 @@ class Row:
     read_backs: int
     state: float
     temporary: float
+    first: float
+    graphs: int
 
 
-HEADER = f"{'':44}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}"
+HEADER = (
+    f"{'':44}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}{'first s':>9}"
+    f"{'graphs':>8}"
+)
 
 
 def line(row: Row) -> str:
     """A row of the table."""
     return (
         f"{row.name:44}{row.ratio:7.2f}{f'{row.low:.2f} - {row.high:.2f}':>15}{row.milliseconds:9.1f}"
-        f"{row.operations:12}{row.state:11.2f}{row.temporary:10.1f}"
+        f"{row.operations:12}{row.state:11.2f}{row.temporary:10.1f}{row.first:9.1f}{row.graphs:8}"
     )
 
 
@@ -75,9 +82,11 @@ def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: 
     """
     shared = parameters(shapes)
     count = sum(p.numel() for p in shared)
-    made: dict[str, Any] = {name: build(shared) for name, build in builds.items()}
-    for optimizer in made.values():
-        optimizer.step()
+    made: dict[str, Any] = {}
+    firsts: dict[str, tuple[float, int]] = {}
+    for name, build in builds.items():
+        made[name] = build(shared)
+        firsts[name] = first_step(made[name])
     *_, last = made
     if last.startswith("Automagic"):
         made[f"plain copy of the bytes of {last}"] = Copy(shared, made[last].state)
@@ -93,9 +102,18 @@ def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: 
             Row(
                 name, middle / unit, low / unit, high / unit, middle * 1e3,
                 counted.counts.total(), len(counted.read_backs), bytes_of[0] / count, bytes_of[1] / 2**20,
+                *firsts.get(name, (0.0, 0)),
             )
         )  # fmt: skip
     return rows
+
+
+def first_step(optimizer: torch.optim.Optimizer) -> tuple[float, int]:
+    """Take one step; its seconds, and how many graphs it compiled."""
+    stats = torch._dynamo.utils.counters["stats"]
+    start, before = time.perf_counter(), stats["unique_graphs"]
+    optimizer.step()
+    return time.perf_counter() - start, stats["unique_graphs"] - before
 
 
 def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Workspace:
     """
 
     def __init__(self, stacks: int = 4) -> None:
+        _let_malloc_keep_blocks()
         self._stacks = stacks
         self._memory = _memory(0)
 
@@ -52,6 +54,16 @@ class Workspace:
         if self._memory.numel() < total:
             self._memory = _memory(total)
         return Work(*self._memory[:total].view(self._stacks, -1, batch.rows, batch.columns).unbind())
+
+
+@cache
+def _let_malloc_keep_blocks() -> None:
+    """For what is not lent: compiled graphs and 8-bit codes take a quarter less time where no page is new.
+
+    glibc gives larger blocks back to the system as soon as they are free, until one of up to 32 MiB has been: from then
+    on it keeps blocks of up to that size. This one is never written to, so that no memory is used for it.
+    """
+    _memory(31 * 2**18)
 
 
 def _memory(count: int) -> Tensor:
