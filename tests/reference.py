@@ -25,6 +25,7 @@ class ReferenceCameAMP:
             "lr": 1e-6, "min_lr": 1e-7, "max_lr": 1e-3, "lr_bump": 3e-6, "eps": (1e-30, 1e-16, 1e-8),
             "clip_threshold": 1.0, "betas": (0.8, 0.99, 0.999), "eta": 2.0, "beta1_decay": 0.9995,
             "weight_decay": 5e-4, "warmup_steps": 500, "came": True, "full_finetune": False, "cautious": False,
+            "bias_correction": False,
             "momentum_scales": (), **options,
         }  # fmt: skip
         self.groups = [{**self.options, **group} for group in groups]
@@ -87,7 +88,8 @@ class ReferenceCameAMP:
 
         # 4. AdaBelief
         st["exp_avg_res"] = b3 * st["exp_avg_res"] + (1 - b3) * ((sg - bar) ** 2 + eps2)
-        u = st["exp_avg"] / st["exp_avg_res"].sqrt()
+        seen = 1 - b3**t if o["bias_correction"] else 1
+        u = st["exp_avg"] / (st["exp_avg_res"] / seen).sqrt()
 
         # 5. Grams
         a = o["beta1_decay"] ** t

@@ -182,6 +182,7 @@ def test_schedulers(schedule):
     [
         {"came": False},
         {"cautious": True},
+        {"bias_correction": True},
         {"full_finetune": True},
         {"weight_decay": 0.0},
         {"clip_threshold": 0.3, "eta": 0.5, "beta1_decay": 0.99},

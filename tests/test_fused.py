@@ -41,6 +41,7 @@ def assert_same_training(a, b):
 
 def test_same_numbers_in_all_phases():
     assert_same_training(trained(fused=True), trained())
+    assert_same_training(trained(fused=True, bias_correction=True), trained(bias_correction=True))
 
 
 def test_same_numbers_with_a_context(caplog):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from library.automagic_cameamp import Automagic_CameAMP
 from library.cameamp.techniques import (
+    adabelief,
     agr,
     allora,
     came,
@@ -227,3 +228,14 @@ def test_weight_decay_shrinks_an_element_without_gradient():
     optimizer.step()
     theta = 2 / (1 + math.exp(-4 * (0.0 - 16 / 17) / math.sqrt(16 / 17 - (16 / 17) ** 2)))
     assert p.item() == pytest.approx(2 * (1 - 1e-3 * theta), rel=1e-6)
+
+
+def test_bias_correction_makes_the_first_step_as_long_as_the_last():
+    """Of a momentum and a residual that never change."""
+    exp_avg, exp_avg_res = torch.full((1, 2, 2), 0.3), torch.zeros(1, 2, 2)
+    updates = []
+    for step in range(1, 41):
+        residual = torch.full((1, 2, 2), 0.5)
+        correction = adabelief.bias_correction(0.99, step)
+        updates.append(adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, 0.99, 1e-16, correction))
+    assert torch.allclose(torch.stack(updates), torch.tensor(0.6), rtol=1e-4)

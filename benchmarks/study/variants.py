@@ -68,7 +68,7 @@ def _without_consistency(
     return scaled_grad.sub_(exp_avg)
 
 
-def _without_belief(exp_avg: Tensor, exp_avg_res: Tensor, residual: Tensor, beta3: float, eps: float) -> Tensor:
+def _without_belief(exp_avg: Tensor, exp_avg_res: Tensor, residual: Tensor, *_: Any) -> Tensor:
     """The momentum itself."""
     return residual.copy_(exp_avg)
 
@@ -126,21 +126,7 @@ ALONE: dict[str, Variant] = {
 # Other formulas -----------------------------------------------------------------------------------------------------
 
 
-def _bias_corrected() -> Variant:
-    """The residual average divided by 1 - beta3^t, which an average that starts at 0 lacks."""
-    now = [0]
-    scalars_at = rules.StepScalars.at
-
-    def at(step: int, *rest: Any) -> rules.StepScalars:
-        now[0] = step
-        return scalars_at(step, *rest)
-
-    original = adabelief.divide_by_belief_
-
-    def divide(exp_avg: Tensor, exp_avg_res: Tensor, residual: Tensor, beta3: float, eps: float) -> Tensor:
-        return original(exp_avg, exp_avg_res, residual, beta3, eps).mul_((1 - beta3 ** now[0]) ** 0.5)
-
-    return Variant(patches=((rules.StepScalars, "at", staticmethod(at)), (adabelief, "divide_by_belief_", divide)))
+_BIAS_CORRECTED = Variant({"bias_correction": True})
 
 
 def _geometric(factor: float) -> Variant:
@@ -172,15 +158,15 @@ WARMUPS: dict[str, Variant] = {
 }
 
 FORMULAS: dict[str, Variant] = {
-    "bias correction of the residual": _bias_corrected(),
+    "bias correction of the residual": _BIAS_CORRECTED,
     "bumps of 10 % in place of 3e-6": _geometric(1.1),
-    "bias correction and bumps of 10 %": _together(_bias_corrected(), _geometric(1.1)),
+    "bias correction and bumps of 10 %": _together(_BIAS_CORRECTED, _geometric(1.1)),
 }
 
 CONTEXT_FORMULAS: dict[str, Variant] = {
     **FORMULAS,
     "max_lr=1e-2 in place of 1e-3": _HIGHER,
-    "bias correction and max_lr=1e-2": _together(_bias_corrected(), _HIGHER),
+    "bias correction and max_lr=1e-2": _together(_BIAS_CORRECTED, _HIGHER),
     "gain 15 in place of 30": Variant(patches=((context, "_GAIN", 15.0),)),
     "gain 60 in place of 30": Variant(patches=((context, "_GAIN", 60.0),)),
     "offset 0.05 in place of 0.02": Variant(patches=((context, "_OFFSET", 0.05),)),

@@ -47,6 +47,7 @@ class OptimizerConfig:
         blocksize: 8-bit optimizers: the largest quantization block; a power of two from 64 to 4096.
         fused: run the rules through `torch.compile`.
         cautious: mask the update where it disagrees with the gradient's sign.
+        bias_correction: divide the mean squared residual by what an average that starts at 0 lacks.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -74,6 +75,7 @@ class OptimizerConfig:
     blocksize: int = 4096
     fused: bool = False
     cautious: bool = False
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -144,6 +144,7 @@ class _Loaded:
 def _as_tensors(scalars: StepScalars) -> StepScalars:
     """Numbers that change with the step as 0-d tensors: as Python numbers each would be compiled into the graph."""
     scheduler = 1.0 if scalars.scheduler is None else scalars.scheduler
-    numbers = [scalars.momentum_rate, scalars.gradient_share, scalars.clip_bound, scheduler]
-    rate, share, bound, factor = torch.tensor(numbers, dtype=torch.float32, device="cpu").unbind()
-    return StepScalars(rate, share, bound, factor)
+    correction = 1.0 if scalars.bias_correction is None else scalars.bias_correction
+    numbers = [scalars.momentum_rate, scalars.gradient_share, scalars.clip_bound, scheduler, correction]
+    rate, share, bound, factor, root = torch.tensor(numbers, dtype=torch.float32, device="cpu").unbind()
+    return StepScalars(rate, share, bound, factor, None if scalars.bias_correction is None else root)

@@ -97,6 +97,7 @@ class StepScalars(NamedTuple):
         gradient_share: Grams' share of the gradient's direction.
         clip_bound: bound of a gradient element where CAME is off.
         scheduler: by how much a scheduler has changed the learning rate; None for not at all.
+        bias_correction: AdaBelief's; None where it is off.
         scale_names: the states of the multi-scale momenta.
         scale_rates: for each multi-scale momentum, how far it moves towards the gradient: 0 when it is not due.
         scale_shares: for each of them, its share in what drives the momentum; all 0 while none was ever updated.
@@ -106,6 +107,7 @@ class StepScalars(NamedTuple):
     gradient_share: Scalar
     clip_bound: Scalar
     scheduler: Scalar | None
+    bias_correction: Scalar | None = None
     scale_names: tuple[str, ...] = ()
     scale_rates: tuple[float, ...] = ()
     scale_shares: tuple[float, ...] = ()
@@ -129,6 +131,7 @@ class StepScalars(NamedTuple):
             gradient_share=grams.gradient_share(config.beta1_decay, step),
             clip_bound=came.growing_bound(step),
             scheduler=None if scheduler == 1 else scheduler,
+            bias_correction=adabelief.bias_correction(config.betas[2], step) if config.bias_correction else None,
             scale_names=tuple(momentum_name(k) for k in periods),
             scale_rates=tuple(1 - multiscale.DECAY if multiscale.is_due(k, step) else 0.0 for k in periods),
             scale_shares=multiscale.shares(periods, momentum_counts),
@@ -253,7 +256,7 @@ def move_(
     del drive
 
     exp_avg_res = states.read("exp_avg_res")
-    u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2)
+    u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2, scalars.bias_correction)
     states.write("exp_avg_res", exp_avg_res)
     states.write("exp_avg", exp_avg)
     del exp_avg, exp_avg_res

@@ -22,7 +22,7 @@ EXTREME_OPTIONS: tuple[dict[str, Any], ...] = (
     },
     {
         "lr": 0.5, "min_lr": 0.0, "max_lr": 1.0, "lr_bump": 1.0, "clip_threshold": 1e-30, "eta": 1e-6,
-        "beta1_decay": 1e-6,
+        "beta1_decay": 1e-6, "bias_correction": True,
     },
     {
         "came": False, "cautious": True, "lr_bump": 0.0, "eps": (1e-35, 1e-35, 1e-35), "betas": (0.0, 0.0, 0.0),
