@@ -1,7 +1,8 @@
 """The full counts of the long checks: python tests/reliability/full.py [part ...]
 
-Each part runs in a process of its own, one after the other; about half an hour on one core. A part that fails prints
-its error, and makes the exit status 1. tests/ runs the same functions with small counts.
+Each part runs in a process of its own, one after the other; about an hour on one core. The figures are printed, and
+written to output/reliability.txt. A part that fails prints its error, and makes the exit status 1. tests/ runs the same
+functions with small counts.
 """
 
 from __future__ import annotations
@@ -160,7 +161,10 @@ def main() -> int:
         parser.error(f"unknown part '{unknown[0]}'; allowed: {', '.join(PARTS)}")
     os.environ["OMP_NUM_THREADS"] = "1"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate", "bitsandbytes"))
-    print(f"Python {platform.python_version()}, {packages}", flush=True)
+    report = _ROOT / "output" / "reliability.txt"
+    report.parent.mkdir(exist_ok=True)
+    report.write_text("", encoding="utf-8")
+    _tell(report, f"Python {platform.python_version()}, {packages}")
     failed = 0
     for name in parts or PARTS:
         start = time.perf_counter()
@@ -170,8 +174,14 @@ def main() -> int:
                 lines = process.submit(_run, name).result()
             except Exception as error:
                 failed, lines = 1, [f"FAILED: {type(error).__name__}: {error}"]
-        print(f"{name} ({time.perf_counter() - start:.0f} s)", *lines, sep="\n  ", flush=True)
+        _tell(report, f"{name} ({time.perf_counter() - start:.0f} s)", *(f"  {line}" for line in lines))
     return failed
+
+
+def _tell(report: Path, *lines: str) -> None:
+    print(*lines, sep="\n", flush=True)
+    with report.open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":
