@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import library.automagic_cameamp as family
 from benchmarks.cost import operations
-from library.cameamp.storage import blockwise
+from library.cameamp.storage import blockwise, low_rank
 
 NAMES = [name for name in family.__all__ if name.startswith("Automagic")]
 WARMUP_STEPS = {"early": 1000, "late warm-up": 6, "after": 0}
@@ -28,6 +28,7 @@ def cuda_without_a_card(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda x, key, value: view_at(x, key).copy_(value))
     yield
     blockwise._tables.cache_clear()
+    low_rank._noise.cache_clear()
 
 
 def view_at(x, key):

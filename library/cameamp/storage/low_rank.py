@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -79,10 +80,9 @@ class LowRank:
         factors = codes.to(torch.float32)
         old_left = factors[:, :, : self.rows].mul_(_of_both(scale).mul_(1 - rate)).transpose(1, 2)
         old_right = factors[:, :, self.rows :]
-        # A little of every direction, or one that the factors lack could never come in. The same for all tensors.
-        alike = Dither(torch.zeros_like(dither.positions[:1]), dither.step)
-        noise = uniform_noise(alike, 0, self.columns * self.rank).view(1, self.rank, self.columns)
-        probe = _two_or_more(old_right + noise.sub_(0.5)).transpose(1, 2)
+        # A little of every direction, or one that the factors lack could never come in; another at every step.
+        noise = _noise(self.columns * self.rank, codes.device).roll(dither.step)
+        probe = _two_or_more(old_right + noise.view(1, self.rank, self.columns)).transpose(1, 2)
         seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
         left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
         right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
@@ -117,6 +117,13 @@ def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> 
     codes[:, :, :rows].mul_(scales)
     codes = _two_or_more(codes)
     return codes[:, :, :rows].transpose(1, 2), codes[:, :, rows:]
+
+
+@cache
+def _noise(count: int, device: torch.device) -> Tensor:
+    """Numbers between -1/2 and 1/2, always the same."""
+    alone = Dither(torch.zeros(1, dtype=torch.int32, device=device), 0)
+    return uniform_noise(alone, 0, count).flatten().sub_(0.5)
 
 
 def _of_both(scale: Tensor) -> Tensor:
