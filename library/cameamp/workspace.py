@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from functools import cache
 from typing import NamedTuple
 
@@ -9,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .batches import LARGEST_STACK, Batch
+
+# Of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Work(NamedTuple):
@@ -41,7 +46,6 @@ class Workspace:
     """
 
     def __init__(self, stacks: int = 4) -> None:
-        _let_malloc_keep_blocks()
         self._stacks = stacks
         self._memory = _memory(0)
 
@@ -50,6 +54,7 @@ class Workspace:
         size = batch.numel()
         if batch.params[0].device.type != "cpu" or size > LARGEST_STACK:
             return Work()
+        _let_malloc_keep_blocks()
         total = self._stacks * size
         if self._memory.numel() < total:
             self._memory = _memory(total)
@@ -58,12 +63,14 @@ class Workspace:
 
 @cache
 def _let_malloc_keep_blocks() -> None:
-    """For what is not lent: compiled graphs and 8-bit codes take a quarter less time where no page is new.
+    """For what is not lent, in processes that train on a CPU: keep freed memory, up to 256 MiB, in place of new pages.
 
-    glibc gives larger blocks back to the system as soon as they are free, until one of up to 32 MiB has been: from then
-    on it keeps blocks of up to that size. This one is never written to, so that no memory is used for it.
+    Compiled graphs and 8-bit codes take a quarter less time with it. Only glibc has to be told.
     """
-    _memory(31 * 2**18)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the largest that it takes
+        libc.mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 def _memory(count: int) -> Tensor:
