@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from library.cameamp.workspace import keep_freed_memory
+
 from .models import NAMES, load
 from .step_time import HEADER, Row, describe, line, measure, sets
 
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks"), help="folder to write to")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as ours have it, for all alike
     args.output.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[Row]] = {}
     for model in args.models:

@@ -1,10 +1,10 @@
-"""How the time of a step grows: with the model, and with the number of tensors that hold the same elements.
+"""How the time of a step grows: with the model, with the number of its tensors, and with a context.
 
     python -m benchmarks.growth [--rounds 15]
 
-After the warm-up, for each of ours and for torch's AdamW. The first ratio is of the times a parameter, on an SDXL LoRA
-and on an SD 1.5 LoRA; the second is of the times of a step, with each tensor of an SDXL LoRA and with ten of them, one
-above the other, as one.
+For each of ours and for torch's AdamW, after the warm-up: the time a parameter on an SDXL LoRA, as a ratio to that on
+an SD 1.5 LoRA, and the time of a step with each tensor of an SDXL LoRA alone, as a ratio to that with ten of them, one
+above the other, as one. Then, in each phase, the time of the contextual optimizers as a ratio to the plain ones.
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from library.cameamp.workspace import keep_freed_memory
 
 from . import contenders
 from .contenders import REFERENCE, Build
@@ -33,16 +37,18 @@ def tenths(shapes: Shapes) -> tuple[Shapes, Shapes]:
     return few, many
 
 
-def ratio(build: Build, first: Shapes, second: Shapes, rounds: int) -> tuple[float, float]:
-    """Milliseconds of a step on the second shapes, and its ratio to one on the first: the median over the rounds."""
-    steps = {}
-    for name, shapes in (("first", first), ("second", second)):
-        optimizer = build(parameters(shapes))
-        optimizer.step()
-        steps[name] = optimizer.step
-    seconds = interleaved(steps, rounds)
+def ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Milliseconds of the second step, and its ratio to the first: the median over rounds of both."""
+    seconds = interleaved({"first": first, "second": second}, rounds)
     pairs = zip(seconds["second"], seconds["first"])
     return 1e3 * statistics.median(seconds["second"]), statistics.median(b / a for b, a in pairs)
+
+
+def started(build: Build, shapes: Shapes) -> Callable[[], Any]:
+    """The step of an optimizer that has taken one."""
+    optimizer = build(parameters(shapes))
+    optimizer.step()
+    return optimizer.step
 
 
 def main() -> None:
@@ -51,6 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as ours have it, for all alike
     small, large = load("sd15_lora16"), load("sdxl_lora16")
     few, many = tenths(large)
     counts = {id(shapes): sum(torch.Size(s).numel() for s in shapes) for shapes in (small, large, many)}
@@ -62,9 +69,19 @@ def main() -> None:
           f"{counts[id(many)] / 1e6:.1f} M elements")  # fmt: skip
     print(f"{'':36}{'ms on SDXL':>12}{'a parameter, SDXL / SD 1.5':>28}{'ten times the tensors':>24}")
     for name, build in builds.items():
-        milliseconds, growth = ratio(build, small, large, args.rounds)
-        _, split = ratio(build, few, many, args.rounds)
+        milliseconds, growth = ratio(started(build, small), started(build, large), args.rounds)
+        _, split = ratio(started(build, few), started(build, many), args.rounds)
         print(f"{name:36}{milliseconds:12.1f}{growth / larger:28.2f}{split:24.2f}", flush=True)
+    print(f"{'contextual / plain':36}" + "".join(f"{phase:>28}" for phase in contenders.PHASES))
+    for bits in ("", "8bit"):
+        for model, shapes in (("SD 1.5", small), ("SDXL", large)):
+            found = []
+            for phase in contenders.PHASES:
+                (plain,) = contenders.ours(f"Automagic_CameAMP{bits}", (phase,)).values()
+                (contextual,) = contenders.ours(f"Automagic_CameAMP_COptim{bits}", (phase,)).values()
+                found.append(ratio(started(plain, shapes), started(contextual, shapes), args.rounds)[1])
+            name = f"{'8' if bits else '32'}-bit, {model} LoRA"
+            print(f"{name:36}" + "".join(f"{value:28.2f}" for value in found), flush=True)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Workspace:
         size = batch.numel()
         if batch.params[0].device.type != "cpu" or size > LARGEST_STACK:
             return Work()
-        _let_malloc_keep_blocks()
+        keep_freed_memory()
         total = self._stacks * size
         if self._memory.numel() < total:
             self._memory = _memory(total)
@@ -62,10 +62,10 @@ class Workspace:
 
 
 @cache
-def _let_malloc_keep_blocks() -> None:
-    """For what is not lent, in processes that train on a CPU: keep freed memory, up to 256 MiB, in place of new pages.
+def keep_freed_memory() -> None:
+    """Let this process keep freed memory, up to 256 MiB, in place of new pages: for what is not lent on a CPU.
 
-    Compiled graphs and 8-bit codes take a quarter less time with it. Only glibc has to be told.
+    Compiled graphs and 8-bit codes take up to a quarter less time with it. Only glibc has to be told.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
