@@ -30,7 +30,7 @@ def test_params_may_be_any_iterable():
 
 
 def test_group_lr_above_max_lr_raises_its_bound(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING)
     optimizer = Automagic_CameAMP([{"params": [matrix()]}, {"params": [matrix()], "lr": 5e-3}], lr=1e-3)
     assert "parameter group 1: max_lr is raised" in caplog.text
     assert [group["max_lr"] for group in optimizer.param_groups] == [1e-3, 5e-3]

@@ -158,7 +158,8 @@ class CameAMP(Optimizer):
                 max_lr = own.get("max_lr", self.config.max_lr)
                 if isinstance(max_lr, (int, float)) and lr > max_lr:
                     raised = self.config.replace(**{**own, "max_lr": lr, "lr": lr})
-                    logger.info(
+                    # Mostly a rate left over from another optimizer, which would ruin the run.
+                    logger.warning(
                         "parameter group %d: max_lr is raised from %g to the group's lr, %g", number, max_lr, lr
                     )
                     return GroupOptions(raised, float(lr))
