@@ -67,7 +67,11 @@ def test_memory(model, limit, phase, warmup_steps, bound):
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1000])
-@pytest.mark.parametrize("shapes", [load("sd15_lora16"), [(4096, 4096), (64, 64)]], ids=["lora", "one large"])
+@pytest.mark.parametrize(
+    "shapes",
+    [load("sd15_lora16"), [(4096, 4096), (64, 64)], [(512, 2048)] * 6 + [(4096, 2560)] + [(512, 2048)] * 6],
+    ids=["lora", "one large", "one large among others"],
+)
 def test_temporary_memory(shapes, warmup_steps):
     optimizer = Automagic_CameAMP8bit(parameters(shapes), warmup_steps=warmup_steps)
     optimizer.step()

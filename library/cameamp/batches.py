@@ -252,10 +252,10 @@ class Layout:
                 result[members[start][0]] = self._batch(members[start : start + length], traits)
         dropped = [batch for position, batch in self._known.items() if result.get(position) is not batch]
         self._known = result
-        if not dropped:
-            return list(result.values()), []
-        present = {p for _, p, _ in params}
-        return list(result.values()), [p for batch in dropped for p in batch.params if p not in present]
+        # Those that are too large for the workspace first, all together: for them it is given up.
+        ordered = sorted(result.values(), key=lambda batch: batch.numel() <= LARGEST_STACK)
+        present = {p for _, p, _ in params} if dropped else set()
+        return ordered, [p for batch in dropped for p in batch.params if p not in present]
 
     def _batch(self, members: list[tuple[int, Tensor]], traits: Traits) -> Batch:
         positions = [position for position, _ in members]

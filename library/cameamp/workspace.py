@@ -52,7 +52,10 @@ class Workspace:
     def lend(self, batch: Batch) -> Work:
         """Memory for a batch, until the next call."""
         size = batch.numel()
-        if batch.params[0].device.type != "cpu" or size > LARGEST_STACK:
+        if batch.params[0].device.type != "cpu":
+            return Work()
+        if size > LARGEST_STACK:  # A single tensor, which needs what may be used at once for itself.
+            self._memory = _memory(0)
             return Work()
         keep_freed_memory()
         total = self._stacks * size
