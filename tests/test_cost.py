@@ -113,7 +113,7 @@ def test_parameters_left_behind_hold_no_one_elses_memory():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems' malloc keeps or returns what it wants")
 def test_no_step_asks_for_new_pages():
-    """On CPUs: freed blocks stay with the process, which costs a quarter of an 8-bit step otherwise."""
+    """On CPUs: freed blocks stay with the process, and need not be cleared by the system at every step."""
     code = """
 import resource, torch
 from library.automagic_cameamp import Automagic_CameAMP8bit

@@ -68,7 +68,7 @@ class Workspace:
 def keep_freed_memory() -> None:
     """Let this process keep freed memory, up to 256 MiB, in place of new pages: for what is not lent on a CPU.
 
-    Compiled graphs and 8-bit codes take up to a quarter less time with it. Only glibc has to be told.
+    Compiled graphs and 8-bit codes take less time with it. Only glibc has to be told.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
