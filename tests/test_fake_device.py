@@ -14,21 +14,30 @@ from benchmarks.cost import operations
 from library.cameamp.storage import blockwise, low_rank
 
 NAMES = [name for name in family.__all__ if name.startswith("Automagic")]
+HALVES = (torch.bfloat16, torch.float16)  # whose weights are rounded stochastically
 WARMUP_STEPS = {"early": 1000, "late warm-up": 6, "after": 0}
 
 
 @pytest.fixture(autouse=True)
 def cuda_without_a_card(monkeypatch):
     """What a build of PyTorch without CUDA cannot do on fake tensors, done otherwise."""
-    for signed in (True, False):
+    tables = {signed: blockwise._tables(signed, torch.device("cpu")) for signed in (True, False)}
+    for signed in tables:
         blockwise._code_of_zero(signed)
+    monkeypatch.setattr(blockwise, "_tables", lambda signed, device: on(device, tables[signed]))
     monkeypatch.setattr(family, "require_bitsandbytes", lambda: None)
-    # Indexing asks for a driver even then; the operations behind it do not.
+    # These ask for a driver even then; the operations behind them do not.
     monkeypatch.setattr(torch.Tensor, "__getitem__", view_at)
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda x, key, value: view_at(x, key).copy_(value))
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x, **layout: torch.ops.aten.contiguous(x, **layout))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda x, source, non_blocking=False: torch.ops.aten.copy_(x, source))
     yield
-    blockwise._tables.cache_clear()
     low_rank._noise.cache_clear()
+
+
+def on(device, tables):
+    """Tables of the same shapes on a device."""
+    return blockwise._Tables(*(torch.empty_like(table, device=device) for table in tables))
 
 
 def view_at(x, key):
@@ -51,6 +60,7 @@ def view_at(x, key):
 def fake_parameters():
     shapes = [(64, 64), (64, 64), (16, 320), (320, 16), (64, 16, 3, 3), (5,), ()]
     params = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
+    params += [torch.nn.Parameter(torch.empty(64, 64, device="cuda", dtype=dtype)) for dtype in HALVES]
     for p in params:
         p.grad = torch.empty_like(p)
     return params
@@ -67,6 +77,7 @@ def test_no_rule_makes_a_device_wait(name, phase):
             family.report_loss(optimizer, torch.empty((), device="cuda"))
             counted = operations(optimizer.step)
             assert counted.read_backs == []
+        assert not optimizer._unquantizable  # What fails is kept in 32 bits otherwise, and tests nothing.
         kept = {key: value for state in optimizer.state.values() for key, value in state.items()}
         assert {value.device.type for value in kept.values() if torch.is_tensor(value)} == {"cuda"}
 

@@ -86,12 +86,12 @@ def first_pass(g: Tensor, with_deviations: bool, watch_every: int = 0, scratch: 
     unusable = drop_unusable_(g, scratch)
     count = _count_(unusable)
     magnitudes = _measure(g, with_deviations, scratch=unusable)
-    return FirstPass(magnitudes, count, every_nth(g, watch_every) if watch_every else None)
+    return FirstPass(magnitudes, count, at_every_nth(g, watch_every).clone() if watch_every else None)
 
 
-def every_nth(stack: Tensor, n: int) -> Tensor:
-    """Every n-th element of each tensor of a stack, from the first one on: (tensors, elements), a copy."""
-    return stack.flatten(1)[:, ::n].clone()
+def at_every_nth(stack: Tensor, n: int) -> Tensor:
+    """Every n-th element of each tensor of a stack, from the first one on: (tensors, elements), a view."""
+    return stack.flatten(1)[:, ::n]
 
 
 def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import OptimizerConfig
-from .gradients import drop_unusable_, every_nth
+from .gradients import at_every_nth, drop_unusable_
 from .techniques import (
     adabelief,
     agr,
@@ -193,8 +193,19 @@ def take_step_(
         options: which rules act.
     """
     sg, direction = scale_gradient_(g, states, magnitude_sum, work, scalars, options)
-    drive = multi_scale_momentum(sg, direction, states, scalars, work)
-    return move_(p, sg, direction, drive, states, decay_strengths, multiplier, work, scalars, options)
+    # The drive has no name here, so that its memory is free as soon as the second half is done with it.
+    return move_(
+        p,
+        sg,
+        direction,
+        multi_scale_momentum(sg, direction, states, scalars, work),
+        states,
+        decay_strengths,
+        multiplier,
+        work,
+        scalars,
+        options,
+    )
 
 
 def scale_gradient_(
@@ -243,7 +254,7 @@ def move_(
     phase, has_polarity, row_scaled, config, watch_every = options
     eps1, eps2, eps3 = config.eps
     beta1, _, beta3 = config.betas
-    watched_grad = every_nth(sg, watch_every) if watch_every else None
+    watched_grad = at_every_nth(sg, watch_every).clone() if watch_every else None
 
     exp_avg = states.read("exp_avg")
     if phase.early:
@@ -290,7 +301,7 @@ def move_(
         states.write("lr_mask", mask)
     if watched_grad is None:
         return None
-    return Watched(watched_grad, every_nth(rates, watch_every) * every_nth(u, watch_every))
+    return Watched(watched_grad, at_every_nth(rates, watch_every) * at_every_nth(u, watch_every))
 
 
 def multi_scale_momentum(

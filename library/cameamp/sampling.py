@@ -42,7 +42,7 @@ class Sampler:
 
         Args:
             batches: the batches of all groups that take this step.
-            pieces: what `gradients.every_nth` took of each.
+            pieces: what was taken of each, at every `every`-th element.
         """
         device = pieces[0].device
         flat = torch.cat([piece.flatten().to(device, non_blocking=True) for piece in pieces])

@@ -41,12 +41,12 @@ class Workspace:
     much again as the arithmetic. PyTorch's allocator for GPUs keeps its blocks, so nothing is held there. Never more
     than four stacks of the largest size that `batches` builds, 100 MiB; five with multi-scale momentum.
 
-    Args:
-        stacks: how many stacks to lend, 4 or 5; the fifth is the drive.
+    Attributes:
+        stacks: how many stacks are lent, 4 or 5; the fifth is the drive.
     """
 
     def __init__(self, stacks: int = 4) -> None:
-        self._stacks = stacks
+        self.stacks = stacks
         self._memory = _memory(0)
 
     def lend(self, batch: Batch) -> Work:
@@ -58,10 +58,10 @@ class Workspace:
             self._memory = _memory(0)
             return Work()
         keep_freed_memory()
-        total = self._stacks * size
+        total = self.stacks * size
         if self._memory.numel() < total:
             self._memory = _memory(total)
-        return Work(*self._memory[:total].view(self._stacks, -1, batch.rows, batch.columns).unbind())
+        return Work(*self._memory[:total].view(self.stacks, -1, batch.rows, batch.columns).unbind())
 
 
 @cache
