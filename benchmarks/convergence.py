@@ -39,7 +39,8 @@ def wanted(part: str, task: str, seeds: int) -> Iterator[Run]:
     if part == "ablations":
         yield from plan.ablations(task)
     elif part == "warmups":
-        yield from plan.warmups(task)
+        for seed in range(min(seeds, 3)):
+            yield from plan.warmups(task, seed)
     else:
         for seed in range(min(seeds, 2)):
             yield from plan.formulas(task, seed)

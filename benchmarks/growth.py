@@ -1,10 +1,11 @@
-"""How the time of a step grows: with the model, with the number of its tensors, and with a context.
+"""How the time of a step grows: with the model, with the number of its tensors, and over what the user has now.
 
     python -m benchmarks.growth [--rounds 15]
 
 For each of ours and for torch's AdamW, after the warm-up: the time a parameter on an SDXL LoRA, as a ratio to that on
 an SD 1.5 LoRA, and the time of a step with each tensor of an SDXL LoRA alone, as a ratio to that with ten of them, one
-above the other, as one. Then, in each phase, the time of the contextual optimizers as a ratio to the plain ones.
+above the other, as one. Then, in each phase, ratios of two optimizers that take their steps in turns: ours to the AdamW
+of the same bits, and the contextual ones to the plain ones.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ def ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> t
     return 1e3 * statistics.median(seconds["second"]), statistics.median(b / a for b, a in pairs)
 
 
+def compared(first: Build, second: Build, shapes: Shapes, rounds: int) -> str:
+    """The second optimizer's time as a ratio to the first's: median and quartiles of the rounds."""
+    seconds = interleaved({"first": started(first, shapes), "second": started(second, shapes)}, rounds)
+    low, middle, high = statistics.quantiles([b / a for a, b in zip(seconds["first"], seconds["second"])], n=4)
+    return f"{middle:.2f} ({low:.2f} - {high:.2f})"
+
+
 def started(build: Build, shapes: Shapes) -> Callable[[], Any]:
     """The step of an optimizer that has taken one."""
     optimizer = build(parameters(shapes))
@@ -72,16 +80,18 @@ def main() -> None:
         milliseconds, growth = ratio(started(build, small), started(build, large), args.rounds)
         _, split = ratio(started(build, few), started(build, many), args.rounds)
         print(f"{name:36}{milliseconds:12.1f}{growth / larger:28.2f}{split:24.2f}", flush=True)
-    print(f"{'contextual / plain':36}" + "".join(f"{phase:>28}" for phase in contenders.PHASES))
-    for bits in ("", "8bit"):
+    print(f"{'in turns':36}" + "".join(f"{phase:>28}" for phase in contenders.PHASES))
+    for bits, adamw in (("", REFERENCE), ("8bit", "bitsandbytes AdamW8bit")):
         for model, shapes in (("SD 1.5", small), ("SDXL", large)):
-            found = []
+            to_adamw, to_plain = [], []
             for phase in contenders.PHASES:
                 (plain,) = contenders.ours(f"Automagic_CameAMP{bits}", (phase,)).values()
                 (contextual,) = contenders.ours(f"Automagic_CameAMP_COptim{bits}", (phase,)).values()
-                found.append(ratio(started(plain, shapes), started(contextual, shapes), args.rounds)[1])
-            name = f"{'8' if bits else '32'}-bit, {model} LoRA"
-            print(f"{name:36}" + "".join(f"{value:28.2f}" for value in found), flush=True)
+                to_adamw.append(compared(contenders.peer(adamw), plain, shapes, args.rounds))
+                to_plain.append(compared(plain, contextual, shapes, args.rounds))
+            row = f"{'8' if bits else '32'}-bit, {model} LoRA: "
+            print(f"{row + 'plain / AdamW':36}" + "".join(f"{text:>28}" for text in to_adamw))
+            print(f"{row + 'context / plain':36}" + "".join(f"{text:>28}" for text in to_plain), flush=True)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,7 @@ class ReferenceCameAMP:
                 moved = torch.where(polarity == st["last_polarity"], o["lr_bump"], -o["lr_bump"])
                 st["lr_mask"] = (st["lr_mask"] + moved).clamp(o["min_lr"], max(o["max_lr"], o["lr"]))
             st["last_polarity"] = polarity
-        lr = st["lr_mask"] * scale
-        if o["momentum_scales"]:
-            lr = (st["lr_mask"] * self.multiplier).clamp(o["min_lr"], max(o["max_lr"], o["lr"])) * scale
+        lr = (st["lr_mask"] * self.multiplier).clamp(o["min_lr"], max(o["max_lr"], o["lr"])) * scale
 
         # Cautious
         if o["cautious"]:

@@ -45,7 +45,7 @@ def test_defaults_are_the_published_ones():
         ({"edge_threshold": 0.0}, ["edge_threshold"]),
         ({"adaptation_rate": 2.0}, ["adaptation_rate"]),
         ({"momentum_scales": (1, 1)}, ["momentum_scales", "different"]),
-        ({"momentum_scales": ()}, ["momentum_scales"]),
+        ({"momentum_scales": (0, 5)}, ["momentum_scales", "at least 1"]),
         ({"blocksize": 100}, ["blocksize", "100", "power of two"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",

@@ -154,6 +154,16 @@ def test_other_scales_keep_what_they_share():
     assert torch.equal(first.optimizer.state[p]["momentum_scale_1_q"], second.optimizer.state[q]["momentum_scale_1_q"])
 
 
+@pytest.mark.parametrize("optimizer_class", CONTEXTUAL)
+def test_without_scales_and_back(optimizer_class):
+    first = Training(optimizer_class).run(5)
+    second = resumed(first, optimizer_class, momentum_scales=()).run(1)
+    assert not any("momentum" in name for name in second.optimizer.state[second.params[0]])
+    assert second.optimizer.c_optim.loss_history[:5] == first.optimizer.c_optim.loss_history
+    third = resumed(second, optimizer_class, momentum_scales=(1, 2)).run(1)
+    assert third.optimizer.state[third.params[0]]["momentum_count_1"] == 1
+
+
 def test_another_window_keeps_the_newest():
     second = resumed(Training().run(9), Automagic_CameAMP_COptim, context_window=4)
     assert second.optimizer.c_optim.loss_history == Training().run(9).optimizer.c_optim.loss_history[-4:]

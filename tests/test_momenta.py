@@ -36,7 +36,7 @@ def large_state_bytes(optimizer):
 @pytest.mark.parametrize(
     ("optimizer_class", "share"), [(Automagic_CameAMP_COptim, 1.05), (Automagic_CameAMP_COptim8bit, 0.30)]
 )
-@pytest.mark.parametrize(("scales", "more"), [(FOUR, 0.0), (EIGHT, 0.05)], ids=["four", "eight"])
+@pytest.mark.parametrize(("scales", "more"), [((), -0.049), (FOUR, 0.0), (EIGHT, 0.05)], ids=["none", "four", "eight"])
 def test_memory(model, limit, phase, optimizer_class, share, scales, more):
     optimizer = optimizer_class(parameters(load(model, limit)), warmup_steps=WARMUP[phase], momentum_scales=scales)
     optimizer.step()

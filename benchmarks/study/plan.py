@@ -70,8 +70,9 @@ def formulas(task: str, seed: int) -> Iterator[Run]:
             yield Run(task, optimizer, lr, seed, name)
 
 
-def warmups(task: str) -> Iterator[Run]:
-    """Lengths of the warm-up, on one seed."""
+def warmups(task: str, seed: int) -> Iterator[Run]:
+    """Lengths of the warm-up."""
     for optimizer, lr in CASES[:2]:
+        yield Run(task, optimizer, lr, seed)
         for name in WARMUPS:
-            yield Run(task, optimizer, lr, 0, name)
+            yield Run(task, optimizer, lr, seed, name)

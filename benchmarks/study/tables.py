@@ -99,13 +99,12 @@ def _goals(runs: Runs, task: str) -> Iterator[str]:
 
 
 def _variants(runs: Runs, task: str) -> Iterator[str]:
-    first, second = ([Run(task, optimizer, lr, seed) for optimizer, lr in CASES] for seed in (0, 1))
-    both = [run for pair in zip(first, second) for run in pair]
-    for title, columns, names in (
-        ("a technique left out or alone", first[:2], (*LEFT_OUT, *CONTEXT_LEFT_OUT, *ALONE)),
-        ("the length of the warm-up, which is half of the run elsewhere", first[:2], WARMUPS),
-        ("other formulas", both, CONTEXT_FORMULAS),
+    for title, cases, seeds, names in (
+        ("a technique left out or alone", CASES[:2], 1, (*LEFT_OUT, *CONTEXT_LEFT_OUT, *ALONE)),
+        ("the length of the warm-up, which is half of the run elsewhere", CASES[:2], 3, WARMUPS),
+        ("other formulas", CASES, 2, CONTEXT_FORMULAS),
     ):
+        columns = [Run(task, optimizer, lr, seed) for optimizer, lr in cases for seed in range(seeds)]
         yield from _changes(runs, f"{task}: {title}; change of the loss at the end", columns, names)
 
 

@@ -43,7 +43,7 @@ class OptimizerConfig:
         context_window: contextual optimizers: steps of history.
         edge_threshold: contextual optimizers: confidence at which a step counts as an edge case; in (0, 1].
         adaptation_rate: contextual optimizers: how fast the multiplier follows its target; in [0, 1].
-        momentum_scales: contextual optimizers: update periods of the momenta, in steps.
+        momentum_scales: contextual optimizers: update periods of the momenta, in steps; () for no such momenta.
         blocksize: 8-bit optimizers: the largest quantization block; a power of two from 64 to 4096.
         fused: run the rules through `torch.compile`.
         cautious: mask the update where it disagrees with the gradient's sign.
@@ -101,8 +101,8 @@ class OptimizerConfig:
         _require(0 < self.edge_threshold <= 1, "edge_threshold", self.edge_threshold, "a number above 0 and at most 1")
         _require(0 <= self.adaptation_rate <= 1, "adaptation_rate", self.adaptation_rate, "a number from 0 to 1")
         scales = self.momentum_scales
-        distinct = len(scales) > 0 and min(scales) >= 1 and len(set(scales)) == len(scales)
-        _require(distinct, "momentum_scales", scales, "one or more different whole numbers of at least 1")
+        distinct = all(scale >= 1 for scale in scales) and len(set(scales)) == len(scales)
+        _require(distinct, "momentum_scales", scales, "different whole numbers of at least 1, or none")
         power_of_two = 64 <= self.blocksize <= 4096 and self.blocksize & (self.blocksize - 1) == 0
         _require(power_of_two, "blocksize", self.blocksize, "a power of two from 64 to 4096")
 

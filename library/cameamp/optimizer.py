@@ -694,7 +694,7 @@ class CameAMP(Optimizer):
         self._layouts = {}
         self._compiler = Compiler()
         self._sampler = None
-        self._workspace = Workspace(stacks=5 if self._contextual else 4)
+        self._workspace = Workspace(stacks=5 if self._contextual and self.config.momentum_scales else 4)
         if self._contextual and self.__dict__.get("_group_options"):
             self._tell_bounds()
 
