@@ -18,7 +18,7 @@ from .study import pictures, plan, tables
 from .study.kept import Kept
 from .study.runs import DIGITS, STEPS, TEXT, Run, Runs
 
-PARTS = ("grids", "seeds", "ablations", "warmups", "formulas")
+PARTS = ("grids", "seeds", "ablations", "warmups", "formulas", "options")
 
 
 def train(runs: Runs, tasks: list[str], parts: list[str], seeds: int) -> None:
@@ -41,6 +41,9 @@ def wanted(part: str, task: str, seeds: int) -> Iterator[Run]:
     elif part == "warmups":
         for seed in range(min(seeds, 3)):
             yield from plan.warmups(task, seed)
+    elif part == "options":
+        for seed in range(seeds):
+            yield from plan.options(task, seed)
     else:
         for seed in range(min(seeds, 2)):
             yield from plan.formulas(task, seed)

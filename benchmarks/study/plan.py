@@ -15,7 +15,7 @@ from .optimizers import (
     rates,
 )
 from .runs import Run, Runs
-from .variants import ALONE, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, WARMUPS
+from .variants import ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, OPTIONS, WARMUPS
 
 OPTIMIZERS = (REFERENCE, *OURS, *(name for name in PEER_RATES if name != REFERENCE))
 
@@ -68,6 +68,13 @@ def formulas(task: str, seed: int) -> Iterator[Run]:
         yield Run(task, optimizer, lr, seed)
         for name in CONTEXT_FORMULAS if optimizer == CONTEXTUAL else FORMULAS:
             yield Run(task, optimizer, lr, seed, name)
+
+
+def options(task: str, seed: int) -> Iterator[Run]:
+    """The contextual optimizer with options that promise a lower loss: on the first seed over the learning rates."""
+    for name in (AS_IT_IS, *OPTIONS):
+        for lr in OUR_RATES if seed == 0 else (DEFAULT_RATE,):
+            yield Run(task, CONTEXTUAL, lr, seed, name)
 
 
 def warmups(task: str, seed: int) -> Iterator[Run]:

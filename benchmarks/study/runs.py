@@ -120,10 +120,10 @@ class Runs:
         known = self.grid(task, optimizer)
         return _best(known) if known else None
 
-    def seeds(self, task: str, optimizer: str, lr: float) -> dict[int, Result]:
+    def seeds(self, task: str, optimizer: str, lr: float, variant: str = AS_IT_IS) -> dict[int, Result]:
         """The known runs at a learning rate, by seed."""
         found: dict[int, Result] = {}
-        while (run := Run(task, optimizer, lr, len(found))) in self:
+        while (run := Run(task, optimizer, lr, len(found), variant)) in self:
             found[len(found)] = self[run]
         return found
 

@@ -10,7 +10,7 @@ from ..contenders import OURS
 from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE, OUR_RATES, PLAIN, PLAIN_8BIT
 from .plan import CASES, OPTIMIZERS, rates_on_seeds
 from .runs import DIGITS, TEXT, Result, Run, Runs
-from .variants import ALONE, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, LEFT_OUT, WARMUPS
+from .variants import ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, LEFT_OUT, OPTIONS, WARMUPS
 
 TASKS = (DIGITS, TEXT)
 _CELL = 20
@@ -26,6 +26,7 @@ def all_tables(runs: Runs) -> Iterator[str]:
         yield from _goals(runs, task)
     for task in TASKS:
         yield from _variants(runs, task)
+        yield from _options(runs, task)
 
 
 def _grids(runs: Runs, task: str) -> Iterator[str]:
@@ -106,6 +107,27 @@ def _variants(runs: Runs, task: str) -> Iterator[str]:
     ):
         columns = [Run(task, optimizer, lr, seed) for optimizer, lr in cases for seed in range(seeds)]
         yield from _changes(runs, f"{task}: {title}; change of the loss at the end", columns, names)
+
+
+def _options(runs: Runs, task: str) -> Iterator[str]:
+    names = [name for name in (AS_IT_IS, *OPTIONS) if runs.seeds(task, CONTEXTUAL, DEFAULT_RATE, name)]
+    reference = runs.reference(task, 0)
+    if reference is None or names == [AS_IT_IS]:
+        return
+    width = max(map(len, OPTIONS))
+    yield f"{task}: {CONTEXTUAL} with other options, from {DEFAULT_RATE:g}; and the worst from 1e-6 to 1e-3, seed 0"
+    yield f"    {'':{width}} seeds    mean  spread  to AdamW  worst to AdamW   AdamW's loss after"
+    for name in names:
+        found = runs.seeds(task, CONTEXTUAL, DEFAULT_RATE, name)
+        finals = [result.final for result in found.values()]
+        mean = statistics.mean(finals)
+        grid = [runs[run].final for lr in OUR_RATES if (run := Run(task, CONTEXTUAL, lr, 0, name)) in runs]
+        worst = f"{max(grid) / reference.final - 1:+.1%}" if len(grid) == len(OUR_RATES) else ""
+        yield (
+            f"    {name or 'as it is':{width}} {len(found):5} {_loss(mean)} {(max(finals) - min(finals)) / mean:7.1%}"
+            f" {_mean_to_reference(runs, task, found):+9.2%} {worst:>15}   {_by_seed(runs, task, found)}"
+        )
+    yield ""
 
 
 def _changes(runs: Runs, title: str, columns: list[Run], names: Collection[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from library.cameamp import context, rules
+from library.cameamp import context
 from library.cameamp.storage import momenta
 from library.cameamp.techniques import adabelief, agr, consistency, grams, lr_mask, orthograd, tam
 
@@ -90,7 +90,7 @@ LEFT_OUT: dict[str, Variant] = {
 }
 
 CONTEXT_LEFT_OUT: dict[str, Variant] = {
-    "without multi-scale momentum": Variant(patches=((rules, "multi_scale_momentum", lambda *_: None),)),
+    "without multi-scale momentum": Variant({"momentum_scales": ()}),
     "without codes of the momenta": Variant(patches=((momenta, "SMALLEST_CODED", 2**62),)),
     "without edge cases": Variant({"edge_threshold": 1.0}),
     "without the offset": Variant(patches=((context, "_OFFSET", 0.0),)),
@@ -103,8 +103,9 @@ CONTEXT_LEFT_OUT: dict[str, Variant] = {
 _CORE_PATCHES: dict[str, tuple[Any, str, Any]] = {
     name: LEFT_OUT[f"without {name}"].patches[0]
     for name in ("AGR", "torque-aware momentum", "consistency momentum", "AdaBelief", "Grams", "orthogonal gradient")
-} | {"multi-scale momentum": CONTEXT_LEFT_OUT["without multi-scale momentum"].patches[0]}
+}
 _CORE_OPTIONS: dict[str, dict[str, Any]] = {
+    "multi-scale momentum": {"momentum_scales": ()},
     "the mask's bumps": {"lr_bump": 0.0},
     "ALLoRA": {"full_finetune": True},
     "weight decay": {"weight_decay": 0.0},
@@ -141,11 +142,14 @@ def _geometric(factor: float) -> Variant:
 
 
 def _together(*variants: Variant) -> Variant:
+    """All their changes; the warm-up is the last one's."""
     options = {name: value for variant in variants for name, value in variant.options.items()}
-    return Variant(options, tuple(patch for variant in variants for patch in variant.patches))
+    patches = tuple(patch for variant in variants for patch in variant.patches)
+    return Variant(options, patches, variants[-1].warmup)
 
 
 _HIGHER = Variant({"max_lr": 1e-2})
+_CORRECTED_AND_HIGHER = _together(_BIAS_CORRECTED, _HIGHER)
 
 
 WARMUPS: dict[str, Variant] = {
@@ -166,10 +170,21 @@ FORMULAS: dict[str, Variant] = {
 CONTEXT_FORMULAS: dict[str, Variant] = {
     **FORMULAS,
     "max_lr=1e-2 in place of 1e-3": _HIGHER,
-    "bias correction and max_lr=1e-2": _together(_BIAS_CORRECTED, _HIGHER),
+    "bias correction and max_lr=1e-2": _CORRECTED_AND_HIGHER,
     "gain 15 in place of 30": Variant(patches=((context, "_GAIN", 15.0),)),
     "gain 60 in place of 30": Variant(patches=((context, "_GAIN", 60.0),)),
     "offset 0.05 in place of 0.02": Variant(patches=((context, "_OFFSET", 0.05),)),
+}
+
+# Options of the contextual optimizers that promise a lower loss, alone and together.
+_NO_SCALES, _LONG = CONTEXT_LEFT_OUT["without multi-scale momentum"], WARMUPS["warm-up of twice the run"]
+OPTIONS: dict[str, Variant] = {
+    "without multi-scale momentum": _NO_SCALES,
+    "warm-up of twice the run": _LONG,
+    "bias correction and max_lr=1e-2": _CORRECTED_AND_HIGHER,
+    "no momenta, twice the warm-up": _together(_NO_SCALES, _LONG),
+    "no momenta, correction and max_lr": _together(_NO_SCALES, _CORRECTED_AND_HIGHER),
+    "no momenta, correction, max_lr, twice": _together(_NO_SCALES, _CORRECTED_AND_HIGHER, _LONG),
 }
 
 AS_IT_IS = ""
@@ -180,4 +195,5 @@ VARIANTS: dict[str, Variant] = {
     **ALONE,
     **CONTEXT_FORMULAS,
     **WARMUPS,
+    **OPTIONS,
 }
