@@ -47,10 +47,12 @@ def main(arguments: list[str]) -> int:
 
 
 def install(requirements: str) -> None:
-    """Make the virtual environment and install what a file lists, once for each content of the file."""
-    if not usable():
+    """Make the virtual environment and install what a file lists, once for each content of the requirements."""
+    if not runs("-m", "pip", "--version"):
         print(f"making {VENV}")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
+        # One that lacks nothing but pip, as other tools make them, only gets that; one that does not run is made anew.
+        clear = [] if runs("-c", "") else ["--clear"]
+        subprocess.run([sys.executable, "-m", "venv", *clear, str(VENV)], check=True)
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("requirements*.txt")))).hexdigest()
     stamp = VENV / f"{requirements}.installed"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
@@ -60,11 +62,9 @@ def install(requirements: str) -> None:
     stamp.write_text(wanted, encoding="utf-8")
 
 
-def usable() -> bool:
-    """Whether the virtual environment is whole; one that was interrupted while it was made has no pip."""
-    return (
-        PYTHON.exists() and subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode == 0
-    )
+def runs(*arguments: str) -> bool:
+    """Whether the virtual environment's Python is there and runs something without an error."""
+    return PYTHON.exists() and subprocess.run([str(PYTHON), *arguments], capture_output=True).returncode == 0
 
 
 def run(arguments: list[str]) -> None:

@@ -1,7 +1,8 @@
 """Train with the Automagic_CameAMP optimizers.
 
 python train_network_patch.py --sd_scripts DIR [--train_script sdxl_train_network.py] <options of that script>
-    trains in sd-scripts; DIR may be left out where SD_SCRIPTS_DIR, this folder, ./sd-scripts or ../sd-scripts has it.
+    trains in sd-scripts; DIR may be left out where it is SD_SCRIPTS_DIR, the current folder, ./sd-scripts or
+    ../sd-scripts.
     --print_optimizer_config prints the optimizer's resolved options as TOML, and exits.
 
 python train_network_patch.py --embedded --config_file configs/embedded_lora.toml
@@ -23,8 +24,9 @@ def main(arguments: Sequence[str]) -> int:
     from library.cameamp_cli import UserError
     from library.cameamp_demo.options import is_embedded
 
+    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
     try:
-        if not {"-h", "--help"}.isdisjoint(arguments):
+        if asks_for_help:
             print(__doc__)
         if is_embedded(arguments):
             from library.cameamp_demo.main import main as train
@@ -32,6 +34,9 @@ def main(arguments: Sequence[str]) -> int:
             from library.cameamp_host.main import main as train
         return train(arguments)
     except UserError as error:
+        if asks_for_help:
+            print(f"The script's own options cannot be shown: {error}")
+            return 0
         print(f"error: {error}", file=sys.stderr)
         return 2
 

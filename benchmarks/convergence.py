@@ -21,14 +21,14 @@ from .study.runs import DIGITS, STEPS, TEXT, Run, Runs
 PARTS = ("grids", "seeds", "ablations", "warmups", "formulas", "options")
 
 
-def train(runs: Runs, tasks: list[str], parts: list[str], seeds: int) -> None:
+def train(runs: Runs, tasks: list[str], parts: list[str], optimizers: list[str], seeds: int) -> None:
     """Make the runs that are asked for."""
     for part in parts:
         for task in tasks:
             if part == "grids":
-                plan.make_grids(runs, task)
+                plan.make_grids(runs, task, optimizers)
             elif part == "seeds":
-                plan.make_seeds(runs, task, seeds)
+                plan.make_seeds(runs, task, optimizers, seeds)
             else:
                 for run in wanted(part, task, seeds):
                     runs.make(run)
@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=[DIGITS, TEXT], choices=[DIGITS, TEXT], help="which tasks")
     parser.add_argument("--digits_steps", type=int, default=STEPS[DIGITS], help="steps of a LoRA fine-tune")
     parser.add_argument("--text_steps", type=int, default=STEPS[TEXT], help="steps of a text model's training")
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds at the best learning rate")
+    parser.add_argument(
+        "--optimizers", nargs="*", default=plan.OPTIMIZERS, choices=plan.OPTIMIZERS, help="which in grids and seeds"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds at the best learning rate")
     parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS, help="which parts of the study to train")
     parser.add_argument("--results", default="output/convergence.json", help="file of finished runs")
     parser.add_argument("--kept", help="print the study in this file, and train nothing")
@@ -64,7 +67,7 @@ def main() -> None:
     steps = {DIGITS: args.digits_steps, TEXT: args.text_steps}
     runs = Runs(Kept(Path(args.kept or args.results)), steps)
     if not args.kept:
-        train(runs, args.tasks, args.parts, args.seeds)
+        train(runs, args.tasks, args.parts, args.optimizers, args.seeds)
     for line in tables.all_tables(runs):
         print(line)
     pictures.save_all(runs, Path(args.pictures))

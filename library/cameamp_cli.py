@@ -43,7 +43,7 @@ def read_toml(path: str) -> dict[str, Any]:
         UserError: it cannot be read, or is not valid TOML; with the line and its key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors put a byte-order mark before it.
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
@@ -58,3 +58,6 @@ def read_toml(path: str) -> dict[str, Any]:
         if "homogeneous" in str(error):
             hint = " Numbers of one list must be all whole or all decimal: write 1.0 beside 0.8, not 1."
         raise UserError(f"{where}: {reason}.{hint}") from None
+    except Exception:
+        # Of some mistakes, such as a table where its name has a value already, the parser itself makes another error.
+        raise UserError(f"{path}: is not valid TOML") from None

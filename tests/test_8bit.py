@@ -80,7 +80,6 @@ def test_temporary_memory(shapes, warmup_steps):
 
 
 def test_no_read_back():
-    training = Training()
     for warmup in (8, 0):
         training = Training(warmup_steps=warmup)
         for _ in range(10):

@@ -38,6 +38,9 @@ def test_defaults_are_the_published_ones():
         ({"betas": (0.8, 1.0, 0.999)}, ["betas", "1.0", "below 1"]),
         ({"clip_threshold": 0}, ["clip_threshold"]),
         ({"eta": 0.0}, ["eta"]),
+        ({"eta": 1e-200}, ["eta"]),
+        ({"clip_threshold": 10**400}, ["clip_threshold", "finite"]),
+        ({"warmup_steps": 10**400}, ["warmup_steps", "up to"]),
         ({"beta1_decay": 1.5}, ["beta1_decay", "1.5"]),
         ({"weight_decay": -0.1}, ["weight_decay"]),
         ({"warmup_steps": -1}, ["warmup_steps", "-1"]),
@@ -127,6 +130,13 @@ def test_toml_mistakes(table, words):
     with pytest.raises(ValueError, match=r"run\.toml") as raised:
         OptimizerConfig.from_toml(table, "run.toml", {}, lr=1e-4)
     assert all(word in str(raised.value) for word in words), raised.value
+
+
+def test_a_range_is_broken_where_it_is_written():
+    with pytest.raises(ValueError, match=r"^optimizer_args: option 'warmup_steps' is -5"):
+        OptimizerConfig.from_toml({"eta": 1.0}, "run.toml", {"warmup_steps": -5}, lr=1e-5)
+    with pytest.raises(ValueError, match=r"^run\.toml: option 'warmup_steps' is -5"):
+        OptimizerConfig.from_toml({"warmup_steps": -5}, "run.toml", {"eta": 1.0}, lr=1e-5)
 
 
 def test_learning_rate_is_not_an_optimizer_arg():

@@ -19,6 +19,7 @@ from library.automagic_cameamp import (
     Automagic_CameAMP_COptim8bit,
     report_loss,
 )
+from library.cameamp.sampling import Sampler
 
 SHAPES = [(8, 16), (16, 8), (12,)]
 
@@ -219,6 +220,18 @@ def test_adaptation_rate_is_the_pace():
     slow, fast = (follow([1] * 4, adaptation_rate=rate)[0] for rate in (0.01, 0.02))
     assert math.log(fast[-1]) == pytest.approx(2 * math.log(slow[-1]), rel=0.1)
     assert follow([1] * 9, adaptation_rate=0.0)[0][-1] == 1.0
+
+
+@pytest.mark.parametrize("shapes", [[(8, 320), (320, 8)] * 40, [(16, 768), (96, 96, 3, 3)], [(5, 7)], [(151, 64)] * 99])
+def test_samples_meet_all_rows_and_columns_alike(shapes):
+    sampler = Sampler([math.prod(shape) for shape in shapes])
+    for rows, *columns in shapes:
+        count = math.prod(columns)
+        seen = torch.zeros(rows * count)
+        seen[:: sampler.every] = 1
+        for dim in (0, 1):
+            hits = seen.view(rows, count).sum(dim)
+            assert hits.max() - hits.min() <= 1
 
 
 def test_momentum_scales_are_those_kept():

@@ -145,6 +145,15 @@ def test_any_of_the_four_loads_into_any_other(first, second, caplog):
     assert any("momentum_scale" in name for name in after.optimizer.state[after.params[0]]) == (second in CONTEXTUAL)
 
 
+def test_loading_forgets_what_was_reported_and_keeps_the_context_itself():
+    first, second = Training().run(5), Training().run(5)
+    context, saved = first.optimizer.c_optim, first.optimizer.state_dict()
+    first.optimizer.report_loss(float("nan"))
+    first.optimizer.load_state_dict(saved)
+    assert first.optimizer.c_optim is context
+    assert_same(first.run(2).everything(), second.run(2).everything())
+
+
 def test_other_scales_keep_what_they_share():
     first = Training().run(5)
     second = resumed(first, Automagic_CameAMP_COptim, momentum_scales=(1, 4, 7)).run(1)

@@ -69,6 +69,7 @@ def test_tables_are_of_the_losses_that_are_kept(tmp_path: Path) -> None:
     printed = list(tables.all_tables(few))
     reach = printed[next(i for i, line in enumerate(printed) if "the best of ours at its best" in line) + 1]
     assert reach.endswith("missed (0.75)")
+    assert not any("options" in line or "left out" in line for line in printed)  # Nothing is known of either.
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,17 @@ def test_states_of_the_warm_up_are_freed():
     assert sizes == [21, 21, 16, 16]
 
 
+def held_bytes(optimizer):
+    """Of the memory that the states lie in, whose or nobody's they are."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    }
+    return sum(storages.values())
+
+
 def test_parameters_left_behind_hold_no_one_elses_memory():
     params = [torch.nn.Parameter(torch.randn(32, 32)) for _ in range(32)]
     optimizer = Automagic_CameAMP(params, warmup_steps=1000)
@@ -102,13 +113,18 @@ def test_parameters_left_behind_hold_no_one_elses_memory():
             p.grad = torch.randn(32, 32)
         optimizer.step()
         params[number].grad = None
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    }
-    assert sum(storages.values()) == state_bytes(optimizer)
+    assert held_bytes(optimizer) == state_bytes(optimizer)
+
+
+def test_nor_when_a_group_is_added():
+    params = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(50)]
+    optimizer = Automagic_CameAMP(params, warmup_steps=1000)
+    for number in range(2):
+        for index, p in enumerate(params):
+            p.grad = torch.randn(64, 64) if index < 25 or number == 0 else None
+        optimizer.step()
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(3))]})
+    assert held_bytes(optimizer) == state_bytes(optimizer)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems' malloc keeps or returns what it wants")

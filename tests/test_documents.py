@@ -77,10 +77,13 @@ def test_commands_are_understood(place, command, tmp_path, monkeypatch):
         "pip install -r requirement.txt",
     ],
 )
-def test_a_wrong_command_would_be_found(wrong, tmp_path, monkeypatch):
+def test_a_wrong_command_would_be_found(wrong, tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((Exception, SystemExit)):
-        commands.check(wrong, monkeypatch)
+    command, word = wrong
+    with pytest.raises((Exception, SystemExit)) as raised:
+        commands.check(command, monkeypatch)
+    assert word in f"{raised.value} {capsys.readouterr()}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)

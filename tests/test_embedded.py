@@ -151,6 +151,7 @@ def test_mistakes_are_one_line_and_change_nothing(tmp_path, capsys):
     assert "'optimizer_type' is 'Adammm'" in refused(
         capsys, *arguments(tmp_path / "good")[:-2], "--optimizer_type", "Adammm"
     )
+    assert "needs no closure" in refused(capsys, *arguments(tmp_path / "good")[:-2], "--optimizer_type", "LBFGS")
     assert (tmp_path / "good" / "a.safetensors").read_bytes() == before
 
 
@@ -289,7 +290,6 @@ def test_base_weights_are_small_and_say_how_they_were_made():
 
 def test_a_contextual_run_shows_its_context(tmp_path):
     command = arguments(tmp_path, "--optimizer_type", "Automagic_CameAMP_COptim", "--save_every_n_steps", "3")
-    # argparse lets the last of an option win.
     assert main(command) == 0
     state = tmp_path / "a-step00000003-state"
     straight = factors(tmp_path / "a.safetensors")

@@ -7,10 +7,16 @@ import logging
 import pytest
 import torch
 
-from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim
+from library.automagic_cameamp import (
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_COptim,
+    Automagic_CameAMP_COptim8bit,
+)
 from library.cameamp import compiling
 
 SHAPES = [(8, 40), (48, 8), (8, 40), (48, 8), (9,)]
+CODED = [(64, 64), (16, 320), (9,)]  # The first two are large enough for codes.
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +27,9 @@ def no_graphs_of_other_tests():
     compiling._compiled.cache_clear()
 
 
-def trained(steps=10, optimizer_class=Automagic_CameAMP, **options):
+def trained(steps=10, optimizer_class=Automagic_CameAMP, shapes=SHAPES, **options):
     generator = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     optimizer = optimizer_class(params, lr=1e-3, warmup_steps=8, **options)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     for _ in range(steps):
@@ -39,15 +45,22 @@ def assert_same_training(a, b):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
 
 
-def test_same_numbers_in_all_phases():
-    assert_same_training(trained(fused=True), trained())
-    assert_same_training(trained(fused=True, bias_correction=True), trained(bias_correction=True))
-
-
-def test_same_numbers_with_a_context(caplog):
-    options = {"optimizer_class": Automagic_CameAMP_COptim, "momentum_scales": (1, 2, 3)}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias_correction": True},
+        {"optimizer_class": Automagic_CameAMP8bit, "shapes": CODED},
+        {"optimizer_class": Automagic_CameAMP_COptim, "momentum_scales": (1, 2, 3)},
+        {"optimizer_class": Automagic_CameAMP_COptim, "momentum_scales": ()},
+        {"optimizer_class": Automagic_CameAMP_COptim8bit, "shapes": CODED},
+    ],
+    ids=["plain", "bias correction", "8-bit", "contextual", "no scales", "contextual 8-bit"],
+)
+def test_same_numbers_in_all_phases(options, caplog):
+    """In 8 bits too: codes are exact, so that rounding alone can tell the two apart."""
     assert_same_training(trained(fused=True, **options), trained(**options))
-    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]  # Compiled indeed.
 
 
 def test_compile_failure_falls_back_with_one_warning(caplog, monkeypatch):

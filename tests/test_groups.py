@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 
-from library.automagic_cameamp import Automagic_CameAMP
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
 
 
 def matrix(rows=6, columns=5):
@@ -54,6 +55,10 @@ def test_group_lr_of_zero_freezes_it():
         ({"lr": 1e-9}, "parameter group 1: option 'lr' is 1e-09"),
         ({"lr": -1e-5}, "parameter group 1: option 'lr'"),
         ({"lr": "high"}, "parameter group 1: option 'lr' is 'high'"),
+        ({"lr": True}, "parameter group 1: option 'lr' is True"),
+        ({"lr": 2.0, "max_lr": True}, "parameter group 1: option 'max_lr' is True"),
+        ({"lr": 0, "min_lr": "low"}, "parameter group 1: option 'min_lr' is 'low'"),
+        ({"max_lr": 5e-7}, "parameter group 1: option 'lr' is 1e-06"),
         ({"betas": (0.9, 0.99)}, "parameter group 1: option 'betas'"),
         ({"weigth_decay": 0.1}, "parameter group 1: unknown option 'weigth_decay', did you mean 'weight_decay'"),
     ],
@@ -65,6 +70,22 @@ def test_mistakes_in_a_group_name_it_and_add_nothing(group, message):
     assert message in str(raised.value)
     assert len(optimizer.param_groups) == 1
     step(optimizer)
+
+
+def test_a_group_that_is_no_dictionary_is_refused():
+    optimizer = Automagic_CameAMP([matrix()])
+    with pytest.raises(TypeError, match="parameter group 1: it is a list; allowed: a dictionary"):
+        optimizer.add_param_group([matrix()])
+
+
+def test_numbers_of_numpy_are_numbers():
+    optimizer = Automagic_CameAMP([{"params": [matrix()], "lr": np.float32(2**-7)}])
+    assert optimizer.param_groups[0]["max_lr"] == 2**-7
+    frozen = matrix()
+    before = frozen.detach().clone()
+    step(Automagic_CameAMP([{"params": [frozen], "lr": np.float32(0)}]), 2)
+    assert torch.equal(frozen, before)
+    Automagic_CameAMP_COptim([matrix()]).report_loss(np.float32(1.0))
 
 
 def test_a_parameter_listed_twice_is_refused():

@@ -66,6 +66,10 @@ def test_tables_and_types_of_toml(tmp_path):
         ('seed = "a"\n', ["run.toml", "seed", "'a'"]),
         ("max_train_steps = 0\n", ["max_train_steps", "at least 1"]),
         ("network_alpha = 0\n", ["network_alpha"]),
+        ("network_alpha = nan\n", ["network_alpha", "finite"]),
+        ('optimizer_type = "AdamW"\nlearning_rate = inf\n', ["learning_rate", "finite"]),
+        ("seed = 4294967296\n", ["seed", "below 4294967296"]),
+        ("seed = 1\n[seed.more]\na = 1\n", ["run.toml", "not valid TOML"]),
         ('mixed_precision = "fp8"\n', ["mixed_precision", "no, bf16"]),
         ('output_name = "../x"\n', ["output_name", "without a folder"]),
         ('resume = "nowhere"\n', ["resume", "nowhere"]),
@@ -89,6 +93,8 @@ def test_mistakes(tmp_path, text, words):
         (["--optimizer_args", "eta"], ["eta", "no '='"]),
         (["--optimizer_args", "etta=1.0"], ["optimizer_args", "etta", "'eta'"]),
         (["--optimizer_args", "lr=1e-4"], ["optimizer_args", "'lr'"]),
+        (["--optimizer_args", "betas={[]:1}"], ["optimizer_args", "'betas'", "literal"]),
+        (["--optimizer_type", "AdamW", "--optimizer_args", "eta"], ["optimizer_args: 'eta' has no '='"]),
         (["--config_file", "nowhere.toml"], ["nowhere.toml", "cannot be read"]),
     ],
 )
@@ -103,6 +109,13 @@ def test_embedded_by_flag_or_file(tmp_path):
     assert is_embedded(["--config_file", written(tmp_path, "embedded = true\n")])
     assert not is_embedded(["--config_file", written(tmp_path, "seed = 1\n")])
     assert not is_embedded([])
+
+
+def test_a_file_of_a_windows_editor_may_begin_with_a_mark(tmp_path):
+    path = tmp_path / "marked.toml"
+    path.write_text("embedded = true\nseed = 3\n", "utf-8-sig")
+    assert is_embedded(["--config_file", str(path)])
+    assert parse(["--config_file", str(path)]).options.seed == 3
 
 
 @pytest.mark.parametrize(

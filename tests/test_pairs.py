@@ -11,7 +11,7 @@ QUANTIZED = 4  # Of the parameters of a run, those of 4,096 elements.
 
 
 def short(value):
-    return (value.__name__.removeprefix("Automagic_CameAMP_") if isinstance(value, type) else value) or "32bit"
+    return value.__name__.removeprefix("Automagic_CameAMP_") if isinstance(value, type) else value
 
 
 def is_eight_bit(optimizer_class):

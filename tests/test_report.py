@@ -10,14 +10,14 @@ from library.cameamp_cli import UserError
 from library.cameamp_host.report import main, read_logs
 
 
-def write_logs(folder, context=True, steps=5):
+def write_logs(folder, context="context", steps=5):
     writer = SummaryWriter(str(folder))
     for step in range(1, steps + 1):
         values = {"loss/current": 1 / step, "loss/average": 1 / step, "lr/unet": 1e-6}
         for what, factor in (("mean", 2), ("smallest", 1), ("largest", 5)):
             values[f"effective_lr/group0/{what}"] = factor * 1e-6 * step
         if context:
-            values |= {"context/multiplier": 1.5**step, "context/edge_cases": step // 3}
+            values |= {f"{context}/multiplier": 1.5**step, f"{context}/edge_cases": step // 3}
         for name, value in values.items():
             writer.add_scalar(name, value, step)
     writer.add_scalar("loss/epoch_average", 0.5, 1)
@@ -36,18 +36,21 @@ def test_the_newest_run_with_a_loss_is_read(tmp_path):
 
 def test_a_picture_grows_with_what_there_is_to_show(tmp_path, capsys):
     heights = {}
-    for context in (False, True):
-        folder = tmp_path / str(context)
+    for context in ("", "context", "context1"):
+        folder = tmp_path / f"with {context}"
         write_logs(folder, context)
         assert main([str(folder)]) == 0
         heights[context] = image.imread(folder / "report.png").shape[0]
-    assert heights[True] == pytest.approx(2 * heights[False], rel=0.02)
-    assert main([str(tmp_path / "True"), "--output", str(tmp_path / "here.png")]) == 0
+    assert heights["context"] == heights["context1"] == pytest.approx(2 * heights[""], rel=0.02)
+    assert main([str(tmp_path / "with context"), "--output", str(tmp_path / "here.png")]) == 0
     assert (tmp_path / "here.png").is_file()
     assert "here.png" in capsys.readouterr().out
 
 
 def test_no_logs_are_told(tmp_path, capsys):
+    other = SummaryWriter(str(tmp_path / "other"))
+    other.add_scalar("loss_of_something_else", 1.0, 0)
+    other.close()
     with pytest.raises(UserError, match="no tensorboard logs"):
         read_logs(tmp_path)
     assert main([str(tmp_path)]) == 2

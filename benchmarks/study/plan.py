@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ..contenders import OURS, REFERENCE
 from .optimizers import (
     CONTEXTUAL,
+    CONTEXTUAL_8BIT,
     DEFAULT_RATE,
     OUR_RATES,
     PEER_RATES,
@@ -15,19 +16,23 @@ from .optimizers import (
     rates,
 )
 from .runs import Run, Runs
-from .variants import ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, OPTIONS, WARMUPS
+from .variants import ADVISED, ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, OPTIONS, WARMUPS
 
 OPTIMIZERS = (REFERENCE, *OURS, *(name for name in PEER_RATES if name != REFERENCE))
 
-# Where techniques are left out and formulas changed: the plain optimizer at its best rate, at its default, and at one
-# that is too high for it; the contextual one at its default.
+# Where techniques are left out and formulas changed: the plain optimizer at its best rate for the LoRA, at its default,
+# and at one that is too high for the LoRA; the contextual one at its default.
 PLAIN_RATE = 3e-4
 CASES = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE), (PLAIN, DEFAULT_RATE), (PLAIN, OUR_RATES[-1]))
 
 
-def make_grids(runs: Runs, task: str) -> None:
-    """Every optimizer over its learning rates, on one seed; one rate more where the best is at the edge."""
-    for optimizer in OPTIMIZERS:
+# Other options: all in 32 bits, and in 8 bits the one that is advised.
+OPTION_CASES = (*((CONTEXTUAL, name) for name in (AS_IT_IS, *OPTIONS)), (CONTEXTUAL_8BIT, ADVISED))
+
+
+def make_grids(runs: Runs, task: str, optimizers: Sequence[str]) -> None:
+    """Optimizers over their learning rates, on one seed; one rate more where the best is at the edge."""
+    for optimizer in optimizers:
         for lr in rates(optimizer):
             runs.make(Run(task, optimizer, lr))
         while True:
@@ -38,10 +43,10 @@ def make_grids(runs: Runs, task: str) -> None:
             runs.make(Run(task, optimizer, more))
 
 
-def make_seeds(runs: Runs, task: str, seeds: int) -> None:
-    """Every optimizer at its best rate, and ours at the default too, on more seeds."""
+def make_seeds(runs: Runs, task: str, optimizers: Sequence[str], seeds: int) -> None:
+    """Optimizers at their best rate, and ours at the default too, on more seeds."""
     for seed in range(1, seeds):
-        for optimizer in OPTIMIZERS:
+        for optimizer in optimizers:
             for lr in rates_on_seeds(runs, task, optimizer):
                 runs.make(Run(task, optimizer, lr, seed))
 
@@ -71,10 +76,10 @@ def formulas(task: str, seed: int) -> Iterator[Run]:
 
 
 def options(task: str, seed: int) -> Iterator[Run]:
-    """The contextual optimizer with options that promise a lower loss: on the first seed over the learning rates."""
-    for name in (AS_IT_IS, *OPTIONS):
-        for lr in OUR_RATES if seed == 0 else (DEFAULT_RATE,):
-            yield Run(task, CONTEXTUAL, lr, seed, name)
+    """The contextual optimizers with options that promise a lower loss: on the first seed over the learning rates."""
+    for lr in OUR_RATES if seed == 0 else (DEFAULT_RATE,):
+        for optimizer, name in OPTION_CASES:
+            yield Run(task, optimizer, lr, seed, name)
 
 
 def warmups(task: str, seed: int) -> Iterator[Run]:

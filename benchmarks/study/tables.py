@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ..contenders import OURS
 from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE, OUR_RATES, PLAIN, PLAIN_8BIT
-from .plan import CASES, OPTIMIZERS, rates_on_seeds
+from .plan import CASES, OPTIMIZERS, OPTION_CASES, rates_on_seeds
 from .runs import DIGITS, TEXT, Result, Run, Runs
 from .variants import ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, LEFT_OUT, OPTIONS, WARMUPS
 
@@ -110,21 +110,22 @@ def _variants(runs: Runs, task: str) -> Iterator[str]:
 
 
 def _options(runs: Runs, task: str) -> Iterator[str]:
-    names = [name for name in (AS_IT_IS, *OPTIONS) if runs.seeds(task, CONTEXTUAL, DEFAULT_RATE, name)]
+    cases = [case for case in OPTION_CASES if runs.seeds(task, case[0], DEFAULT_RATE, case[1])]
     reference = runs.reference(task, 0)
-    if reference is None or names == [AS_IT_IS]:
+    if reference is None or all(name == AS_IT_IS for _, name in cases):
         return
-    width = max(map(len, OPTIONS))
+    width = max(map(len, OPTIONS)) + 2
     yield f"{task}: {CONTEXTUAL} with other options, from {DEFAULT_RATE:g}; and the worst from 1e-6 to 1e-3, seed 0"
     yield f"    {'':{width}} seeds    mean  spread  to AdamW  worst to AdamW   AdamW's loss after"
-    for name in names:
-        found = runs.seeds(task, CONTEXTUAL, DEFAULT_RATE, name)
+    for optimizer, name in cases:
+        found = runs.seeds(task, optimizer, DEFAULT_RATE, name)
         finals = [result.final for result in found.values()]
         mean = statistics.mean(finals)
-        grid = [runs[run].final for lr in OUR_RATES if (run := Run(task, CONTEXTUAL, lr, 0, name)) in runs]
+        grid = [runs[run].final for lr in OUR_RATES if (run := Run(task, optimizer, lr, 0, name)) in runs]
         worst = f"{max(grid) / reference.final - 1:+.1%}" if len(grid) == len(OUR_RATES) else ""
+        label = (name or "as it is") + (", 8-bit" if optimizer == CONTEXTUAL_8BIT else "")
         yield (
-            f"    {name or 'as it is':{width}} {len(found):5} {_loss(mean)} {(max(finals) - min(finals)) / mean:7.1%}"
+            f"    {label:{width}} {len(found):5} {_loss(mean)} {(max(finals) - min(finals)) / mean:7.1%}"
             f" {_mean_to_reference(runs, task, found):+9.2%} {worst:>15}   {_by_seed(runs, task, found)}"
         )
     yield ""

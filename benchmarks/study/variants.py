@@ -1,6 +1,6 @@
 """The optimizers with a technique left out, or with another formula in a technique's place.
 
-Patches, and not options of the product: they serve a measurement, and nobody should have to choose among them.
+By options where there are any, else by patches: these serve a measurement, and nobody should have to choose among them.
 """
 
 from __future__ import annotations
@@ -177,9 +177,10 @@ CONTEXT_FORMULAS: dict[str, Variant] = {
 }
 
 # Options of the contextual optimizers that promise a lower loss, alone and together.
-_NO_SCALES, _LONG = CONTEXT_LEFT_OUT["without multi-scale momentum"], WARMUPS["warm-up of twice the run"]
+ADVISED = "without multi-scale momentum"
+_NO_SCALES, _LONG = CONTEXT_LEFT_OUT[ADVISED], WARMUPS["warm-up of twice the run"]
 OPTIONS: dict[str, Variant] = {
-    "without multi-scale momentum": _NO_SCALES,
+    ADVISED: _NO_SCALES,
     "warm-up of twice the run": _LONG,
     "bias correction and max_lr=1e-2": _CORRECTED_AND_HIGHER,
     "no momenta, twice the warm-up": _together(_NO_SCALES, _LONG),

@@ -7,6 +7,7 @@ TOML table. All four ways end in the same constructor, so all four get the same 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -16,6 +17,9 @@ from numbers import Integral, Real
 from typing import Any
 
 _Triple = tuple[float, float, float]
+
+# Up to here a float tells whole numbers apart.
+_LARGEST_INTEGER = 2**53
 
 # A floor smaller than this vanishes in float32 once it is multiplied by 1 - beta.
 _SMALLEST_EPS = 1e-35
@@ -30,7 +34,8 @@ class OptimizerConfig:
         min_lr: lower bound of the learning-rate mask.
         max_lr: upper bound of the learning-rate mask.
         lr_bump: how far the mask of an element moves in one step of the warm-up.
-        eps: floors of the second moment, of the residual, and of the norm left by the orthogonal step.
+        eps: floors of the second moment (and of the torque-aware damping), of the residual, and of the norm left by the
+            orthogonal step.
         clip_threshold: bound of the root mean square of a parameter's scaled gradient.
         betas: decay rates of the momentum, the second moment and the residual; each in [0, 1).
         eta: ALLoRA's scale; rows of norm 0 get eta times the learning rate.
@@ -47,7 +52,8 @@ class OptimizerConfig:
         blocksize: 8-bit optimizers: the largest quantization block; a power of two from 64 to 4096.
         fused: run the rules through `torch.compile`.
         cautious: mask the update where it disagrees with the gradient's sign.
-        bias_correction: divide the mean squared residual by what an average that starts at 0 lacks.
+        bias_correction: divide the mean squared residual by the share of its weights that an average that started at 0
+            has gathered so far.
 
     Raises:
         TypeError: a value of the wrong type.
@@ -79,7 +85,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _normalized(field.name, getattr(self, field.name))
+            value = checked(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         self._check_ranges()
 
@@ -93,7 +99,7 @@ class OptimizerConfig:
         _require(in_range, "eps", self.eps, f"three numbers from {_SMALLEST_EPS:g} to 1")
         _require(self.clip_threshold > 0, "clip_threshold", self.clip_threshold, "a number above 0")
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "three numbers from 0 to below 1")
-        _require(self.eta > 0, "eta", self.eta, "a number above 0")
+        _require(self.eta >= 1e-9, "eta", self.eta, "a number of at least 1e-9")
         _require(0 < self.beta1_decay <= 1, "beta1_decay", self.beta1_decay, "a number above 0 and at most 1")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number of at least 0")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "a whole number of at least 0")
@@ -139,13 +145,18 @@ class OptimizerConfig:
             try:
                 check_names(options)
                 for name, value in options.items():
-                    _normalized(name, value)
+                    checked(name, value)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{source}: {error}") from None
         try:
             return cls(**{**table, **arguments, "lr": lr})
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            source = file
+            if arguments:
+                with contextlib.suppress(ValueError):
+                    cls(**{**table, "lr": lr})
+                    source = "optimizer_args"  # All is well without them.
+            raise ValueError(f"{source}: {error}") from None
 
     def replace(self, **options: Any) -> OptimizerConfig:
         """A copy with some options changed, checked as a whole again."""
@@ -201,7 +212,7 @@ def parse_optimizer_args(words: Iterable[str]) -> dict[str, Any]:
             raise ValueError(f"optimizer_args: '{word}' has no '='; options are written key=value")
         try:
             options[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             raise ValueError(
                 f"optimizer_args: the value of '{name}' is {text!r}; "
                 "allowed: a Python literal such as 0.5, True or (0.8, 0.99, 0.999)"
@@ -214,8 +225,13 @@ def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"option '{name}' is {value!r}; allowed: {allowed}")
 
 
-def _normalized(name: str, value: Any) -> Any:
-    """`value` as the field's own type, or TypeError/ValueError."""
+def checked(name: str, value: Any) -> Any:
+    """The value of an option as its own type, by itself, not beside the others.
+
+    Raises:
+        TypeError: it is of another type.
+        ValueError: it is not finite.
+    """
     kind = _KINDS[name]
     if kind == "bool":
         if not isinstance(value, bool):
@@ -237,12 +253,19 @@ def _normalized(name: str, value: Any) -> Any:
 def _number(name: str, value: Any, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"option '{name}' is {value!r}; allowed: {allowed}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # A whole number of more than 308 digits.
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"option '{name}' is {value!r}; allowed: {allowed}")
-    return float(value)
+    return number
 
 
 def _integer(name: str, value: Any, allowed: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"option '{name}' is {value!r}; allowed: {allowed}")
-    return int(value)
+    number = int(value)
+    if abs(number) > _LARGEST_INTEGER:
+        raise ValueError(f"option '{name}' is too large; allowed: {allowed} up to {_LARGEST_INTEGER}")
+    return number

@@ -55,6 +55,10 @@ class ContextualOptimizationModule:
         self._threshold = edge_threshold
         self._rate = adaptation_rate
         self._start, self._highest = 1.0, math.inf
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all steps."""
         self._device = torch.device("cpu")
         self._values = {
             "multiplier": torch.tensor(torch.nan, dtype=torch.float32),  # not begun yet
@@ -63,7 +67,7 @@ class ContextualOptimizationModule:
             "alignment_sum": torch.zeros((), dtype=torch.float32),
             "alignment_variance": torch.zeros((), dtype=torch.float32),
             "edge_cases": torch.zeros((), dtype=torch.int64),
-            **{name: torch.full((context_window,), torch.nan, dtype=torch.float32) for name in _HISTORIES},
+            **{name: torch.full((self._window,), torch.nan, dtype=torch.float32) for name in _HISTORIES},
         }
         self._samples: dict[str, Tensor | None] = dict.fromkeys(_SAMPLES)
 
@@ -232,7 +236,9 @@ class ContextualOptimizationModule:
         values["edge_cases"] = torch.tensor(saved["edge_case_count"], dtype=torch.int64)
         self._device = torch.device("cpu")
         self._values = {name: value.to(self._device) for name, value in values.items()}
-        self._samples = {name: context[name].clone() if name in context else None for name in _SAMPLES}
+        self._samples = {
+            name: context[name].to(self._device, copy=True) if name in context else None for name in _SAMPLES
+        }
 
     # The inside -------------------------------------------------------------------------------------------------
 

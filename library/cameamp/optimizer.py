@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
 from .checksum import checksum
 from .compiling import Compiler
-from .config import OPTION_NAMES, OptimizerConfig, check_group_names
+from .config import OPTION_NAMES, OptimizerConfig, check_group_names, checked
 from .context import ContextualOptimizationModule, as_scalar
 from .fused import fused_first_pass, fused_step
 from .readings import read
@@ -90,6 +91,7 @@ class CameAMP(Optimizer):
 
     c_optim: ContextualOptimizationModule  # in the contextual optimizers alone
     _factors: set[Tensor] | None
+    _factors_found: tuple[int, int] | None
     _positions: dict[Tensor, int]
     _layouts: dict[int, Layout]
     _compiler: Compiler
@@ -110,7 +112,12 @@ class CameAMP(Optimizer):
         self._unquantizable: set[Tensor] = set()
         self._losses: list[Tensor | float] = []  # reported since the last step
         if self._contextual:
-            self.c_optim = self._new_context()
+            self.c_optim = ContextualOptimizationModule(
+                config.context_window, config.edge_threshold, config.adaptation_rate
+            )
+        self._layouts = {}
+        self._compiler = Compiler()
+        self._factors_found = None
         self._forget_layout()
         super().__init__(params, config.as_dict())
 
@@ -149,22 +156,24 @@ class CameAMP(Optimizer):
 
     def _options_of(self, param_group: Mapping[str, Any], number: int) -> GroupOptions:
         try:
+            if not isinstance(param_group, dict):
+                raise TypeError(f"it is a {type(param_group).__name__}; allowed: a dictionary with 'params'")
             check_group_names(param_group)
-            own = {name: param_group[name] for name in OPTION_NAMES if name in param_group and name != "lr"}
-            lr = param_group.get("lr", self.config.lr)
-            if isinstance(lr, (int, float)) and not isinstance(lr, bool):
-                if lr == 0:
-                    return GroupOptions(self.config.replace(**own, lr=own.get("min_lr", self.config.min_lr)), 0.0)
-                max_lr = own.get("max_lr", self.config.max_lr)
-                if isinstance(max_lr, (int, float)) and lr > max_lr:
-                    raised = self.config.replace(**{**own, "max_lr": lr, "lr": lr})
-                    # Mostly a rate left over from another optimizer, which would ruin the run.
-                    logger.warning(
-                        "parameter group %d: max_lr is raised from %g to the group's lr, %g", number, max_lr, lr
-                    )
-                    return GroupOptions(raised, float(lr))
-            config = self.config.replace(**own, lr=lr)
-            return GroupOptions(config, config.lr)
+            given = {name: param_group[name] for name in OPTION_NAMES if name in param_group}
+            if "lr" not in given:
+                config = self.config.replace(**given)
+                return GroupOptions(config, config.lr)
+            lr, lowest = checked("lr", given.pop("lr")), checked("min_lr", given.get("min_lr", self.config.min_lr))
+            config = self.config.replace(**given, lr=lowest)
+            if lr == 0:
+                return GroupOptions(config, 0.0)
+            if lr > config.max_lr:
+                # Mostly a rate left over from another optimizer, which would ruin the run.
+                logger.warning(
+                    "parameter group %d: max_lr is raised from %g to the group's lr, %g", number, config.max_lr, lr
+                )
+                config = config.replace(max_lr=lr)
+            return GroupOptions(config.replace(lr=lr), lr)
         except (TypeError, ValueError) as error:
             raise type(error)(f"parameter group {number}: {error}") from None
 
@@ -266,7 +275,7 @@ class CameAMP(Optimizer):
             return
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach().float().mean())
-        elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        elif isinstance(loss, Real) and not isinstance(loss, bool):
             self._losses.append(float(loss))
         else:
             raise TypeError(f"the loss is {loss!r}; allowed: a number or a tensor")
@@ -289,10 +298,6 @@ class CameAMP(Optimizer):
         largest = max(float(group["lr"]) for group in self.param_groups)
         self.c_optim.update_context(gradient, loss, largest, unusable)
         return self.c_optim.multiplier()
-
-    def _new_context(self) -> ContextualOptimizationModule:
-        config = self.config
-        return ContextualOptimizationModule(config.context_window, config.edge_threshold, config.adaptation_rate)
 
     def _tell_bounds(self) -> None:
         largest = max(self._initial_lr(number) for number in range(len(self.param_groups)))
@@ -580,8 +585,9 @@ class CameAMP(Optimizer):
             logger.info("checkpoint: %s", note)
         for group, rates in zip(self.param_groups, restored.learning_rates):
             group.update(rates)
+        self._losses = []  # They are of steps that the checkpoint knows nothing of.
         if self._contextual:
-            self.c_optim = self._new_context()
+            self.c_optim.reset()
             if restored.context is not None:
                 self.c_optim.load_state_dict(restored.context)
         self.__setstate__({"state": defaultdict(dict, restored.state), "param_groups": self.param_groups})
@@ -594,6 +600,9 @@ class CameAMP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._layouts = {}
+        self._compiler = Compiler()
+        self._factors_found = None
         self._forget_layout()
 
     # Batches and states -----------------------------------------------------------------------------------------
@@ -640,7 +649,7 @@ class CameAMP(Optimizer):
         storages = self._storages(number, batch, reading)
         try:
             batch.bind(self.state, storages, fills)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             all_full = all(isinstance(storage, Full) for storage in storages.values())
             if all_full or isinstance(error, torch.cuda.OutOfMemoryError) or "memory" in str(error):
                 raise
@@ -679,23 +688,23 @@ class CameAMP(Optimizer):
         factors = lora.find_factors(groups, self._names)
         parameters = (p for group in groups for p in group)
         self._positions = {p: position for position, p in enumerate(parameters)}
-        count, of = len(factors), len(self._positions)
-        if factors:
-            logger.info("%d of %d parameters are LoRA factors: ALLoRA is on, unless full_finetune", count, of)
-        else:
-            logger.info("none of %d parameters is a LoRA factor: ALLoRA is off", of)
-        self._factors = factors
+        count, total = len(factors), len(self._positions)
+        if (count, total) != self._factors_found:
+            if factors:
+                logger.info("%d of %d parameters are LoRA factors: ALLoRA is on, unless full_finetune", count, total)
+            else:
+                logger.info("none of %d parameters is a LoRA factor: ALLoRA is off", total)
+        self._factors, self._factors_found = factors, (count, total)
         return factors
 
     def _forget_layout(self) -> None:
-        """Lay batches out anew at the next step; states stay where they are."""
+        """Look at the parameters anew at the next step: their positions, and which are LoRA factors."""
         self._factors = None
         self._positions = {}
-        self._layouts = {}
-        self._compiler = Compiler()
         self._sampler = None
-        self._workspace = Workspace(stacks=5 if self._contextual and self.config.momentum_scales else 4)
-        if self._contextual and self.__dict__.get("_group_options"):
+        known = range(len(self.__dict__.get("_group_options", ())))
+        self._workspace = Workspace(stacks=5 if any(map(self._momentum_scales, known)) else 4)
+        if self._contextual and known:
             self._tell_bounds()
 
 

@@ -1,12 +1,13 @@
 """The same elements of all parameters at every step: what stands for a gradient that is too large to keep.
 
-Every n-th element of each tensor, so that tensors count in proportion to their size. n is prime: it shares no factor
-with the shapes, and so meets all rows and columns alike without any indices to keep.
+Every n-th element of each tensor, so that tensors count in proportion to their size. n shares no factor with the number
+of elements of any of them, and so meets all rows and columns alike without any indices to keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Sampler:
     def __init__(self, sizes: Sequence[int]) -> None:
         # Each parameter may give one element more than its share.
         room = max(LARGEST_SAMPLE - len(sizes), LARGEST_SAMPLE // 2)
-        self.every = _prime_from(-(-sum(sizes) // room))
+        self.every = _coprime_from(-(-sum(sizes) // room), {size for size in sizes if size > 1})
         self._starts = [0]
         for size in sizes:
             self._starts.append(self._starts[-1] - (-size // self.every))
@@ -60,8 +61,9 @@ class Sampler:
         return places
 
 
-def _prime_from(number: int) -> int:
-    """The smallest prime not below a number; 1 for 1."""
-    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
+def _coprime_from(number: int, sizes: Collection[int]) -> int:
+    """The smallest whole number not below another, and at least 1, that shares no factor with some sizes."""
+    number = max(number, 1)
+    while any(gcd(number, size) > 1 for size in sizes):
         number += 1
-    return max(number, 1)
+    return number

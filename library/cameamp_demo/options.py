@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,15 @@ class Options:
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
+
+# How a file gives an option: for the type of its default, what it is called, and what the TOML parser makes of it.
+_IN_FILES: dict[type, tuple[str, tuple[type, ...]]] = {
+    str: ("text", (str,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (float, int)),
+    bool: ("true or false", (bool,)),
+    tuple: ("a list of texts", (list,)),
+}
 
 
 @dataclass(frozen=True)
@@ -157,18 +167,8 @@ def _check_file_option(path: str, name: str, value: Any) -> None:
     if name not in _FIELDS:
         raise UserError(f"{path}: unknown key '{name}'{nearest_name(name, _FIELDS)}")
     default: Any = _FIELDS[name].default
-    allowed: tuple[type, ...] = (type(default),)
-    if isinstance(default, float):
-        allowed = (float, int)
-    elif isinstance(default, tuple):
-        allowed = (list,)
+    kind, allowed = _IN_FILES[type(default)]
     if not isinstance(value, allowed) or (isinstance(value, bool) and not isinstance(default, bool)):
-        kind = " or ".join(
-            {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}.get(
-                t.__name__, "a list of texts"
-            )
-            for t in allowed[:1]
-        )
         raise UserError(f"{path}: key '{name}' is {value!r}; allowed: {kind}")
     choices = _FIELDS[name].metadata.get("choices")
     if choices and value not in choices:
@@ -193,10 +193,11 @@ def _check_ranges(options: Options) -> None:
                 raise UserError(
                     f"option '{name}' is {getattr(options, name)!r}; allowed: a number of at least {lowest}"
                 )
-    if options.network_alpha <= 0:
-        raise UserError(f"option 'network_alpha' is {options.network_alpha!r}; allowed: a number above 0")
-    if not options.learning_rate > 0:
-        raise UserError(f"option 'learning_rate' is {options.learning_rate!r}; allowed: a number above 0")
+    for name in ("network_alpha", "learning_rate"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"option '{name}' is {getattr(options, name)!r}; allowed: a finite number above 0")
+    if options.seed >= 2**32:
+        raise UserError(f"option 'seed' is {options.seed!r}; allowed: a number below {2**32}")
     if re.search(r"[/\\:\x00-\x1f]|^\.*$", options.output_name):
         raise UserError(f"option 'output_name' is {options.output_name!r}; allowed: a file name without a folder")
     if options.resume and find_folder(Path(options.resume)) is None:
@@ -206,14 +207,15 @@ def _check_ranges(options: Options) -> None:
 def _optimizer_config(options: Options, table: Any, source: str) -> OptimizerConfig | None:
     if not isinstance(table, dict):
         raise UserError(f"{source}: [optimizer_config] is {table!r}; allowed: a table")
-    if optimizer_name(options.optimizer_type) is None:
-        if table:
-            raise UserError(
-                f"{source}: [optimizer_config] is for {', '.join(OWN_OPTIMIZERS)}, not {options.optimizer_type}"
-            )
-        return None
+    own = optimizer_name(options.optimizer_type) is not None
+    if table and not own:
+        raise UserError(
+            f"{source}: [optimizer_config] is for {', '.join(OWN_OPTIMIZERS)}, not {options.optimizer_type}"
+        )
     try:
         arguments = parse_optimizer_args(options.optimizer_args)
+        if not own:
+            return None
         return OptimizerConfig.from_toml(table, source, arguments, lr=options.learning_rate)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import signal
@@ -42,7 +43,7 @@ class Trainer:
         run: resolved options.
 
     Raises:
-        UserError: the output folder cannot be written, or an option does not fit; nothing has been written then.
+        UserError: the output folder cannot be written, or an option does not fit.
     """
 
     def __init__(self, run: Run) -> None:
@@ -293,14 +294,20 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-_ALLOWED_OPTIMIZERS = f"{', '.join(OWN_OPTIMIZERS)} or a class of torch.optim"
+_ALLOWED_OPTIMIZERS = f"{', '.join(OWN_OPTIMIZERS)} or a class of torch.optim whose step needs no closure"
 
 
 def _torch_optimizer(name: str) -> Any:
     found = getattr(torch.optim, name, None)
-    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer) or _wants_closure(found):
         raise UserError(f"option 'optimizer_type' is {name!r}; allowed: {_ALLOWED_OPTIMIZERS}")
     return found
+
+
+def _wants_closure(optimizer_class: type[torch.optim.Optimizer]) -> bool:
+    """Whether its step evaluates the model by itself, as LBFGS's does; this trainer does that only before a step."""
+    closure = inspect.signature(optimizer_class.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _require_writable(folder: Path) -> None:

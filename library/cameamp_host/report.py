@@ -6,8 +6,9 @@ python -m library.cameamp_host.report LOGDIR [--output PNG]
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def read_logs(folder: Path) -> _Scalars:
     for _, path in sorted(logs, reverse=True):
         log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         tags = log.Tags()["scalars"]
-        if any(tag.startswith("loss") for tag in tags):
+        if _of_section(tags, "loss"):
             events = {tag: log.Scalars(tag) for tag in tags}
             return {tag: ([e.step for e in values], [e.value for e in values]) for tag, values in events.items()}
     raise UserError(f"{folder}: no tensorboard logs of a training run in it or below it")
@@ -45,8 +46,8 @@ def draw(scalars: _Scalars, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    parts = [(_draw_loss, _tags(scalars, "loss")), (_draw_rates, _tags(scalars, "effective_lr"))]
-    parts += [(_draw_context, [tag]) for tag in _tags(scalars, "context")]
+    parts = [(_draw_loss, _of_section(scalars, "loss")), (_draw_rates, _of_section(scalars, "effective_lr"))]
+    parts += [(_draw_context, [tag]) for tag in _of_section(scalars, "context")]
     parts = [(draw_part, tags) for draw_part, tags in parts if tags]
     figure, axes = plt.subplots(len(parts), 1, figsize=(9, 2.6 * len(parts)), sharex=True, squeeze=False)
     for (draw_part, tags), axis in zip(parts, axes[:, 0]):
@@ -79,8 +80,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _tags(scalars: _Scalars, section: str) -> list[str]:
-    return [tag for tag in scalars if tag == section or tag.startswith((f"{section}/", f"{section}0/"))]
+def _of_section(tags: Iterable[str], section: str) -> list[str]:
+    """The tags of a section, which is numbered where a run has several optimizers."""
+    return [tag for tag in tags if re.fullmatch(rf"{section}\d*(/.*)?", tag)]
 
 
 def _draw_loss(axis: Any, scalars: _Scalars, tags: list[str]) -> None:

@@ -25,7 +25,7 @@ def shares(periods: Sequence[int], counts: Sequence[int]) -> tuple[float, ...]:
 
     Returns:
         For each momentum 1 / period, divided by the sum of these over the momenta updated so far, and by
-        1 - 0.9^count, which a momentum that starts at 0 lacks; 0 for one that was never updated.
+        1 - 0.9^count, the weights that a momentum has gathered since it was 0; 0 for one that was never updated.
     """
     total = sum(1 / period for period, count in zip(periods, counts) if count > 0)
     return tuple(
