@@ -14,8 +14,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .contenders import OURS, REFERENCE
 from .study.digits import DigitsLoRA
 from .study.kept import Kept
@@ -28,17 +26,11 @@ NAMES = {32: CONTEXTUAL, 8: CONTEXTUAL_8BIT}
 
 
 def run(optimizer: str, lr: float, seed: int, steps: int, rank: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Train once: the held-out loss at the end, and the course of the multiplier."""
-    multipliers: list[float] = []
-
-    def watch(trained: torch.optim.Optimizer) -> None:
-        if hasattr(trained, "c_optim"):
-            multipliers.append(trained.c_optim.compute_contextual_lr_multiplier())
-
+    """Train once: the held-out loss at the end."""
     own = {"warmup_steps": steps // 2, **options} if optimizer in OURS else {}
     task = DigitsLoRA(seed, rank, batch_size=32, repeats=4)
-    course = train(task, builder(optimizer, lr, own), steps, steps, watch)
-    return {"after": course.losses[-1], "multipliers": multipliers[:: max(1, steps // 20)]}
+    course = train(task, builder(optimizer, lr, own), steps, steps)
+    return {"after": course.losses[-1]}
 
 
 def main() -> None:

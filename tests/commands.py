@@ -64,6 +64,7 @@ def _check_module(name, words, monkeypatch):
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{name}.__main__")
     if "argparse" not in Path(module.__file__).read_text("utf-8"):
+        assert not words, f"{name} takes no arguments"
         return
     original = argparse.ArgumentParser.parse_args
 
@@ -119,6 +120,7 @@ def _check_packages(words):
     names = iter(words)
     for word in names:
         if word == "-r":
-            assert (ROOT / next(names)).is_file()
+            path = next(names)
+            assert (ROOT / path).is_file(), path
         else:
             Requirement(word)

@@ -63,24 +63,27 @@ def test_commands_are_understood(place, command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("command", "word"),
     [
-        "python bootstrap.py demo --max_train_step 9",
-        "python bootstrap.py demonstrate",
-        "python -m benchmarks --models sd15",
-        "python -m benchmarks.step_profile --optimizer AdamW",
-        "python train_network_patch.py --sd_scripts DIR --optimizer_type Automagic_CameAMP9bit",
-        "accelerate launch --gpus 2 train_network_patch.py --sd_scripts DIR",
-        "accelerate launch train_network_patch.py --sd_scripts DIR --config_file configs/none.toml",
-        "accelerate launch train_network_patch.py --sd_scripts DIR --optimizer_type Automagic_CameAMP"
-        " --optimizer_args warmup_step=9",
-        "pip install -r requirement.txt",
+        ("python bootstrap.py demo --max_train_step 9", "--max_train_step"),
+        ("python bootstrap.py demonstrate", ""),
+        ("python tests/versions.py FOLDER newer", "newer"),
+        ("python -m benchmarks --models sd15", "sd15"),
+        ("python -m benchmarks.step_profile --optimizer AdamW", "AdamW"),
+        ("python train_network_patch.py --sd_scripts DIR --optimizer_type Automagic_CameAMP9bit", "CameAMP9bit"),
+        ("accelerate launch --gpus 2 train_network_patch.py --sd_scripts DIR", "--gpus"),
+        ("accelerate launch train_network_patch.py --sd_scripts DIR --config_file configs/none.toml", "none.toml"),
+        (
+            "accelerate launch train_network_patch.py --sd_scripts DIR --optimizer_type Automagic_CameAMP"
+            " --optimizer_args warmup_step=9",
+            "warmup_step",
+        ),
+        ("pip install -r requirement.txt", "requirement.txt"),
     ],
 )
-def test_a_wrong_command_would_be_found(wrong, tmp_path, monkeypatch, capsys):
+def test_a_wrong_command_would_be_found(command, word, tmp_path, monkeypatch, capsys):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    command, word = wrong
     with pytest.raises((Exception, SystemExit)) as raised:
         commands.check(command, monkeypatch)
     assert word in f"{raised.value} {capsys.readouterr()}"

@@ -2,11 +2,11 @@
 
 Makes an environment for each in FOLDER, several GB in all, runs the tests in it, and prints what ran and how it ended.
 A build of torch can be chosen as for any pip: PIP_CONSTRAINT, PIP_INDEX_URL.
-`python tests/versions.py FOLDER oldest` or `newest` runs one of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = ("torch", "accelerate", "bitsandbytes", "diffusers", "numpy")
+SHOWN = ("torch", "accelerate", "bitsandbytes", "diffusers", "transformers", "numpy")
+NAMES = ("oldest", "newest")
 
 
 def requirements(oldest: bool) -> list[str]:
@@ -40,14 +41,14 @@ def run(folder: Path, name: str) -> int:
     return status
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Run the matrix."""
-    names = arguments[1:] or ["oldest", "newest"]
-    if not arguments or any(name not in ("oldest", "newest") for name in names):
-        print(__doc__)
-        return 2
-    return max(run(Path(arguments[0]).resolve(), name) for name in names)
+    parser = argparse.ArgumentParser(prog="python tests/versions.py", description=__doc__.partition(":")[0])
+    parser.add_argument("folder", type=Path, help="where the environments are, or are to be")
+    parser.add_argument("name", nargs="?", choices=NAMES, help="only one of them")
+    args = parser.parse_args()
+    return max(run(args.folder.resolve(), name) for name in ([args.name] if args.name else NAMES))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

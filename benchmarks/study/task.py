@@ -43,9 +43,7 @@ class Course(NamedTuple):
     step_seconds: float
 
 
-def train(
-    task: Task, build: Build, steps: int, every: int, watch: Callable[[torch.optim.Optimizer], None] | None = None
-) -> Course:
+def train(task: Task, build: Build, steps: int, every: int) -> Course:
     """Train once, with gradients clipped and the learning rate left as it is.
 
     Args:
@@ -53,7 +51,6 @@ def train(
         build: makes the optimizer.
         steps: how many steps.
         every: steps between two held-out losses.
-        watch: called with the optimizer after every step; optional.
     """
     named = task.named_parameters()
     optimizer = build(named)
@@ -67,8 +64,6 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.process_time() - started)
-        if watch is not None:
-            watch(optimizer)
         if step % every == 0 or step == steps:
             losses.append(task.held_out_loss())
     return Course(losses, statistics.median(seconds))

@@ -1,8 +1,8 @@
 """The full counts of the long checks: python tests/reliability/full.py [part ...]
 
-Each part runs in a process of its own, one after the other; about an hour on one core. The figures are printed, and
-written to output/reliability.txt. A part that fails prints its error, and makes the exit status 1. tests/ runs the same
-functions with small counts.
+Each part runs in a process of its own, one after the other; about half an hour on one core. The figures are printed,
+and written to output/reliability.txt. A part that fails prints its error, and makes the exit status 1. tests/ runs the
+same functions with small counts.
 """
 
 from __future__ import annotations
