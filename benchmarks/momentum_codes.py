@@ -94,7 +94,7 @@ def ways() -> dict[str, Callable[[int, int], list]]:
         "4 bits, and sign and rank-1 magnitude": lambda *_: [Nibbles(), *[SignAndRankOne()] * 3],
         "4 bits, and rank 1": lambda r, c: [Nibbles(), *[LowRank(r, c, 1)] * 3],
         "4 bits, and rank 2": lambda r, c: [Nibbles(), *[LowRank(r, c, 2)] * 3],
-        "4 bits, and what rank fits *": lambda r, c: list(momentum_storages(PERIODS, r, c).values()),
+        "4 bits, and what rank fits *": lambda r, c: list(momentum_storages(PERIODS, torch.Size((r, c))).values()),
         "4 bits, and rank 8": lambda r, c: [Nibbles(), *[LowRank(r, c, 8)] * 3],
         "4 bits, all four": lambda *_: [Nibbles()] * 4,
         "float32, all four": lambda *_: [Full()] * 4,

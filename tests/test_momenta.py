@@ -146,7 +146,7 @@ def test_the_mean_of_coded_momenta_is_true(noise, least):
     """Low-rank signal and noise, as in a LoRA factor; the signal changes on the way."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = 64, 128
-    storages = momentum_storages(FOUR, rows, columns)
+    storages = momentum_storages(FOUR, torch.Size((rows, columns)))
     buffers = {k: s.allocate("m", torch.Size((rows, columns)), 1, 0.0, dither()) for k, s in storages.items()}
     exact = {k: torch.zeros(1, rows, columns) for k in FOUR}
     cosines = []
@@ -167,7 +167,7 @@ def test_the_mean_of_coded_momenta_is_true(noise, least):
 
 
 def test_bytes_go_to_the_largest_weights():
-    storages = momentum_storages((25, 1, 10, 5), 128, 32)
+    storages = momentum_storages((25, 1, 10, 5), torch.Size((128, 32)))
     assert isinstance(storages[1], Nibbles)
     assert storages[5].rank >= storages[10].rank >= storages[25].rank >= 1
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checksum import tensor_sums
 from .rounding import Dither
-from .storage import Buffers, MovingStorage, Storage, low_rank
+from .storage import Buffers, MovingStorage, Storage, low_rank, matrix_shape
 from .storage.low_rank import LowRank
 
 # At most this many elements side by side: the half dozen temporary stacks of the rules, 25 MiB each, stay well under
@@ -60,9 +60,7 @@ class Batch:
     def __init__(self, params: list[Tensor], positions: list[int], traits: Traits) -> None:
         self.params = params
         self.traits = traits
-        shape = params[0].shape
-        self.rows = shape[0] if len(shape) > 0 else 1
-        self.columns = shape.numel() // self.rows
+        self.rows, self.columns = matrix_shape(params[0].shape)
         self.parameter_numbers = positions
         self._buffers: Buffers = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}

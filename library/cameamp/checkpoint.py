@@ -408,8 +408,7 @@ def _restore_momenta(
     storage: Callable[[str, Tensor, OptimizerConfig], Storage],
 ) -> tuple[dict[str, Any], bool]:
     """The multi-scale momenta of one parameter, and whether any of them was kept in another way."""
-    rows = p.shape[0] if p.ndim else 1
-    coded = momentum_storages(periods, rows, p.numel() // rows) if p.numel() else {}
+    coded = momentum_storages(periods, p.shape) if p.numel() else {}
     restored: dict[str, Any] = {}
     known: set[str] = set()
     converted = False

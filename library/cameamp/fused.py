@@ -134,7 +134,7 @@ class _Loaded:
         self._stacks = stacks
         self.written: dict[str, Tensor] = {}
 
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+    def read(self, name: str) -> Tensor:
         return self._stacks[name]
 
     def write(self, name: str, stack: Tensor) -> None:

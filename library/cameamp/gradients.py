@@ -31,7 +31,7 @@ class FirstPass(NamedTuple):
 
     magnitudes: of the usable elements.
     unusable: how many elements are not, 0-d.
-    watched: every so-manieth element of each tensor, (tensors, elements); None where nobody watches.
+    watched: every n-th element of each tensor, (tensors, elements); None where nobody watches.
     """
 
     magnitudes: Magnitudes

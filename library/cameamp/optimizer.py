@@ -679,8 +679,7 @@ class CameAMP(Optimizer):
             return full(name, p.numel(), config)
         for period in config.momentum_scales:
             if name == momentum_name(period):
-                rows = p.shape[0] if p.ndim else 1
-                return momentum_storages(config.momentum_scales, rows, p.numel() // rows)[period]
+                return momentum_storages(config.momentum_scales, p.shape)[period]
         return type(self)._choose_storage(name, p.numel(), config)
 
     def _find_factors(self) -> set[Tensor]:

@@ -32,8 +32,8 @@ Scalar = float | Tensor
 class States(Protocol):
     """The states of a stack, by name."""
 
-    def read(self, name: str, out: Tensor | None = None) -> Tensor:
-        """A state, (tensors, rows, columns), to update in place; unpacked into `out` where that helps."""
+    def read(self, name: str) -> Tensor:
+        """A state, (tensors, rows, columns), to update in place."""
 
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""
@@ -139,7 +139,7 @@ class StepScalars(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """What the context of the optimizer sees of a step: every so-manieth element of each tensor, (tensors, elements).
+    """What the context of the optimizer sees of a step: every n-th element of each tensor, (tensors, elements).
 
     Attributes:
         scaled_grad: the scaled gradient.

@@ -16,6 +16,12 @@ from ..rounding import Dither
 Buffers = dict[str, Tensor]
 
 
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns of a parameter, which has elements, seen as a matrix: its first dimension, and the others."""
+    rows = shape[0] if len(shape) > 0 else 1
+    return rows, shape.numel() // rows
+
+
 class Storage(Protocol):
     """How one state of a stack is kept."""
 

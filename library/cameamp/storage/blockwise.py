@@ -70,8 +70,8 @@ class Blockwise:
         if compiled is not None:
             return compiled.view(-1, rows, columns)
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-        for part, of in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
-            torch.index_select(tables.values, 0, of.int(), out=part)
+        for part, its_codes in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
+            torch.index_select(tables.values, 0, its_codes.int(), out=part)
         values.view(-1, self.block).mul_(scale)
         return (values.square_() if self.root else values).view(-1, rows, columns)
 
@@ -89,8 +89,8 @@ class Blockwise:
         scale = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
         buffers[f"{name}_q_scale"].copy_(scale.view_as(buffers[f"{name}_q_scale"]))
         blocks.div_(torch.where(scale > 0, scale, 1.0).unsqueeze(1))
-        for part, of in zip(blocks.view(-1).split(_PART), codes.view(-1).split(_PART)):
-            _nearest_codes(part, tables, out=of)
+        for part, its_codes in zip(blocks.view(-1).split(_PART), codes.view(-1).split(_PART)):
+            _nearest_codes(part, tables, out=its_codes)
 
 
 def _decode(codes: Tensor, scale: Tensor, values: Tensor, root: bool) -> Tensor:

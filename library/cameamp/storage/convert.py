@@ -15,8 +15,8 @@ from .blockwise import SMALLEST_BLOCK, Blockwise
 from .full import Full
 from .linear import Linear
 
-NEVER_NEGATIVE = ("lr_mask", "exp_avg_sq", "exp_avg_res")
 _ROOTS = ("exp_avg_sq", "exp_avg_res")
+_NEVER_NEGATIVE = ("lr_mask", *_ROOTS)
 
 
 def is_kept(name: str, state: Mapping[str, Any], storage: Storage) -> bool:
@@ -38,7 +38,7 @@ def storage_of(name: str, state: Mapping[str, Any], shape: torch.Size) -> Storag
     """
     if name in state:
         _check(state, name, torch.bool if name == "last_polarity" else torch.float32, tuple(shape))
-        if name in NEVER_NEGATIVE and (state[name] < 0).any():
+        if name in _NEVER_NEGATIVE and (state[name] < 0).any():
             raise ValueError(f"the state '{name}' has negative elements")
         return Full(state[name].dtype)
     if f"{name}_q" not in state:

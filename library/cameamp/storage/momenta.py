@@ -9,7 +9,9 @@ from __future__ import annotations
 from functools import cache
 from math import isqrt
 
-from . import MovingStorage
+import torch
+
+from . import MovingStorage, matrix_shape
 from .full import Full
 from .low_rank import LowRank
 from .nibbles import Nibbles
@@ -25,17 +27,17 @@ _FULL = Full()
 
 
 @cache
-def momentum_storages(periods: tuple[int, ...], rows: int, columns: int) -> dict[int, MovingStorage]:
+def momentum_storages(periods: tuple[int, ...], shape: torch.Size) -> dict[int, MovingStorage]:
     """How each momentum of a parameter is kept.
 
     Args:
         periods: the update periods of all of them.
-        rows: the parameter's first dimension.
-        columns: its other dimensions, multiplied.
+        shape: the parameter's.
 
     Returns:
         {period: storage}.
     """
+    rows, columns = matrix_shape(shape)
     count = rows * columns
     if count < SMALLEST_CODED:
         return dict.fromkeys(periods, _FULL)
