@@ -1,4 +1,4 @@
-"""The pictures of the documents: what calls what, what acts when, and how a run's learning rates spread.
+"""Three pictures of the documents: what calls what, what acts when, and how a run's learning rates spread.
 
     python -m benchmarks.pictures [architecture] [phases] [mask]
 

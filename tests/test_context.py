@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from reliability.distributed import in_processes
 
 from benchmarks.cost import operations
 from benchmarks.detection import confidence, measure
@@ -304,30 +303,23 @@ def test_a_steady_or_falling_loss_is_no_edge_case():
 # Ranks -----------------------------------------------------------------------------------------------------------
 
 
-def _rank(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def trained_on_a_rank(rank):
     params, optimizer = training(lr=1e-4, context_window=12)
     for number in range(20):
         set_gradients(params, number)
         optimizer.report_loss(1.0 + rank + 0.1 * math.sin(number) + (99.0 if rank == number % 2 == 1 else 0.0))
         optimizer.step()
     context = optimizer.c_optim
-    torch.save(
-        {
-            "weights": [p.detach() for p in params],
-            "losses": context.loss_history,
-            "multiplier": context.compute_contextual_lr_multiplier(),
-            "edge_cases": context.edge_case_count,
-        },
-        f"{folder}/{rank}.pt",
-    )
-    torch.distributed.destroy_process_group()
+    return {
+        "weights": [p.detach() for p in params],
+        "losses": context.loss_history,
+        "multiplier": context.compute_contextual_lr_multiplier(),
+        "edge_cases": context.edge_case_count,
+    }
 
 
 def test_ranks_with_different_losses_stay_the_same():
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, args=(folder,), nprocs=2)
-        first, second = (torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = in_processes(trained_on_a_rank)
     assert all(torch.equal(a, b) for a, b in zip(first.pop("weights"), second.pop("weights")))
     assert first == second
     assert first["losses"][-1] == pytest.approx(1.5 + 0.1 * math.sin(19) + 49.5)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import toml
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from logs import read_scalars
 
 from library.automagic_cameamp import Automagic_CameAMP, OptimizerConfig
 from library.cameamp_cli import UserError
@@ -185,12 +185,6 @@ def test_both_packages_can_be_imported_in_spawned_workers(finished):
         (str(ROOT / "library" / "automagic_cameamp.py"), str(STAND_IN / "library" / "train_util.py"))
     }
     assert len({line[3] for line in lines}) == 2
-
-
-def read_scalars(folder):
-    (events,) = folder.rglob("events.out.tfevents.*")
-    log = EventAccumulator(str(events)).Reload()
-    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
 def test_trackers_receive_the_effective_learning_rates_of_every_group(finished):

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from logs import read_scalars
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sd_scripts.data import make_data
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import library
 from library.automagic_cameamp import OptimizerConfig
@@ -324,12 +324,6 @@ def test_the_hosts_options_work(tmp_path, common):
             assert {group["max_lr"] for group in groups} == {1e-3, 1.6e-3}
         if key == "lrs":
             assert rates == {2e-4, 5e-5}
-
-
-def read_scalars(folder):
-    (events,) = folder.rglob("events.out.tfevents.*")
-    log = EventAccumulator(str(events)).Reload()
-    return {tag: [(e.step, e.value) for e in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
 @pytest.mark.parametrize("name", OWN_OPTIMIZERS)
