@@ -5,7 +5,7 @@
 For each of ours and for torch's AdamW, after the warm-up: the time a parameter on an SDXL LoRA, as a ratio to that on
 an SD 1.5 LoRA, and the time of a step with each tensor of an SDXL LoRA alone, as a ratio to that with ten of them, one
 above the other, as one. Then, in each phase, ratios of two optimizers that take their steps in turns: ours to the AdamW
-of the same bits, and the contextual ones to the plain ones.
+of the same bits, and the contextual ones to the plain ones, with and without multi-scale momenta.
 """
 
 from __future__ import annotations
@@ -83,15 +83,18 @@ def main() -> None:
     print(f"{'in turns':36}" + "".join(f"{phase:>28}" for phase in contenders.PHASES))
     for bits, adamw in (("", REFERENCE), ("8bit", "bitsandbytes AdamW8bit")):
         for model, shapes in (("SD 1.5", small), ("SDXL", large)):
-            to_adamw, to_plain = [], []
+            ratios: dict[str, list[str]] = {"plain / AdamW": [], "context / plain": [], "the same, no momenta": []}
             for phase in contenders.PHASES:
+                contextual = f"Automagic_CameAMP_COptim{bits}"
                 (plain,) = contenders.ours(f"Automagic_CameAMP{bits}", (phase,)).values()
-                (contextual,) = contenders.ours(f"Automagic_CameAMP_COptim{bits}", (phase,)).values()
-                to_adamw.append(compared(contenders.peer(adamw), plain, shapes, args.rounds))
-                to_plain.append(compared(plain, contextual, shapes, args.rounds))
-            row = f"{'8' if bits else '32'}-bit, {model} LoRA: "
-            print(f"{row + 'plain / AdamW':36}" + "".join(f"{text:>28}" for text in to_adamw))
-            print(f"{row + 'context / plain':36}" + "".join(f"{text:>28}" for text in to_plain), flush=True)
+                (whole,) = contenders.ours(contextual, (phase,)).values()
+                (without,) = contenders.ours(contextual, (phase,), momentum_scales=()).values()
+                pairs = ((contenders.peer(adamw), plain), (plain, whole), (plain, without))
+                for found, (first, second) in zip(ratios.values(), pairs):
+                    found.append(compared(first, second, shapes, args.rounds))
+            for name, found in ratios.items():
+                row = f"{'8' if bits else '32'}-bit, {model}: {name}"
+                print(f"{row:36}" + "".join(f"{text:>28}" for text in found), flush=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Row:
 
 
 HEADER = (
-    f"{'':44}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}{'first s':>9}"
+    f"{'':52}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}{'first s':>9}"
     f"{'graphs':>8}"
 )
 
@@ -59,7 +59,7 @@ HEADER = (
 def line(row: Row) -> str:
     """A row of the table."""
     return (
-        f"{row.name:44}{row.ratio:7.2f}{f'{row.low:.2f} - {row.high:.2f}':>15}{row.milliseconds:9.1f}"
+        f"{row.name:52}{row.ratio:7.2f}{f'{row.low:.2f} - {row.high:.2f}':>15}{row.milliseconds:9.1f}"
         f"{row.operations:12}{row.state:11.2f}{row.temporary:10.1f}{row.first:9.1f}{row.graphs:8}"
     )
 
@@ -78,7 +78,7 @@ def sets(fused: bool) -> Iterator[dict[str, Build]]:
 def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: int) -> list[Row]:
     """Measure one set; all of its optimizers share parameters and gradients.
 
-    Where one of ours is in it, so is the time of copying the bytes of its last phase.
+    Where one of ours is in it, so is the time of a plain copy of the bytes that its last phase reads.
     """
     shared = parameters(shapes)
     count = sum(p.numel() for p in shared)
@@ -89,7 +89,7 @@ def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: 
         firsts[name] = first_step(made[name])
     *_, last = made
     if last.startswith("Automagic"):
-        made[f"plain copy of the bytes of {last}"] = Copy(shared, made[last].state)
+        made[f"copy of {last}"] = Copy(shared, made[last].state)
     seconds = interleaved({name: optimizer.step for name, optimizer in made.items()}, rounds)
     unit = statistics.median(seconds[REFERENCE])
     rows = []
