@@ -18,7 +18,7 @@ from .study import pictures, plan, tables
 from .study.kept import Kept
 from .study.runs import DIGITS, STEPS, TEXT, Run, Runs
 
-PARTS = ("grids", "seeds", "ablations", "warmups", "formulas", "options")
+PARTS = ("grids", "seeds", "times", "ablations", "warmups", "formulas", "options")
 
 
 def train(runs: Runs, tasks: list[str], parts: list[str], optimizers: list[str], seeds: int) -> None:
@@ -27,6 +27,8 @@ def train(runs: Runs, tasks: list[str], parts: list[str], optimizers: list[str],
         for task in tasks:
             if part == "grids":
                 plan.make_grids(runs, task, optimizers)
+            elif part == "times":
+                runs.time_steps(task, optimizers)
             elif part == "seeds":
                 plan.make_seeds(runs, task, optimizers, seeds)
             else:

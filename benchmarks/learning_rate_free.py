@@ -29,8 +29,7 @@ def run(optimizer: str, lr: float, seed: int, steps: int, rank: int, options: di
     """Train once: the held-out loss at the end."""
     own = {"warmup_steps": steps // 2, **options} if optimizer in OURS else {}
     task = DigitsLoRA(seed, rank, batch_size=32, repeats=4)
-    course = train(task, builder(optimizer, lr, own), steps, steps)
-    return {"after": course.losses[-1]}
+    return {"after": train(task, builder(optimizer, lr, own), steps, steps)[-1]}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def test_tables_are_of_the_losses_that_are_kept(tmp_path: Path) -> None:
     kept = Kept(tmp_path / "results.json")
     few = Runs(kept, {DIGITS: 20, TEXT: 20})
     for optimizer, losses in ((REFERENCE, [0.4, 0.2]), (PLAIN, [0.3, 0.1])):
-        result = {"every": 10, "steps": 20, "losses": losses, "step_ms": 2.0}
+        result = {"every": 10, "steps": 20, "losses": losses}
         kept.get(few.name(Run(DIGITS, optimizer, 1e-3)), lambda result=result: result)
     line = next(line for line in tables.all_tables(few) if line.startswith(f"    {PLAIN} "))
     assert "0.10000" in line
@@ -76,7 +76,7 @@ def test_tables_are_of_the_losses_that_are_kept(tmp_path: Path) -> None:
     ("loss", "steps"), [(0.4, 10), (0.9, 10), (0.3, 15), (0.2, 20), (0.1, math.inf)], ids=lambda value: f"{value:g}"
 )
 def test_steps_to_a_loss(loss: float, steps: float) -> None:
-    assert Result([10, 20], [0.4, 0.2], 0.0).steps_to(loss) == pytest.approx(steps)
+    assert Result([10, 20], [0.4, 0.2]).steps_to(loss) == pytest.approx(steps)
 
 
 def test_a_grid_is_extended_at_its_edges_only() -> None:

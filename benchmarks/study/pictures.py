@@ -13,7 +13,7 @@ from ..contenders import OURS, REFERENCE
 from .optimizers import DEFAULT_RATE
 from .plan import OPTIMIZERS, rates_on_seeds
 from .runs import Runs
-from .tables import TASKS, shares_of_steps, step_milliseconds
+from .tables import TASKS, shares_of_steps
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -50,7 +50,7 @@ def _curves(runs: Runs, task: str, by_step: Any, by_time: Any) -> None:
             style["linewidth"] = 1 if optimizer not in OURS or optimizer.endswith("8bit") else 3
             steps = found[0].steps
             by_step.plot(steps, means, **style)
-            seconds = step_milliseconds(runs, task, optimizer) / 1000
+            seconds = runs.step_milliseconds(task, optimizer) / 1000
             by_time.plot([step * seconds for step in steps], means, **style)
     for axis, label in ((by_step, "step"), (by_time, "seconds of CPU time, one thread")):
         axis.set_yscale("log")

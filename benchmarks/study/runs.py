@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..contenders import OURS, REFERENCE
 from .digits import DigitsLoRA
 from .kept import Kept
 from .optimizers import beyond, builder, rates
-from .task import Task, train
+from .task import Task, step_seconds, train
 from .text import Text
 from .variants import AS_IT_IS, VARIANTS, active
 
@@ -20,6 +21,7 @@ DIGITS, TEXT = "digits", "text"
 # How many steps a run has unless told otherwise, and how many held-out losses.
 STEPS = {DIGITS: 100, TEXT: 200}
 _EVALUATIONS = 10
+_TIMED_ROUNDS = 25
 _HELD_OUT_IMAGES = 80  # half of them: a loss costs as much as three steps
 
 
@@ -49,12 +51,10 @@ class Result:
     Attributes:
         steps: the steps at which there are held-out losses, the last step of the run at the end.
         losses: these losses; infinite where they are not a number.
-        step_seconds: CPU time of a step.
     """
 
     steps: list[int]
     losses: list[float]
-    step_seconds: float
 
     @property
     def final(self) -> float:
@@ -127,11 +127,32 @@ class Runs:
             found[len(found)] = self[run]
         return found
 
+    def time_steps(self, task: str, optimizers: Sequence[str]) -> None:
+        """Measure the time of a step of each optimizer at its best rate, all in turns."""
+        rates_of = {optimizer: self.best_rate(task, optimizer) for optimizer in optimizers}
+        known = {optimizer: lr for optimizer, lr in rates_of.items() if lr is not None}
+        if all(_time_name(task, optimizer) in self._kept.results for optimizer in known):
+            return
+        builds = {}
+        for optimizer, lr in known.items():
+            options = {"warmup_steps": _TIMED_ROUNDS // 2} if optimizer in OURS else {}
+            builds[optimizer] = new_task(task, 0), builder(optimizer, lr, options)
+        for optimizer, seconds in step_seconds(builds, _TIMED_ROUNDS).items():
+            self._kept.get(_time_name(task, optimizer), partial(dict, milliseconds=round(seconds * 1000, 1)))
+
+    def step_milliseconds(self, task: str, optimizer: str) -> float:
+        """CPU time of a step of model and optimizer; not a number where it was not measured."""
+        return float(self._kept.results.get(_time_name(task, optimizer), {}).get("milliseconds", math.nan))
+
     def reference(self, task: str, seed: int) -> Result | None:
         """The tuned AdamW of a seed."""
         lr = self.best_rate(task, REFERENCE)
         run = Run(task, REFERENCE, lr or 0.0, seed)
         return None if lr is None or run not in self else self[run]
+
+
+def _time_name(task: str, optimizer: str) -> str:
+    return f"{task}, CPU time of a step, {optimizer}"
 
 
 def new_task(name: str, seed: int) -> Task:
@@ -148,16 +169,16 @@ def _make(run: Run, steps: int) -> dict[str, Any]:
         options["warmup_steps"] = round(variant.warmup * steps)
     with active(variant):
         every = max(1, steps // _EVALUATIONS)
-        course = train(new_task(run.task, run.seed), builder(run.optimizer, run.lr, options), steps, every)
-    losses = [float(f"{loss:.5g}") if math.isfinite(loss) else math.inf for loss in course.losses]
-    return {"every": every, "steps": steps, "losses": losses, "step_ms": round(course.step_seconds * 1000, 1)}
+        losses = train(new_task(run.task, run.seed), builder(run.optimizer, run.lr, options), steps, every)
+    rounded = [float(f"{loss:.5g}") if math.isfinite(loss) else math.inf for loss in losses]
+    return {"every": every, "steps": steps, "losses": rounded}
 
 
 def _result(kept: Mapping[str, Any]) -> Result:
     steps = list(range(kept["every"], kept["steps"] + 1, kept["every"]))
     if steps[-1] != kept["steps"]:
         steps.append(kept["steps"])
-    return Result(steps, kept["losses"], kept["step_ms"] / 1000)
+    return Result(steps, kept["losses"])
 
 
 def _best(grid: Mapping[float, Result]) -> float:

@@ -55,7 +55,7 @@ def _seeds(runs: Runs, task: str) -> Iterator[str]:
             spread = (max(finals) - min(finals)) / mean
             yield (
                 f"    {optimizer:{_NAME_WIDTH}} {lr:8g} {len(found):5} {_loss(mean)} {spread:7.1%}"
-                f" {_mean_to_reference(runs, task, found):+9.2%} {step_milliseconds(runs, task, optimizer):14.1f}"
+                f" {_mean_to_reference(runs, task, found):+9.2%} {runs.step_milliseconds(task, optimizer):14.1f}"
                 f"   {_by_seed(runs, task, found)}"
             )
     yield ""
@@ -159,11 +159,6 @@ def _short(run: Run) -> str:
     """Kind of the optimizer, learning rate and seed."""
     kind = "contextual" if run.optimizer == CONTEXTUAL else "plain"
     return f"{kind} {run.lr:g}, {run.seed}"
-
-
-def step_milliseconds(runs: Runs, task: str, optimizer: str) -> float:
-    """CPU time of a step: the median over an optimizer's learning rates, since the machine's other work disturbs it."""
-    return statistics.median(result.step_seconds * 1000 for result in runs.grid(task, optimizer).values())
 
 
 def shares_of_steps(runs: Runs, task: str, found: Mapping[int, Result]) -> list[float]:

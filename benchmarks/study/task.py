@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,19 +31,7 @@ class Task(Protocol):
         """The loss on data that is never trained on; the same at every call but for the weights."""
 
 
-class Course(NamedTuple):
-    """What a run leaves.
-
-    Attributes:
-        losses: held-out loss every so many steps, and after the last one.
-        step_seconds: median CPU time of a step of model and optimizer, without the held-out loss.
-    """
-
-    losses: list[float]
-    step_seconds: float
-
-
-def train(task: Task, build: Build, steps: int, every: int) -> Course:
+def train(task: Task, build: Build, steps: int, every: int) -> list[float]:
     """Train once, with gradients clipped and the learning rate left as it is.
 
     Args:
@@ -51,19 +39,41 @@ def train(task: Task, build: Build, steps: int, every: int) -> Course:
         build: makes the optimizer.
         steps: how many steps.
         every: steps between two held-out losses.
+
+    Returns:
+        The held-out loss every so many steps, and after the last one.
     """
     named = task.named_parameters()
     optimizer = build(named)
-    losses, seconds = [], []
+    losses = []
     for step in range(1, steps + 1):
-        started = time.process_time()
-        loss = task.loss(step - 1)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in named], _MAX_GRAD_NORM)
-        report_loss(optimizer, loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.process_time() - started)
+        take_step(task, named, optimizer, step - 1)
         if step % every == 0 or step == steps:
             losses.append(task.held_out_loss())
-    return Course(losses, statistics.median(seconds))
+    return losses
+
+
+def take_step(task: Task, named: Named, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """One step of training, on the batch of a number."""
+    loss = task.loss(number)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for _, p in named], _MAX_GRAD_NORM)
+    report_loss(optimizer, loss)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def step_seconds(runs: Mapping[str, tuple[Task, Build]], rounds: int) -> dict[str, float]:
+    """CPU time of a step of model and optimizer: the median of some rounds, in which all take their steps in turns."""
+    started = {}
+    for name, (task, build) in runs.items():
+        named = task.named_parameters()
+        started[name] = (task, named, build(named))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name, training in started.items():
+            start = time.process_time()
+            take_step(*training, number)
+            if number >= 2:
+                seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
