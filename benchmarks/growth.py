@@ -38,17 +38,16 @@ def tenths(shapes: Shapes) -> tuple[Shapes, Shapes]:
     return few, many
 
 
-def ratio(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """Milliseconds of the second step, and its ratio to the first: the median over rounds of both."""
+def ratios(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[float, list[float]]:
+    """Milliseconds of the second step, the median over rounds, and its ratio to the first in each round."""
     seconds = interleaved({"first": first, "second": second}, rounds)
-    pairs = zip(seconds["second"], seconds["first"])
-    return 1e3 * statistics.median(seconds["second"]), statistics.median(b / a for b, a in pairs)
+    return 1e3 * statistics.median(seconds["second"]), [b / a for a, b in zip(seconds["first"], seconds["second"])]
 
 
-def compared(first: Build, second: Build, shapes: Shapes, rounds: int) -> str:
+def in_turns(first: Build, second: Build, shapes: Shapes, rounds: int) -> str:
     """The second optimizer's time as a ratio to the first's: median and quartiles of the rounds."""
-    seconds = interleaved({"first": started(first, shapes), "second": started(second, shapes)}, rounds)
-    low, middle, high = statistics.quantiles([b / a for a, b in zip(seconds["first"], seconds["second"])], n=4)
+    _, found = ratios(started(first, shapes), started(second, shapes), rounds)
+    low, middle, high = statistics.quantiles(found, n=4)
     return f"{middle:.2f} ({low:.2f} - {high:.2f})"
 
 
@@ -77,22 +76,23 @@ def main() -> None:
           f"{counts[id(many)] / 1e6:.1f} M elements")  # fmt: skip
     print(f"{'':36}{'ms on SDXL':>12}{'a parameter, SDXL / SD 1.5':>28}{'ten times the tensors':>24}")
     for name, build in builds.items():
-        milliseconds, growth = ratio(started(build, small), started(build, large), args.rounds)
-        _, split = ratio(started(build, few), started(build, many), args.rounds)
-        print(f"{name:36}{milliseconds:12.1f}{growth / larger:28.2f}{split:24.2f}", flush=True)
+        milliseconds, growth = ratios(started(build, small), started(build, large), args.rounds)
+        _, split = ratios(started(build, few), started(build, many), args.rounds)
+        growth_each = statistics.median(growth) / larger
+        print(f"{name:36}{milliseconds:12.1f}{growth_each:28.2f}{statistics.median(split):24.2f}", flush=True)
     print(f"{'in turns':36}" + "".join(f"{phase:>28}" for phase in contenders.PHASES))
     for bits, adamw in (("", REFERENCE), ("8bit", "bitsandbytes AdamW8bit")):
         for model, shapes in (("SD 1.5", small), ("SDXL", large)):
-            ratios: dict[str, list[str]] = {"plain / AdamW": [], "context / plain": [], "the same, no momenta": []}
+            table: dict[str, list[str]] = {"plain / AdamW": [], "context / plain": [], "the same, no momenta": []}
             for phase in contenders.PHASES:
                 contextual = f"Automagic_CameAMP_COptim{bits}"
                 (plain,) = contenders.ours(f"Automagic_CameAMP{bits}", (phase,)).values()
                 (whole,) = contenders.ours(contextual, (phase,)).values()
                 (without,) = contenders.ours(contextual, (phase,), momentum_scales=()).values()
                 pairs = ((contenders.peer(adamw), plain), (plain, whole), (plain, without))
-                for found, (first, second) in zip(ratios.values(), pairs):
-                    found.append(compared(first, second, shapes, args.rounds))
-            for name, found in ratios.items():
+                for found, (first, second) in zip(table.values(), pairs):
+                    found.append(in_turns(first, second, shapes, args.rounds))
+            for name, found in table.items():
                 row = f"{'8' if bits else '32'}-bit, {model}: {name}"
                 print(f"{row:36}" + "".join(f"{text:>28}" for text in found), flush=True)
 

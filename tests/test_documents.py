@@ -66,7 +66,7 @@ def test_commands_are_understood(place, command, tmp_path, monkeypatch):
     ("command", "word"),
     [
         ("python bootstrap.py demo --max_train_step 9", "--max_train_step"),
-        ("python bootstrap.py demonstrate", ""),
+        ("python bootstrap.py demonstrate", "Set up this project"),
         ("python tests/versions.py FOLDER newer", "newer"),
         ("python -m benchmarks --models sd15", "sd15"),
         ("python -m benchmarks.step_profile --optimizer AdamW", "AdamW"),

@@ -49,11 +49,12 @@ def assert_same_training(a, b):
     "options",
     [
         {},
-        {"optimizer_class": Automagic_CameAMP8bit, "shapes": CODED, "bias_correction": True},
+        {"bias_correction": True},
+        {"optimizer_class": Automagic_CameAMP8bit, "shapes": CODED},
         {"optimizer_class": Automagic_CameAMP_COptim, "momentum_scales": (1, 2, 3)},
         {"optimizer_class": Automagic_CameAMP_COptim8bit, "shapes": CODED},
     ],
-    ids=["plain", "8-bit", "contextual", "contextual 8-bit"],
+    ids=["plain", "bias correction", "8-bit", "contextual", "contextual 8-bit"],
 )
 def test_same_numbers_in_all_phases(options, caplog):
     """In 8 bits too: codes are exact, so that rounding alone can tell the two apart."""

@@ -53,7 +53,11 @@ def test_memory_of_awkward_shapes(shape, scales):
 
 
 @pytest.mark.parametrize("optimizer_class", [Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit])
-@pytest.mark.parametrize("shapes", [load("sd15_lora16"), [(1280, 1280, 3, 3), (64, 64)]], ids=["lora", "one large"])
+@pytest.mark.parametrize(
+    "shapes",
+    [load("sd15_lora16"), [(4096, 4096), (64, 64)], [(1280, 1280, 3, 3), (64, 64)]],
+    ids=["lora", "one large", "one large kernel"],
+)
 def test_temporary_memory(optimizer_class, shapes):
     optimizer = optimizer_class(parameters(shapes), warmup_steps=1_000_000, momentum_scales=(1, 2, 3, 4))
     for _ in range(5):

@@ -196,12 +196,13 @@ def test_the_scale_matters_without_came():
     assert (scaled - reference).norm() > 1e-2 * reference.norm()
 
 
-def test_an_element_without_gradient_does_not_move():
-    """Weight decay and orthogonal steps excepted, which act early: the weight is 0 there."""
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_an_element_without_gradient_does_not_move(weight_decay):
+    """Weight decay and orthogonal steps excepted, which act early: the weight is 0 there. Later neither acts."""
     p = torch.nn.Parameter(stack((6, 6), 0))
     p.data[2, 3] = 0.0
     other = torch.nn.Parameter(stack((6, 6), 1))
-    optimizer = Automagic_CameAMP([p, other], lr=1e-3, warmup_steps=30)
+    optimizer = Automagic_CameAMP([p, other], lr=1e-3, warmup_steps=30, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         for q in (p, other):
@@ -209,7 +210,7 @@ def test_an_element_without_gradient_does_not_move():
         p.grad[2, 3] = 0.0
         optimizer.step()
     assert p[2, 3] == 0.0
-    late = Automagic_CameAMP([p, other], lr=1e-3, warmup_steps=0)
+    late = Automagic_CameAMP([p, other], lr=1e-3, warmup_steps=0, weight_decay=weight_decay)
     p.data[2, 3] = 0.7
     for _ in range(20):
         for q in (p, other):

@@ -26,7 +26,7 @@ PLAIN_RATE = 3e-4
 CASES = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE), (PLAIN, DEFAULT_RATE), (PLAIN, OUR_RATES[-1]))
 
 
-# Other options: all in 32 bits, and in 8 bits the one that is advised.
+# Other options: all in 32 bits, and in 8 bits the one that is advised for short runs.
 OPTION_CASES = (*((CONTEXTUAL, name) for name in (AS_IT_IS, *OPTIONS)), (CONTEXTUAL_8BIT, ADVISED))
 
 

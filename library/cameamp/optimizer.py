@@ -115,10 +115,7 @@ class CameAMP(Optimizer):
             self.c_optim = ContextualOptimizationModule(
                 config.context_window, config.edge_threshold, config.adaptation_rate
             )
-        self._layouts = {}
-        self._compiler = Compiler()
-        self._factors_found = None
-        self._forget_layout()
+        self._start_layout()
         super().__init__(params, config.as_dict())
 
     # Groups -----------------------------------------------------------------------------------------------------
@@ -600,10 +597,7 @@ class CameAMP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layouts = {}
-        self._compiler = Compiler()
-        self._factors_found = None
-        self._forget_layout()
+        self._start_layout()
 
     # Batches and states -----------------------------------------------------------------------------------------
 
@@ -695,6 +689,13 @@ class CameAMP(Optimizer):
                 logger.info("none of %d parameters is a LoRA factor: ALLoRA is off", total)
         self._factors, self._factors_found = factors, (count, total)
         return factors
+
+    def _start_layout(self) -> None:
+        """Forget all that was made for the states there were before; they may be other tensors now."""
+        self._layouts = {}
+        self._compiler = Compiler()
+        self._factors_found = None
+        self._forget_layout()
 
     def _forget_layout(self) -> None:
         """Look at the parameters anew at the next step: their positions, and which are LoRA factors."""
