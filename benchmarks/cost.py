@@ -77,7 +77,7 @@ def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
     optimizers keep between steps on a CPU.
     """
     if isinstance(optimizer, CameAMP):
-        optimizer._workspace = Workspace(optimizer._workspace.stacks)
+        optimizer._workspace = Workspace()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         optimizer.step()
     held = highest = 0

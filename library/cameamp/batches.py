@@ -81,10 +81,11 @@ class Batch:
             storages: for each state name, how it is kept.
             fills: what an element starts at, where a parameter does not have the state yet; 0 if not named.
         """
+        own = [state[p] for p in self.params]
         fresh = {
             name: self._allocate(name, storage, fills.get(name, 0.0))
             for name, storage in storages.items()
-            if not all(self._holds(state, key) for key in storage.keys(name))
+            if not all(self._holds(own, key) for key in storage.keys(name))
         }
         for name, buffers in fresh.items():
             self._fill(state, name, storages[name], buffers)
@@ -92,10 +93,10 @@ class Batch:
         numbers = 1 + len(self.traits.momentum_counts)
         for key in self._buffers.keys() - wanted:
             del self._buffers[key], self._slices[key]
-        for p in self.params:
-            if len(state[p]) > len(wanted) + numbers:
-                for key in [k for k, value in state[p].items() if k not in wanted and torch.is_tensor(value)]:
-                    del state[p][key]
+        for state_of_p in own:
+            if len(state_of_p) > len(wanted) + numbers:
+                for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
+                    del state_of_p[key]
 
     def states(self, storages: Mapping[str, Storage]) -> BatchStates:
         """The states, to be read and written one at a time: they need memory while they are out of their storage."""
@@ -144,11 +145,12 @@ class Batch:
             return out
         return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
 
-    def _holds(self, state: Mapping[Tensor, State], key: str) -> bool:
+    def _holds(self, own: Sequence[State], key: str) -> bool:
+        """Whether a state of each parameter is still the slice of this batch's buffer that it was given."""
         slices = self._slices.get(key)
         if slices is None or self._buffers[key].device != self.params[0].device:
             return False
-        return all(map(is_, [state[p].get(key) for p in self.params], slices))
+        return all(map(is_, [state.get(key) for state in own], slices))
 
     def _allocate(self, name: str, storage: Storage, fill: float) -> Buffers:
         """New buffers for one state. What this device cannot store fails here, before any value depends on it."""
@@ -182,6 +184,10 @@ class BatchStates:
         self._batch = batch
         self._buffers = buffers
         self._storages = storages
+
+    def weights(self, out: Tensor | None = None) -> Tensor:
+        """The weights, to update in place: a copy, but for a single contiguous float32 parameter's."""
+        return self._batch.weights(out)
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A state, for a rule to update in place; unpacked into `out` where that helps."""

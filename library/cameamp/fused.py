@@ -36,7 +36,6 @@ def fused_first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> Firs
 
 
 def fused_step(
-    p: Tensor,
     g: Tensor,
     states: StatesAndMomenta,
     magnitude_sum: Tensor,
@@ -48,21 +47,18 @@ def fused_step(
     """As `rules.take_step_`: one graph for each combination of phase and options, whatever the shapes.
 
     Around multi-scale momenta, whose products of thin matrices cannot be merged with anything, it is two graphs.
-
-    Returns:
-        The new weights, and what `rules.take_step_` returns.
     """
     in_first = {"magnitude_sum": magnitude_sum}
     in_second = {"decay_strengths": decay_strengths, "multiplier": multiplier}
     own = options.phase.state_names(options.config.came)
     if not scalars.scale_names:
-        return _run(take_step_, {"p": p, "g": g}, states, own, scalars, options, **in_first, **in_second)
+        return _run(take_step_, {"g": g}, states, ("weights", *own), scalars, options, **in_first, **in_second)
     first = tuple(name for name in own if name == "exp_avg_sq")
-    second = tuple(name for name in own if name != "exp_avg_sq")
-    _, (sg, direction) = _run(scale_gradient_, {"g": g}, states, first, scalars, options, **in_first)
+    second = ("weights", *(name for name in own if name != "exp_avg_sq"))
+    sg, direction = _run(scale_gradient_, {"g": g}, states, first, scalars, options, **in_first)
     drive = multi_scale_momentum(sg, direction, states, scalars, Work())
     in_second |= {"direction": direction, "drive": drive}
-    return _run(move_, {"p": p, "sg": sg}, states, second, scalars, options, **in_second)
+    return _run(move_, {"sg": sg}, states, second, scalars, options, **in_second)
 
 
 def _run(
@@ -73,22 +69,26 @@ def _run(
     scalars: StepScalars,
     options: StackOptions,
     **more: Tensor | None,
-) -> tuple[Any, Any]:
+) -> Any:
     """Run a part of the rules, compiled if possible.
 
     Args:
         rules: a function of `rules`.
         overwritten: its arguments that it overwrites.
-        states: the states of the stack.
+        states: the weights and states of the stack.
         names: those that it needs.
         more: its other arguments.
 
     Returns:
-        The new weights, where it was given any, and what `rules` returns.
+        What `rules` returns.
     """
     stack = next(iter(overwritten.values()))
     if stack.numel() <= _LARGEST and compiling.is_active():
-        stacks = {name: states.read(name) for name in names if name != "last_polarity" or options.has_polarity}
+        stacks = {
+            name: states.weights() if name == "weights" else states.read(name)
+            for name in names
+            if name != "last_polarity" or options.has_polarity
+        }
         # Bools go in and out as bytes, from which code is generated that takes many times less.
         stacks = {name: s.view(torch.uint8) if s.dtype == torch.bool else s for name, s in stacks.items()}
         in_place = stack.device.type != "cpu"
@@ -96,13 +96,12 @@ def _run(
             _on_copies, rules, overwritten, stacks, in_place, scalars=_as_tensors(scalars), options=options, **more
         )
         if changed is not None:
-            p, result, written = changed
+            result, written = changed
             for name, new in written.items():
                 states.write(name, new.view(torch.bool) if new.dtype == torch.uint8 else new)
-            return p, result
+            return result
         del stacks
-    result = rules(**overwritten, states=states, work=Work(), scalars=scalars, options=options, **more)
-    return overwritten.get("p"), result
+    return rules(**overwritten, states=states, work=Work(), scalars=scalars, options=options, **more)
 
 
 def _first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:
@@ -115,24 +114,28 @@ def _on_copies(
     stacks: dict[str, Tensor],
     in_place: bool,
     **more: Any,
-) -> tuple[Tensor | None, Any, dict[str, Tensor]]:
+) -> tuple[Any, dict[str, Tensor]]:
     """What is compiled: the rules on copies, which a graph never makes, and the states that they changed.
 
-    States are changed in place where that can be: PyTorch 2.13's C++ code generator loses track of buffers (KeyError)
-    in graphs that change their inputs.
+    States, but not weights, are changed in place where that can be: PyTorch 2.13's C++ code generator loses track of
+    buffers (KeyError) in graphs that change their inputs.
     """
     copies = {name: stack.clone() for name, stack in overwritten.items()}
-    states = _Loaded(stacks if in_place else {name: stack.clone() for name, stack in stacks.items()})
+    kept = {name: stack for name, stack in stacks.items() if in_place and name != "weights"}
+    states = _Loaded({name: kept[name] if name in kept else stack.clone() for name, stack in stacks.items()})
     result = rules(**copies, states=states, work=Work(), **more)
-    return copies.get("p"), result, states.written
+    return result, states.written
 
 
 class _Loaded:
-    """States read beforehand."""
+    """Weights and states read beforehand."""
 
     def __init__(self, stacks: dict[str, Tensor]) -> None:
         self._stacks = stacks
         self.written: dict[str, Tensor] = {}
+
+    def weights(self, out: Tensor | None = None) -> Tensor:
+        return self._stacks["weights"]
 
     def read(self, name: str) -> Tensor:
         return self._stacks[name]

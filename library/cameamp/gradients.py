@@ -119,7 +119,7 @@ def _count_(unusable: Tensor) -> Tensor:
     """How many elements are not usable, 0-d, from what `drop_unusable_` returned; overwrites it."""
     if torch.compiler.is_compiling():
         return _count_in_graph(unusable)
-    ones = unusable.nan_to_num_(1.0, 1.0, 1.0).clamp_(-1.0, 1.0).flatten()
+    ones = unusable.ne_(0).flatten()  # 1 for NaN too
     return torch.dot(ones, ones)
 
 

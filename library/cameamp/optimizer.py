@@ -345,15 +345,14 @@ class CameAMP(Optimizer):
         scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number), traits.momentum_counts)
         work = self._workspace.lend(batch)
         g = batch.gradients(work.gradients)
-        p = batch.weights(work.weights)
         phase = self._phase(number, batch)
         options = StackOptions(phase, traits.has_polarity, traits.row_scaled, config, self._watch_every())
-        total = magnitude_sum.to(p.device)
-        factor = None if multiplier is None else multiplier.to(p.device)
+        total = magnitude_sum.to(g.device)
+        factor = None if multiplier is None else multiplier.to(g.device)
         if config.fused:
-            p, watched = fused_step(p, g, states, total, decay, factor, scalars, options)
+            p, watched = fused_step(g, states, total, decay, factor, scalars, options)
         else:
-            watched = take_step_(p, g, states, total, decay, factor, work, scalars, options)
+            p, watched = take_step_(g, states, total, decay, factor, work, scalars, options)
         del g, work
         dtype = batch.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
@@ -702,9 +701,8 @@ class CameAMP(Optimizer):
         self._factors = None
         self._positions = {}
         self._sampler = None
-        known = range(len(self.__dict__.get("_group_options", ())))
-        self._workspace = Workspace(stacks=5 if any(map(self._momentum_scales, known)) else 4)
-        if self._contextual and known:
+        self._workspace = Workspace()
+        if self._contextual and self.__dict__.get("_group_options"):
             self._tell_bounds()
 
 

@@ -30,7 +30,10 @@ Scalar = float | Tensor
 
 
 class States(Protocol):
-    """The states of a stack, by name."""
+    """The weights of a stack, and its states by name."""
+
+    def weights(self, out: Tensor | None = None) -> Tensor:
+        """The weights, (tensors, rows, columns) float32, to update in place; gathered into `out` where that helps."""
 
     def read(self, name: str) -> Tensor:
         """A state, (tensors, rows, columns), to update in place."""
@@ -169,7 +172,6 @@ class StackOptions(NamedTuple):
 
 
 def take_step_(
-    p: Tensor,
     g: Tensor,
     states: StatesAndMomenta,
     magnitude_sum: Tensor,
@@ -178,24 +180,25 @@ def take_step_(
     work: Work,
     scalars: StepScalars,
     options: StackOptions,
-) -> Watched | None:
+) -> tuple[Tensor, Watched | None]:
     """Update the weights and states of a stack of same-shape parameters, each seen as a matrix.
 
     Args:
-        p: weights, (tensors, rows, columns) float32; updated.
-        g: gradients, likewise; overwritten.
-        states: the states that the phase has; each is written back as soon as it is not needed.
+        g: gradients, (tensors, rows, columns) float32; overwritten.
+        states: the weights, and the states that the phase has; each is written back as soon as it is not needed.
         magnitude_sum: AGR's sum over the parameter group, 0-d.
         decay_strengths: theta of each tensor, (tensors,); None where nothing decays.
         multiplier: 0-d factor of all learning rates; None where no context drives the optimizer.
         work: memory to compute in.
         scalars: what changes with the step.
         options: which rules act.
+
+    Returns:
+        The new weights, to be written back, and what the context sees of the step.
     """
     sg, direction = scale_gradient_(g, states, magnitude_sum, work, scalars, options)
     # The drive has no name here, so that its memory is free as soon as the second half is done with it.
     return move_(
-        p,
         sg,
         direction,
         multi_scale_momentum(sg, direction, states, scalars, work),
@@ -231,7 +234,6 @@ def scale_gradient_(
 
 
 def move_(
-    p: Tensor,
     sg: Tensor,
     direction: Tensor,
     drive: Tensor | None,
@@ -241,7 +243,7 @@ def move_(
     work: Work,
     scalars: StepScalars,
     options: StackOptions,
-) -> Watched | None:
+) -> tuple[Tensor, Watched | None]:
     """The second half of a step, from the scaled gradient to the weights.
 
     Args:
@@ -265,6 +267,7 @@ def move_(
     else:
         residual = consistency.consistency_momentum_(exp_avg, sg, scalars.momentum_rate, beta1, drive)
     del drive
+    p = states.weights(work.weights)
 
     exp_avg_res = states.read("exp_avg_res")
     u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2, scalars.bias_correction)
@@ -300,8 +303,8 @@ def move_(
     if phase.warmup and has_polarity:
         states.write("lr_mask", mask)
     if watched_grad is None:
-        return None
-    return Watched(watched_grad, at_every_nth(rates, watch_every) * at_every_nth(u, watch_every))
+        return p, None
+    return p, Watched(watched_grad, at_every_nth(rates, watch_every) * at_every_nth(u, watch_every))
 
 
 def multi_scale_momentum(
@@ -310,14 +313,15 @@ def multi_scale_momentum(
     """Update the momenta that are due, and return the mean of all; None where there are none yet.
 
     An element whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know
-    which elements never had a gradient, and those must not drift.
+    which elements never had a gradient, and those must not drift. It is made where the weights will be: they are not
+    needed before it has moved the momentum.
     """
     drive, drive_share = None, 1.0
     packed: list[tuple[str, float]] = []
     for name, rate, share in zip(scalars.scale_names, scalars.scale_rates, scalars.scale_shares):
         if share == 0:  # Never updated, not in this step either.
             continue
-        room = work.drive if drive is None else None
+        room = work.weights if drive is None else None
         moved = momenta.move(name, sg, rate, room, work.scratch) if rate != 0 else None
         if moved is None:
             packed.append((name, share))
@@ -327,7 +331,7 @@ def multi_scale_momentum(
             drive.add_(moved, alpha=share / drive_share)
         del moved
     if drive is None and packed:
-        drive = torch.zeros_like(sg) if work.drive is None else work.drive.zero_()
+        drive = torch.zeros_like(sg) if work.weights is None else work.weights.zero_()
     if drive is None:
         return None
     momenta.add_to(drive, drive_share, packed, work.scratch)

@@ -21,17 +21,15 @@ class Work(NamedTuple):
 
     Attributes:
         gradients: for the gradients.
-        weights: for the weights.
+        weights: for the weights, and before they are gathered for what drives the momentum.
         scaled: for the scaled gradient, and the update that it becomes.
         scratch: for whatever lies in between.
-        drive: for what moves the momentum, where that is not the scaled gradient.
     """
 
     gradients: Tensor | None = None
     weights: Tensor | None = None
     scaled: Tensor | None = None
     scratch: Tensor | None = None
-    drive: Tensor | None = None
 
 
 class Workspace:
@@ -39,14 +37,10 @@ class Workspace:
 
     For CPUs: malloc returns blocks of this size to the system and takes them back page by page, which can cost half as
     much again as the arithmetic. PyTorch's allocator for GPUs keeps its blocks, so nothing is held there. Never more
-    than four stacks of the largest size that `batches` builds, 100 MiB; five with multi-scale momentum.
-
-    Attributes:
-        stacks: how many stacks are lent, 4 or 5; the fifth is the drive.
+    than four stacks of the largest size that `batches` builds, 100 MiB.
     """
 
-    def __init__(self, stacks: int = 4) -> None:
-        self.stacks = stacks
+    def __init__(self) -> None:
         self._memory = _memory(0)
 
     def lend(self, batch: Batch) -> Work:
@@ -58,10 +52,10 @@ class Workspace:
             self._memory = _memory(0)
             return Work()
         keep_freed_memory()
-        total = self.stacks * size
+        total = len(Work._fields) * size
         if self._memory.numel() < total:
             self._memory = _memory(total)
-        return Work(*self._memory[:total].view(self.stacks, -1, batch.rows, batch.columns).unbind())
+        return Work(*self._memory[:total].view(-1, len(batch), batch.rows, batch.columns).unbind())
 
 
 @cache

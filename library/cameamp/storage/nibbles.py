@@ -60,14 +60,20 @@ class Nibbles:
     ) -> Tensor:
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
         rows, columns = target.shape[1:]
-        moved = _unpacked(codes, scale * (1 - rate), rows, columns, out).add_(target, alpha=rate)
+        moved = _unpacked(codes, scale * (1 - rate), rows, columns, out, scratch).add_(target, alpha=rate)
         _pack(moved, codes, scale, scratch)
         return moved
 
 
-def _unpacked(codes: Tensor, scale: Tensor, rows: int, columns: int, out: Tensor | None) -> Tensor:
+def _unpacked(
+    codes: Tensor, scale: Tensor, rows: int, columns: int, out: Tensor | None, scratch: Tensor | None = None
+) -> Tensor:
     """(tensors, rows, columns) of codes and the distance between levels; in `out` where its size allows."""
-    halves = torch.empty(len(codes), 2, codes.shape[1], dtype=torch.uint8, device=codes.device)
+    size = (len(codes), 2, codes.shape[1])
+    if scratch is None:
+        halves = torch.empty(size, dtype=torch.uint8, device=codes.device)
+    else:
+        halves = scratch.flatten().view(torch.uint8)[: math.prod(size)].view(size)
     torch.bitwise_and(codes, 15, out=halves[:, 0])
     torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
     if out is not None and out.numel() == halves.numel():

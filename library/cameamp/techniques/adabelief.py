@@ -34,6 +34,7 @@ def divide_by_belief_(
     Returns:
         The update.
     """
-    exp_avg_res.mul_(beta3).add_((1 - beta3) * eps).addcmul_(residual, residual, value=1 - beta3)
+    # Towards the floor, then the square on top: one pass over memory less than scaling and adding a number.
+    exp_avg_res.lerp_(exp_avg_res.new_full((), eps), 1 - beta3).addcmul_(residual, residual, value=1 - beta3)
     update = torch.rsqrt(exp_avg_res, out=residual).mul_(exp_avg)
     return update if correction is None else update.mul_(correction)

@@ -25,7 +25,8 @@ def scale_by_second_moment_(
     Returns:
         The scaled gradient.
     """
-    exp_avg_sq.mul_(beta2).add_((1 - beta2) * eps).addcmul_(grad, grad, value=1 - beta2)
+    # Towards the floor, then the square on top: one pass over memory less than scaling and adding a number.
+    exp_avg_sq.lerp_(exp_avg_sq.new_full((), eps), 1 - beta2).addcmul_(grad, grad, value=1 - beta2)
     scaled = torch.rsqrt(exp_avg_sq, out=out).mul_(grad)
     norm = torch.linalg.vector_norm(scaled.flatten(1), dim=1)
     excess = norm.mul_(1 / (math.sqrt(scaled[0].numel()) * clip_threshold)).clamp_min_(1.0)
