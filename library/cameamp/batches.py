@@ -27,6 +27,8 @@ LARGEST_STACK = 6_500_000
 # more than asked for, because every shape begins a new one.
 _STACKS = 7
 _SMALLEST_STACK = 512 * 1024
+# What passes over the same stack a dozen times takes so many elements at once, where that is not a kernel launch more.
+_CACHED = 1024 * 1024
 
 State = MutableMapping[str, Any]
 
@@ -178,12 +180,28 @@ class Batch:
 
 
 class BatchStates:
-    """Access to the states of a batch as stacks of (tensors, rows, columns)."""
+    """Access to the states of a batch, or of some of its tensors, as stacks of (tensors, rows, columns)."""
 
-    def __init__(self, batch: Batch, buffers: Buffers, storages: Mapping[str, Storage]) -> None:
+    def __init__(
+        self, batch: Batch, buffers: Buffers, storages: Mapping[str, Storage], members: slice = slice(None)
+    ) -> None:
         self._batch = batch
-        self._buffers = buffers
+        self._buffers = buffers if members == slice(None) else {key: value[members] for key, value in buffers.items()}
         self._storages = storages
+        self._members = members
+
+    def parts(self) -> list[tuple[slice, BatchStates]]:
+        """The states by some tensors at a time: as many as a CPU keeps in its caches, and on other devices all.
+
+        Returns:
+            Which tensors of the stack, and their states.
+        """
+        count, size = len(self._batch), self._batch.rows * self._batch.columns
+        length = max(1, _CACHED // size)
+        if count <= length or self._batch.params[0].device.type != "cpu":
+            return [(slice(None), self)]
+        parts = [slice(start, start + length) for start in range(0, count, length)]
+        return [(part, BatchStates(self._batch, self._buffers, self._storages, part)) for part in parts]
 
     def weights(self, out: Tensor | None = None) -> Tensor:
         """The weights, to update in place: a copy, but for a single contiguous float32 parameter's."""
@@ -202,7 +220,7 @@ class BatchStates:
             A copy of it, in `out` where given; None where its storage never unpacks it.
         """
         storage = cast(MovingStorage, self._storages[name])
-        return storage.move(name, self._buffers, target, rate, self._batch.dither(), out, scratch)
+        return storage.move(name, self._buffers, target, rate, self._dither(), out, scratch)
 
     def add_to(
         self, stack: Tensor, stack_share: float, shares: Sequence[tuple[str, float]], out: Tensor | None = None
@@ -223,7 +241,11 @@ class BatchStates:
 
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""
-        self._storages[name].write(name, self._buffers, stack, self._batch.dither())
+        self._storages[name].write(name, self._buffers, stack, self._dither())
+
+    def _dither(self) -> Dither:
+        whole = self._batch.dither()
+        return Dither(whole.positions[self._members], whole.step)
 
 
 class Layout:

@@ -45,6 +45,9 @@ class States(Protocol):
 class Momenta(Protocol):
     """The multi-scale momenta of a stack, by name. `out` and `scratch` are memory to use where given."""
 
+    def parts(self) -> Sequence[tuple[slice, Momenta]]:
+        """The momenta by some tensors at a time: which tensors of the stack, and theirs."""
+
     def move(
         self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
     ) -> Tensor | None:
@@ -313,29 +316,40 @@ def multi_scale_momentum(
     """Update the momenta that are due, and return the mean of all; None where there are none yet.
 
     An element whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know
-    which elements never had a gradient, and those must not drift. It is made where the weights will be: they are not
-    needed before it has moved the momentum.
+    which elements never had a gradient, and those must not drift. The mean is made where the weights will be: they are
+    not needed before it has moved the momentum.
     """
-    drive, drive_share = None, 1.0
+    if not any(scalars.scale_shares):
+        return None
+    drive = torch.empty_like(sg) if work.weights is None else work.weights
+    for members, part in momenta.parts():
+        signs, scratch = direction[members], None if work.scratch is None else work.scratch[members]
+        _mean_of_momenta(sg[members], part, scalars, drive[members], scratch).mul_(signs).mul_(signs)
+    return drive
+
+
+def _mean_of_momenta(
+    sg: Tensor, momenta: Momenta, scalars: StepScalars, mean: Tensor, scratch: Tensor | None
+) -> Tensor:
+    """Update the momenta that are due, and fill `mean` with the mean of those that were ever updated."""
+    mean_share = 0.0  # What the mean still has to be multiplied by: that is done where the packed momenta are added.
     packed: list[tuple[str, float]] = []
     for name, rate, share in zip(scalars.scale_names, scalars.scale_rates, scalars.scale_shares):
         if share == 0:  # Never updated, not in this step either.
             continue
-        room = work.weights if drive is None else None
-        moved = momenta.move(name, sg, rate, room, work.scratch) if rate != 0 else None
+        room = mean if mean_share == 0 else None
+        moved = momenta.move(name, sg, rate, room, scratch) if rate != 0 else None
         if moved is None:
             packed.append((name, share))
-        elif drive is None:
-            drive, drive_share = moved, share  # It is multiplied where the packed ones are added.
+        elif mean_share == 0:
+            mean_share = share
         else:
-            drive.add_(moved, alpha=share / drive_share)
+            mean.add_(moved, alpha=share / mean_share)
         del moved
-    if drive is None and packed:
-        drive = torch.zeros_like(sg) if work.weights is None else work.weights.zero_()
-    if drive is None:
-        return None
-    momenta.add_to(drive, drive_share, packed, work.scratch)
-    return drive.mul_(direction).mul_(direction)
+    if mean_share == 0:
+        mean.zero_()
+    momenta.add_to(mean, mean_share or 1.0, packed, scratch)
+    return mean
 
 
 def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:

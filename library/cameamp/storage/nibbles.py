@@ -68,20 +68,22 @@ class Nibbles:
 def _unpacked(
     codes: Tensor, scale: Tensor, rows: int, columns: int, out: Tensor | None, scratch: Tensor | None = None
 ) -> Tensor:
-    """(tensors, rows, columns) of codes and the distance between levels; in `out` where its size allows."""
-    size = (len(codes), 2, codes.shape[1])
+    """(tensors, rows, columns) of codes and the distance between levels; in `out` where given."""
+    count, size = rows * columns, (len(codes), 2, codes.shape[1])
+    if out is None:
+        out = torch.empty(len(codes), rows, columns, dtype=torch.float32, device=codes.device)
     if scratch is None:
         halves = torch.empty(size, dtype=torch.uint8, device=codes.device)
     else:
         halves = scratch.flatten().view(torch.uint8)[: math.prod(size)].view(size)
     torch.bitwise_and(codes, 15, out=halves[:, 0])
     torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
-    if out is not None and out.numel() == halves.numel():
-        values = out.view(halves.shape)
+    levels = halves.view(torch.int8).sub_(_MIDDLE)
+    if count % 2 == 0:
+        out.view(size).copy_(levels)
     else:
-        values = torch.empty(halves.shape, dtype=torch.float32, device=codes.device)
-    values.copy_(halves.view(torch.int8).sub_(_MIDDLE)).mul_(scale.unsqueeze(2))
-    return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
+        out.view(len(codes), count).copy_(levels.flatten(1)[:, :count])
+    return out.mul_(scale.unsqueeze(2))
 
 
 def _pack(stack: Tensor, codes: Tensor, scale: Tensor, scratch: Tensor | None) -> None:
