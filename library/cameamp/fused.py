@@ -41,24 +41,26 @@ def fused_step(
     magnitude_sum: Tensor,
     decay_strengths: Tensor | None,
     multiplier: Tensor | None,
+    work: Work,
     scalars: StepScalars,
     options: StackOptions,
 ) -> tuple[Tensor, Watched | None]:
     """As `rules.take_step_`: one graph for each combination of phase and options, whatever the shapes.
 
-    Around multi-scale momenta, whose products of thin matrices cannot be merged with anything, it is two graphs.
+    Around multi-scale momenta, whose products of thin matrices cannot be merged with anything, it is two graphs. Of
+    `work` they use only what the weights are gathered into: what lies in between they keep in registers.
     """
     in_first = {"magnitude_sum": magnitude_sum}
     in_second = {"decay_strengths": decay_strengths, "multiplier": multiplier}
     own = options.phase.state_names(options.config.came)
     if not scalars.scale_names:
-        return _run(take_step_, {"g": g}, states, ("weights", *own), scalars, options, **in_first, **in_second)
+        return _run(take_step_, {"g": g}, states, ("weights", *own), work, scalars, options, **in_first, **in_second)
     first = tuple(name for name in own if name == "exp_avg_sq")
     second = ("weights", *(name for name in own if name != "exp_avg_sq"))
-    sg, direction = _run(scale_gradient_, {"g": g}, states, first, scalars, options, **in_first)
+    sg, direction = _run(scale_gradient_, {"g": g}, states, first, work, scalars, options, **in_first)
     drive = multi_scale_momentum(sg, direction, states, scalars, Work())
     in_second |= {"direction": direction, "drive": drive}
-    return _run(move_, {"sg": sg}, states, second, scalars, options, **in_second)
+    return _run(move_, {"sg": sg}, states, second, work, scalars, options, **in_second)
 
 
 def _run(
@@ -66,6 +68,7 @@ def _run(
     overwritten: dict[str, Tensor],
     states: States,
     names: Sequence[str],
+    work: Work,
     scalars: StepScalars,
     options: StackOptions,
     **more: Tensor | None,
@@ -77,6 +80,7 @@ def _run(
         overwritten: its arguments that it overwrites.
         states: the weights and states of the stack.
         names: those that it needs.
+        work: where the weights are gathered; memory to compute in where nothing is compiled.
         more: its other arguments.
 
     Returns:
@@ -85,7 +89,7 @@ def _run(
     stack = next(iter(overwritten.values()))
     if stack.numel() <= _LARGEST and compiling.is_active():
         stacks = {
-            name: states.weights() if name == "weights" else states.read(name)
+            name: states.weights(work.weights) if name == "weights" else states.read(name)
             for name in names
             if name != "last_polarity" or options.has_polarity
         }
@@ -101,7 +105,7 @@ def _run(
                 states.write(name, new.view(torch.bool) if new.dtype == torch.uint8 else new)
             return result
         del stacks
-    return rules(**overwritten, states=states, work=Work(), scalars=scalars, options=options, **more)
+    return rules(**overwritten, states=states, work=work, scalars=scalars, options=options, **more)
 
 
 def _first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:

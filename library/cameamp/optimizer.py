@@ -350,7 +350,7 @@ class CameAMP(Optimizer):
         total = magnitude_sum.to(g.device)
         factor = None if multiplier is None else multiplier.to(g.device)
         if config.fused:
-            p, watched = fused_step(g, states, total, decay, factor, scalars, options)
+            p, watched = fused_step(g, states, total, decay, factor, work, scalars, options)
         else:
             p, watched = take_step_(g, states, total, decay, factor, work, scalars, options)
         del g, work
