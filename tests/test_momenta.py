@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
 from library.automagic_cameamp import Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit
+from library.cameamp import batches
 from library.cameamp.rounding import Dither
 from library.cameamp.storage.low_rank import LowRank
 from library.cameamp.storage.momenta import momentum_storages
@@ -143,6 +144,34 @@ def test_what_never_has_a_gradient_does_not_move(optimizer_class):
         optimizer.step()
     assert torch.equal(p[idle], start[idle])
     assert (p != start)[~idle].float().mean() > 0.99
+
+
+@pytest.mark.parametrize("columns", [96, 97])  # 97: an odd number of elements, and others for the low rank
+def test_a_stack_by_parts_moves_as_the_whole_one(columns, monkeypatch):
+    """Five tensors, two at a time; the last part has one."""
+
+    def trained(elements):
+        monkeypatch.setattr(batches, "_CACHED", elements)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(45, columns, generator=generator)) for _ in range(5)]
+        optimizer = Automagic_CameAMP_COptim(params, lr=1e-4, warmup_steps=10, momentum_scales=(1, 2, 3, 5))
+        for _ in range(20):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+        assert all(optimizer.state[p]["momentum_count_5"] == 4 for p in params)
+        return params
+
+    parted = []
+    states_of_some = batches.BatchStates.parts
+    monkeypatch.setattr(batches.BatchStates, "parts", lambda self: parted.append(states_of_some(self)) or parted[-1])
+    whole = trained(10**9)
+    assert {len(parts) for parts in parted} == {1}
+    parted.clear()
+    by_parts = trained(2 * 45 * columns)
+    assert {len(parts) for parts in parted} == {3}
+    for p, q in zip(whole, by_parts):
+        assert torch.allclose(p, q, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(("noise", "least"), [(1.0, 0.9), (4.0, 0.9)])
