@@ -27,7 +27,7 @@ LARGEST_STACK = 6_500_000
 # more than asked for, because every shape begins a new one.
 _STACKS = 7
 _SMALLEST_STACK = 512 * 1024
-# What passes over the same stack a dozen times takes so many elements at once, where that is not a kernel launch more.
+# What passes over a stack a dozen times does so, on a CPU, for so many elements at a time: they stay in its caches.
 _CACHED = 1024 * 1024
 
 State = MutableMapping[str, Any]
