@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
+from library.automagic_cameamp import (
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_COptim,
+    Automagic_CameAMP_COptim8bit,
+)
+from library.cameamp import workspace
 from library.cameamp.workspace import Work, Workspace
+
+ALL = (Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit)
 
 
 def all_finite(optimizer):
@@ -209,6 +217,31 @@ def test_transposed_parameters(optimizer_class, came, lend, monkeypatch):
     transposed = run(lambda x: x.t().contiguous().t())
     assert not transposed.is_contiguous()
     assert torch.allclose(transposed, run(lambda x: x), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("optimizer_class", ALL)
+def test_gradients_kept_for_the_second_pass_or_gathered_again(optimizer_class, monkeypatch):
+    """All, some or none of the stacks: the same weights to the last bit, and nobody's gradients are written to."""
+
+    def run(elements):
+        monkeypatch.setattr(workspace, "_LARGEST_KEPT", elements)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in [(64, 96), (64, 96), (32, 8)]]
+        optimizer = optimizer_class([{"params": params[:2]}, {"params": params[2:]}], lr=1e-3, warmup_steps=6)
+        for step in range(9):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            params[step % 3].grad[0, :2] = torch.tensor([torch.nan, 1e20])
+            before = [p.grad.clone() for p in params]
+            optimizer.step()
+            assert all(torch.equal(p.grad.nan_to_num(7), g.nan_to_num(7)) for p, g in zip(params, before))
+        kept = [optimizer._workspace.keeps(batch) for n in (0, 1) for batch in optimizer._batches_with_state(n)]
+        assert optimizer.nonfinite_elements() == 18
+        return params, kept
+
+    (gathered, none), (mixed, some), (held, all_of_them) = run(0), run(300), run(2**20)
+    assert (none, some, all_of_them) == ([False, False], [False, True], [True, True])
+    assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(gathered, mixed, held))
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])

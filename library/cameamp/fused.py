@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import compiling
 from .batches import LARGEST_STACK
-from .gradients import FirstPass, first_pass
+from .gradients import FirstPass, drop_unusable_, first_pass
 from .rules import (
     StackOptions,
     States,
@@ -45,7 +45,7 @@ def fused_step(
     scalars: StepScalars,
     options: StackOptions,
 ) -> tuple[Tensor, Watched | None]:
-    """As `rules.take_step_`: one graph for each combination of phase and options, whatever the shapes.
+    """As `rules.take_step_`, of any gradients: a graph for each combination of phase and options, whatever the shapes.
 
     Around multi-scale momenta, whose products of thin matrices cannot be merged with anything, it is two graphs. Of
     `work` they use only what the weights are gathered into: what lies in between they keep in registers.
@@ -54,10 +54,10 @@ def fused_step(
     in_second = {"decay_strengths": decay_strengths, "multiplier": multiplier}
     own = options.phase.state_names(options.config.came)
     if not scalars.scale_names:
-        return _run(take_step_, {"g": g}, states, ("weights", *own), work, scalars, options, **in_first, **in_second)
+        return _run(_take_step_, {"g": g}, states, ("weights", *own), work, scalars, options, **in_first, **in_second)
     first = tuple(name for name in own if name == "exp_avg_sq")
     second = ("weights", *(name for name in own if name != "exp_avg_sq"))
-    sg, direction = _run(scale_gradient_, {"g": g}, states, first, work, scalars, options, **in_first)
+    sg, direction = _run(_scale_gradient_, {"g": g}, states, first, work, scalars, options, **in_first)
     drive = multi_scale_momentum(sg, direction, states, scalars, Work())
     in_second |= {"direction": direction, "drive": drive}
     return _run(move_, {"sg": sg}, states, second, work, scalars, options, **in_second)
@@ -110,6 +110,16 @@ def _run(
 
 def _first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:
     return first_pass(g.clone(), with_deviations, watch_every)
+
+
+def _take_step_(g: Tensor, states: StatesAndMomenta, work: Work, **more: Any) -> tuple[Tensor, Watched | None]:
+    drop_unusable_(g, work.scratch)
+    return take_step_(g, states, work=work, **more)
+
+
+def _scale_gradient_(g: Tensor, states: States, work: Work, **more: Any) -> tuple[Tensor, Tensor]:
+    drop_unusable_(g, work.scratch)
+    return scale_gradient_(g, states, work=work, **more)
 
 
 def _on_copies(

@@ -84,7 +84,7 @@ def first_pass(g: Tensor, with_deviations: bool, watch_every: int = 0, scratch: 
         scratch: memory to compute in, of g's shape; allocated where None.
     """
     unusable = drop_unusable_(g, scratch)
-    count = _count_(unusable)
+    count = _count_in_graph(unusable) if torch.compiler.is_compiling() else unusable.ne_(0).sum()  # 1 for NaN too
     magnitudes = _measure(g, with_deviations, scratch=unusable)
     return FirstPass(magnitudes, count, at_every_nth(g, watch_every).clone() if watch_every else None)
 
@@ -102,7 +102,7 @@ def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:
         scratch: memory for the result, of g's shape; allocated where None.
 
     Returns:
-        A tensor of g's shape: 0 for usable elements, and for the others what `_count_` counts.
+        A tensor of g's shape: 0 for usable elements, and something else for the others.
     """
     if torch.compiler.is_compiling():
         usable = g.abs() <= LARGEST_MAGNITUDE  # false for NaN
@@ -113,14 +113,6 @@ def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:
     unusable = torch.hardshrink(g, LARGEST_MAGNITUDE, out=scratch)
     g.sub_(unusable).nan_to_num_(0.0, 0.0, 0.0)
     return unusable
-
-
-def _count_(unusable: Tensor) -> Tensor:
-    """How many elements are not usable, 0-d, from what `drop_unusable_` returned; overwrites it."""
-    if torch.compiler.is_compiling():
-        return _count_in_graph(unusable)
-    ones = unusable.ne_(0).flatten()  # 1 for NaN too
-    return torch.dot(ones, ones)
 
 
 def _measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
@@ -140,8 +132,8 @@ def _measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
         deviations = magnitude.sub_(means.unsqueeze(1)).square_().sum(dim=1)
     if compiling:
         return Magnitudes(abs_sums, _count_in_graph(g), deviations)
-    signs = torch.sign(g, out=scratch).flatten()
-    return Magnitudes(abs_sums, torch.dot(signs, signs), deviations)
+    ones = torch.ne(magnitude if deviations is None else g.flatten(1), 0, out=magnitude)
+    return Magnitudes(abs_sums, ones.sum(), deviations)
 
 
 def _count_in_graph(stack: Tensor) -> Tensor:

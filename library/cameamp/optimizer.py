@@ -63,12 +63,14 @@ class GroupSums:
         decay_strengths: for each batch, the strength of the weight decay of its tensors; None where nothing decays.
         unusable: for each batch, how many gradient elements are not usable, 0-d.
         watched: for each batch, the gradient's elements that the context sees; empty without a context.
+        gradients: for each batch, its gradients where they are kept for the second pass.
     """
 
     magnitude: Tensor
     decay_strengths: list[Tensor] | list[None]
     unusable: list[Tensor]
     watched: list[Tensor]
+    gradients: list[Tensor | None]
 
 
 class CameAMP(Optimizer):
@@ -217,13 +219,15 @@ class CameAMP(Optimizer):
         for params in active:
             for p in params:
                 gradients.check(p)
-        measured = [(number, *self._measure(number, params)) for number, params in enumerate(active) if params]
+        counted = [(number, self._count_step(number, params)) for number, params in enumerate(active) if params]
+        self._workspace.begin_step([batch for _, batches in counted for batch in batches])
+        measured = [(number, batches, self._sum_up(number, batches)) for number, batches in counted]
         multiplier = self._observe(measured) if self._contextual and measured else None
         watched: list[Watched] = []
         for number, batches, sums in measured:
             with self._compiling(number):
-                for batch, decay in zip(batches, sums.decay_strengths):
-                    seen = self._update(number, batch, sums.magnitude, decay, multiplier)
+                for batch, decay, g in zip(batches, sums.decay_strengths, sums.gradients):
+                    seen = self._update(number, batch, g, sums.magnitude, decay, multiplier)
                     if seen is not None:
                         watched.append(seen)
             self._log_progress(number, batches)
@@ -242,17 +246,15 @@ class CameAMP(Optimizer):
     def _with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
         return [p for p in params if p.grad is not None and p.numel() > 0]
 
-    def _measure(self, number: int, params: list[Tensor]) -> tuple[list[Batch], GroupSums]:
-        """Count the step of some parameters of a group, and pass over their gradients for the first time."""
+    def _count_step(self, number: int, params: list[Tensor]) -> list[Batch]:
+        """Count the step of some parameters of a group, and divide them into batches."""
         scales = [(period, momentum_count(period)) for period in self._momentum_scales(number)]
         for p in params:
             state = self.state[p]
             step = state["step"] = state.get("step", 0) + 1
             for period, count in scales:
                 state[count] = state.get(count, 0) + multiscale.is_due(period, step)
-        batches = self._batches(number, params)
-        with self._compiling(number):
-            return batches, self._sum_up(number, batches)
+        return self._batches(number, params)
 
     # Context ----------------------------------------------------------------------------------------------------
 
@@ -315,36 +317,44 @@ class CameAMP(Optimizer):
     # The two passes of a step -----------------------------------------------------------------------------------
 
     def _sum_up(self, number: int, batches: list[Batch]) -> GroupSums:
-        """First pass over a group's gradients. They are gathered again for the second: cheaper than keeping them."""
+        """First pass over a group's gradients."""
         config = self._group_options[number].config
         decays = config.weight_decay > 0 and any(self._phase(number, batch).early for batch in batches)
-        measured, counts, watched = [], [], []
-        for batch in batches:
-            work = self._workspace.lend(batch)
-            g = batch.gradients(work.gradients)
-            if config.fused:
-                found = fused_first_pass(g, decays, self._watch_every())
-            else:
-                found = gradients.first_pass(g, decays, self._watch_every(), work.scratch)
-            counts.append(found.unusable)
-            measured.append(found.magnitudes)
-            if found.watched is not None:
-                watched.append(found.watched)
-            del g, found
+        measured, counts, watched, kept = [], [], [], []
+        with self._compiling(number):
+            for batch in batches:
+                work = self._workspace.lend(batch)
+                g = batch.gradients(work.gradients)
+                if config.fused:
+                    found = fused_first_pass(g, decays, self._watch_every())
+                else:
+                    found = gradients.first_pass(g, decays, self._watch_every(), work.scratch)
+                counts.append(found.unusable)
+                measured.append(found.magnitudes)
+                if found.watched is not None:
+                    watched.append(found.watched)
+                kept.append(g if self._workspace.keeps(batch) else None)
+                del g, found, work
         self._tally(counts)
-        return GroupSums(*_group_sums(batches, measured), counts, watched)
+        return GroupSums(*_group_sums(batches, measured), counts, watched, kept)
 
     def _update(
-        self, number: int, batch: Batch, magnitude_sum: Tensor, decay: Tensor | None, multiplier: Tensor | None
+        self,
+        number: int,
+        batch: Batch,
+        kept: Tensor | None,
+        magnitude_sum: Tensor,
+        decay: Tensor | None,
+        multiplier: Tensor | None,
     ) -> Watched | None:
-        """Second pass: one stack through the rules."""
+        """Second pass: one stack through the rules. Gradients that were not kept are gathered again."""
         config = self._group_options[number].config
         traits = batch.traits
         storages = self._bind(number, batch)
         states = batch.states(storages)
         scalars = StepScalars.at(traits.step, config, self._scheduler_factor(number), traits.momentum_counts)
         work = self._workspace.lend(batch)
-        g = batch.gradients(work.gradients)
+        g = batch.gradients(work.gradients) if kept is None else kept
         phase = self._phase(number, batch)
         options = StackOptions(phase, traits.has_polarity, traits.row_scaled, config, self._watch_every())
         total = magnitude_sum.to(g.device)
@@ -352,6 +362,8 @@ class CameAMP(Optimizer):
         if config.fused:
             p, watched = fused_step(g, states, total, decay, factor, work, scalars, options)
         else:
+            if kept is None:
+                gradients.drop_unusable_(g, work.scratch)
             p, watched = take_step_(g, states, total, decay, factor, work, scalars, options)
         del g, work
         dtype = batch.params[0].dtype

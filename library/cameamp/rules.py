@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .config import OptimizerConfig
-from .gradients import at_every_nth, drop_unusable_
+from .gradients import at_every_nth
 from .techniques import (
     adabelief,
     agr,
@@ -187,7 +187,7 @@ def take_step_(
     """Update the weights and states of a stack of same-shape parameters, each seen as a matrix.
 
     Args:
-        g: gradients, (tensors, rows, columns) float32; overwritten.
+        g: gradients, (tensors, rows, columns) float32, all of them usable; overwritten.
         states: the weights, and the states that the phase has; each is written back as soon as it is not needed.
         magnitude_sum: AGR's sum over the parameter group, 0-d.
         decay_strengths: theta of each tensor, (tensors,); None where nothing decays.
@@ -223,7 +223,6 @@ def scale_gradient_(
         The scaled gradient, and the gradient's sign.
     """
     config = options.config
-    drop_unusable_(g, work.scratch)
     grad = agr.regularize_(g, magnitude_sum, work.scratch)
     if config.came:
         exp_avg_sq = states.read("exp_avg_sq")
@@ -316,12 +315,11 @@ def multi_scale_momentum(
     """Update the momenta that are due, and return the mean of all; None where there are none yet.
 
     An element whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know
-    which elements never had a gradient, and those must not drift. The mean is made where the weights will be: they are
-    not needed before it has moved the momentum.
+    which elements never had a gradient, and those must not drift.
     """
     if not any(scalars.scale_shares):
         return None
-    drive = torch.empty_like(sg) if work.weights is None else work.weights
+    drive = torch.empty_like(sg) if work.drive is None else work.drive
     for members, part in momenta.parts():
         signs, scratch = direction[members], None if work.scratch is None else work.scratch[members]
         _mean_of_momenta(sg[members], part, scalars, drive[members], scratch).mul_(signs).mul_(signs)

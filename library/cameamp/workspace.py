@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 
 from .batches import LARGEST_STACK, Batch
+
+# At most so many elements of gradients are kept from one pass to the next, 64 MiB: beside them and the four stacks,
+# what unpacking 8-bit states needs still fits into 256 MiB.
+_LARGEST_KEPT = 2**24
 
 # Of mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -20,28 +25,53 @@ class Work(NamedTuple):
     """Memory for one stack, each (tensors, rows, columns) float32; None where it is to be allocated when needed.
 
     Attributes:
-        gradients: for the gradients.
-        weights: for the weights, and before they are gathered for what drives the momentum.
+        gradients: for the gradients; where they are kept, nobody else gets it before the step ends.
+        drive: for what drives the momentum; without kept gradients it is the memory of the weights, which are gathered
+            after that.
+        weights: for the weights.
         scaled: for the scaled gradient, and the update that it becomes.
         scratch: for whatever lies in between.
     """
 
     gradients: Tensor | None = None
+    drive: Tensor | None = None
     weights: Tensor | None = None
     scaled: Tensor | None = None
     scratch: Tensor | None = None
 
 
 class Workspace:
-    """Lends the same memory to one stack after the other.
+    """Lends the same memory to one stack after the other, and decides whose gradients outlast the first pass of a step.
 
-    For CPUs: malloc returns blocks of this size to the system and takes them back page by page, which can cost half as
-    much again as the arithmetic. PyTorch's allocator for GPUs keeps its blocks, so nothing is held there. Never more
-    than four stacks of the largest size that `batches` builds, 100 MiB.
+    Gradients that are kept need not be gathered and cleaned a second time. All of a small LoRA's are; where a single
+    tensor is too large for the workspace none are, because it may need all the memory that a step is allowed.
+
+    Memory is lent for CPUs: malloc returns blocks of this size to the system and takes them back page by page, which
+    can cost half as much again as the arithmetic. PyTorch's allocator for GPUs keeps its blocks, so nothing is held
+    there. Never more than four stacks of the largest size that `batches` builds, 100 MiB, and 64 MiB of gradients.
     """
 
     def __init__(self) -> None:
-        self._memory = _memory(0)
+        self._memory = self._kept = _memory(0)
+        self._places: dict[Batch, int] = {}
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """Decide which gradients are kept in a step over some batches."""
+        self._places = {}
+        end = 0
+        if all(batch.numel() <= LARGEST_STACK for batch in batches):
+            for batch in batches:
+                if end + batch.numel() <= _LARGEST_KEPT:
+                    self._places[batch] = end
+                    end += batch.numel()
+        on_cpu = any(batch.params[0].device.type == "cpu" for batch in self._places)
+        if not on_cpu or self._kept.numel() < end:
+            self._kept = _memory(0)  # Free before there is more.
+            self._kept = _memory(end if on_cpu else 0)
+
+    def keeps(self, batch: Batch) -> bool:
+        """Whether the gradients of a batch are kept until the step ends."""
+        return batch in self._places
 
     def lend(self, batch: Batch) -> Work:
         """Memory for a batch, until the next call."""
@@ -52,10 +82,15 @@ class Workspace:
             self._memory = _memory(0)
             return Work()
         keep_freed_memory()
-        total = len(Work._fields) * size
-        if self._memory.numel() < total:
-            self._memory = _memory(total)
-        return Work(*self._memory[:total].view(-1, len(batch), batch.rows, batch.columns).unbind())
+        shape = (len(batch), batch.rows, batch.columns)
+        if self._memory.numel() < 4 * size:
+            self._memory = _memory(0)  # Free before there is more.
+            self._memory = _memory(4 * size)
+        first, weights, scaled, scratch = self._memory[: 4 * size].view(4, *shape).unbind()
+        if batch not in self._places:
+            return Work(first, weights, weights, scaled, scratch)
+        start = self._places[batch]
+        return Work(self._kept[start : start + size].view(shape), first, weights, scaled, scratch)
 
 
 @cache
