@@ -248,12 +248,16 @@ class CameAMP(Optimizer):
 
     def _count_step(self, number: int, params: list[Tensor]) -> list[Batch]:
         """Count the step of some parameters of a group, and divide them into batches."""
-        scales = [(period, momentum_count(period)) for period in self._momentum_scales(number)]
+        periods = self._momentum_scales(number)
+        due: dict[int, list[tuple[str, bool]]] = {}  # at each step that a parameter is at, mostly one
         for p in params:
             state = self.state[p]
             step = state["step"] = state.get("step", 0) + 1
-            for period, count in scales:
-                state[count] = state.get(count, 0) + multiscale.is_due(period, step)
+            if step not in due:
+                due[step] = [(momentum_count(period), multiscale.is_due(period, step)) for period in periods]
+            for count, is_due in due[step]:
+                if is_due or count not in state:
+                    state[count] = state.get(count, 0) + is_due
         return self._batches(number, params)
 
     # Context ----------------------------------------------------------------------------------------------------

@@ -113,8 +113,10 @@ def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> 
     """(tensors, rows, ranks) and (tensors, ranks, columns), whose product is the sum of share * state."""
     rows = shares[0][0].rows
     codes = torch.cat([buffers[f"{name}_q"] for _, name, _ in shares], dim=1).to(torch.float32)
-    scales = torch.cat([_of_both(buffers[f"{name}_q_scale"]).mul_(share) for _, name, share in shares], dim=1)
-    codes[:, :, :rows].mul_(scales)
+    left_scales, right_scales = zip(*(buffers[f"{name}_q_scale"].unbind(1) for _, name, _ in shares))
+    scales = torch._foreach_mul(left_scales, right_scales)
+    torch._foreach_mul_(scales, [share for _, _, share in shares])
+    codes[:, :, :rows].mul_(torch.cat(scales, dim=1).unsqueeze(2))
     codes = _two_or_more(codes)
     return codes[:, :, :rows].transpose(1, 2), codes[:, :, rows:]
 
