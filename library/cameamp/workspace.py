@@ -58,16 +58,17 @@ class Workspace:
     def begin_step(self, batches: Sequence[Batch]) -> None:
         """Decide which gradients are kept in a step over some batches."""
         self._places = {}
-        end = 0
+        kept = end = 0
         if all(batch.numel() <= LARGEST_STACK for batch in batches):
             for batch in batches:
-                if end + batch.numel() <= _LARGEST_KEPT:
+                size = batch.numel()
+                if kept + size <= _LARGEST_KEPT:
+                    kept += size
                     self._places[batch] = end
-                    end += batch.numel()
-        on_cpu = any(batch.params[0].device.type == "cpu" for batch in self._places)
-        if not on_cpu or self._kept.numel() < end:
+                    end += size if batch.params[0].device.type == "cpu" else 0
+        if self._kept.numel() < end or end == 0:
             self._kept = _memory(0)  # Free before there is more.
-            self._kept = _memory(end if on_cpu else 0)
+            self._kept = _memory(end)
 
     def keeps(self, batch: Batch) -> bool:
         """Whether the gradients of a batch are kept until the step ends."""
