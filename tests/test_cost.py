@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
-from library.automagic_cameamp import Automagic_CameAMP
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
 
 PHASES = {"early": 1_000_000, "late warm-up": 100, "after": 0}
 
@@ -71,6 +73,17 @@ def test_temporary_memory(model, limit, phase):
     assert temporary_bytes(optimizer) <= max(256 * 2**20, 6 * 4 * largest)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_temporary_memory_with_kept_gradients(dtype):
+    """Gradients of another dtype than float32 are gathered into the same memory."""
+    params = [torch.nn.Parameter(torch.randn(1024, 1024).to(dtype)) for _ in range(42)]
+    for p in params:
+        p.grad = torch.randn(1024, 1024).to(dtype)
+    optimizer = Automagic_CameAMP8bit(params)
+    optimizer.step()
+    assert temporary_bytes(optimizer) <= 256 * 2**20
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_temporary_memory_of_one_large_tensor(phase):
     """Where six copies of the largest tensor are the bound."""
@@ -114,6 +127,24 @@ def test_parameters_left_behind_hold_no_one_elses_memory():
         optimizer.step()
         params[number].grad = None
     assert held_bytes(optimizer) == state_bytes(optimizer)
+
+
+def test_stacks_given_up_between_steps_are_not_held():
+    """Reading divides all parameters, which may be otherwise than the last step divided those that took it."""
+    params = [torch.nn.Parameter(torch.randn(512, 512)) for _ in range(40)]
+    optimizer = Automagic_CameAMP(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for p in params[::2]:
+        p.grad = None
+    optimizer.step()
+    during_step = [weakref.ref(batch) for batch in optimizer._workspace._places]
+    optimizer.effective_learning_rates()
+    gc.collect()
+    kept = [batch for layout in optimizer._layouts.values() for batch in layout._known.values()]
+    assert during_step
+    assert all(batch() is None or batch() in kept for batch in during_step)
 
 
 def test_nor_when_a_group_is_added():

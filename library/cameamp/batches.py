@@ -142,8 +142,12 @@ class Batch:
         return self._positions_on_device
 
     def _stack(self, tensors: list[Tensor], out: Tensor | None) -> Tensor:
-        if out is not None and tensors[0].dtype == out.dtype:
-            torch.stack(tensors, out=out.view(-1, *tensors[0].shape))
+        if out is not None:
+            stacked = out.view(-1, *tensors[0].shape)
+            if tensors[0].dtype == out.dtype:
+                torch.stack(tensors, out=stacked)
+            else:
+                torch._foreach_copy_(list(stacked.unbind()), tensors)
             return out
         return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
 

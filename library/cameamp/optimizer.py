@@ -63,7 +63,7 @@ class GroupSums:
         decay_strengths: for each batch, the strength of the weight decay of its tensors; None where nothing decays.
         unusable: for each batch, how many gradient elements are not usable, 0-d.
         watched: for each batch, the gradient's elements that the context sees; empty without a context.
-        gradients: for each batch, its gradients where they are kept for the second pass.
+        gradients: for each batch, its usable gradients where they are kept for the second pass, which takes them out.
     """
 
     magnitude: Tensor
@@ -220,14 +220,16 @@ class CameAMP(Optimizer):
             for p in params:
                 gradients.check(p)
         counted = [(number, self._count_step(number, params)) for number, params in enumerate(active) if params]
-        self._workspace.begin_step([batch for _, batches in counted for batch in batches])
+        # Graphs clean gradients in passing, and need more memory than there is beside kept ones.
+        uncompiled = [batches for number, batches in counted if not self._group_options[number].config.fused]
+        self._workspace.begin_step([batch for batches in uncompiled for batch in batches])
         measured = [(number, batches, self._sum_up(number, batches)) for number, batches in counted]
         multiplier = self._observe(measured) if self._contextual and measured else None
         watched: list[Watched] = []
         for number, batches, sums in measured:
             with self._compiling(number):
-                for batch, decay, g in zip(batches, sums.decay_strengths, sums.gradients):
-                    seen = self._update(number, batch, g, sums.magnitude, decay, multiplier)
+                for batch, decay in zip(batches, sums.decay_strengths):
+                    seen = self._update(number, batch, sums.gradients.pop(0), sums.magnitude, decay, multiplier)
                     if seen is not None:
                         watched.append(seen)
             self._log_progress(number, batches)
@@ -369,7 +371,7 @@ class CameAMP(Optimizer):
             if kept is None:
                 gradients.drop_unusable_(g, work.scratch)
             p, watched = take_step_(g, states, total, decay, factor, work, scalars, options)
-        del g, work
+        del g, kept, work
         dtype = batch.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
             p = stochastic_round(p, dtype, batch.dither())

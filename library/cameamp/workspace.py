@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -53,11 +54,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory = self._kept = _memory(0)
-        self._places: dict[Batch, int] = {}
+        # Weak: a batch that the layout gives up between two steps must not keep its states alive.
+        self._places: WeakKeyDictionary[Batch, int] = WeakKeyDictionary()
 
     def begin_step(self, batches: Sequence[Batch]) -> None:
         """Decide which gradients are kept in a step over some batches."""
-        self._places = {}
+        self._places = WeakKeyDictionary()
         kept = end = 0
         if all(batch.numel() <= LARGEST_STACK for batch in batches):
             for batch in batches:
