@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reliability.runs import OPTIMIZERS
 
-from library.automagic_cameamp import (
-    Automagic_CameAMP,
-    Automagic_CameAMP8bit,
-    Automagic_CameAMP_COptim,
-    Automagic_CameAMP_COptim8bit,
-)
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
 from library.cameamp import workspace
 from library.cameamp.workspace import Work, Workspace
-
-ALL = (Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit)
 
 
 def all_finite(optimizer):
@@ -219,7 +213,7 @@ def test_transposed_parameters(optimizer_class, came, lend, monkeypatch):
     assert torch.allclose(transposed, run(lambda x: x), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("optimizer_class", ALL)
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_gradients_kept_for_the_second_pass_or_gathered_again(optimizer_class, monkeypatch):
     """All, some or none of the stacks: the same weights to the last bit, and nobody's gradients are written to."""
 

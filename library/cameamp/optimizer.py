@@ -220,9 +220,9 @@ class CameAMP(Optimizer):
             for p in params:
                 gradients.check(p)
         counted = [(number, self._count_step(number, params)) for number, params in enumerate(active) if params]
-        # Graphs clean gradients in passing, and need more memory than there is beside kept ones.
-        uncompiled = [batches for number, batches in counted if not self._group_options[number].config.fused]
-        self._workspace.begin_step([batch for batches in uncompiled for batch in batches])
+        # Graphs, of whichever group, need more memory than there is beside kept gradients.
+        keeps = not any(self._group_options[number].config.fused for number, _ in counted)
+        self._workspace.begin_step([batch for _, batches in counted for batch in batches] if keeps else [])
         measured = [(number, batches, self._sum_up(number, batches)) for number, batches in counted]
         multiplier = self._observe(measured) if self._contextual and measured else None
         watched: list[Watched] = []
