@@ -26,7 +26,7 @@ _SMALLEST_NEW_PART = 1e-3
 
 @dataclass(frozen=True)
 class LowRank:
-    """X_q holds the left factor beside the right one, (rank, rows + columns); X_q_scale the scale of each row of both.
+    """X_q holds the left factor beside the right one, (rank, rows + columns); X_q_scale what their product is times.
 
     Attributes:
         rows, columns: the elements in their order as a matrix, which may be folded otherwise than the parameter, and
@@ -43,7 +43,7 @@ class LowRank:
 
     def bytes(self) -> int:
         """What one parameter's state takes."""
-        return (self.rows + self.columns + 8) * self.rank
+        return (self.rows + self.columns + 4) * self.rank
 
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         if fill != 0:
@@ -51,7 +51,7 @@ class LowRank:
         size = (n, self.rank, self.rows + self.columns)
         return {
             f"{name}_q": torch.zeros(size, dtype=torch.int8, device=dither.device),
-            f"{name}_q_scale": torch.zeros(n, 2, self.rank, dtype=torch.float32, device=dither.device),
+            f"{name}_q_scale": torch.zeros(n, self.rank, dtype=torch.float32, device=dither.device),
         }
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
@@ -78,7 +78,7 @@ class LowRank:
         padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
         matrix = padded.view(-1, self.rows, self.columns)
         factors = codes.to(torch.float32)
-        old_left = factors[:, :, : self.rows].mul_(_of_both(scale).mul_(1 - rate)).transpose(1, 2)
+        old_left = factors[:, :, : self.rows].mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
         old_right = factors[:, :, self.rows :]
         # A little of every direction, or one that the factors lack could never come in; another at every step.
         noise = _noise(self.columns * self.rank, codes.device).roll(dither.step)
@@ -86,9 +86,10 @@ class LowRank:
         seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
         left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
         right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
-        for place, factor, part in ((0, left, codes[:, :, : self.rows]), (1, right, codes[:, :, self.rows :])):
+        scale.fill_(1.0)
+        for factor, part in ((left, codes[:, :, : self.rows]), (right, codes[:, :, self.rows :])):
             step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(_LARGEST_CODE)
-            scale[:, place] = step
+            scale.mul_(step)
             part.copy_(factor.div_(step.clamp_min_(_SMALLEST_NORM).unsqueeze(2)).round_())
 
 
@@ -112,13 +113,12 @@ def add_to(stack: Tensor, stack_share: float, shares: Sequence[tuple[LowRank, st
 def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> tuple[Tensor, Tensor]:
     """(tensors, rows, ranks) and (tensors, ranks, columns), whose product is the sum of share * state."""
     rows = shares[0][0].rows
-    codes = torch.cat([buffers[f"{name}_q"] for _, name, _ in shares], dim=1).to(torch.float32)
-    left_scales, right_scales = zip(*(buffers[f"{name}_q_scale"].unbind(1) for _, name, _ in shares))
-    scales = torch._foreach_mul(left_scales, right_scales)
-    torch._foreach_mul_(scales, [share for _, _, share in shares])
-    codes[:, :, :rows].mul_(torch.cat(scales, dim=1).unsqueeze(2))
-    codes = _two_or_more(codes)
-    return codes[:, :, :rows].transpose(1, 2), codes[:, :, rows:]
+    factors = torch.cat([buffers[f"{name}_q"] for _, name, _ in shares], dim=1).to(torch.float32)
+    scales = [buffers[f"{name}_q_scale"] for _, name, _ in shares]
+    shared = torch._foreach_mul(scales, [share for _, _, share in shares])
+    factors[:, :, :rows].mul_(torch.cat(shared, dim=1).unsqueeze(2))
+    factors = _two_or_more(factors)
+    return factors[:, :, :rows].transpose(1, 2), factors[:, :, rows:]
 
 
 @cache
@@ -126,11 +126,6 @@ def _noise(count: int, device: torch.device) -> Tensor:
     """Numbers between -1/2 and 1/2, always the same."""
     alone = Dither(torch.zeros(1, dtype=torch.int32, device=device), 0)
     return uniform_noise(alone, 0, count).flatten().sub_(0.5)
-
-
-def _of_both(scale: Tensor) -> Tensor:
-    """What one of two factors is multiplied by so that the other need not be, (tensors, rank, 1)."""
-    return (scale[:, 0] * scale[:, 1]).unsqueeze(2)
 
 
 def _two_or_more(factor: Tensor) -> Tensor:
