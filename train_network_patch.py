@@ -21,9 +21,15 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, 2 for a mistake in the options or files, 130 after Ctrl-C.
     """
-    from library.cameamp_cli import UserError
-    from library.cameamp_demo.options import is_embedded
-
+    try:
+        from library.cameamp_cli import UserError, print_any_name
+        from library.cameamp_demo.options import is_embedded
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("library"):
+            raise
+        print(f"error: {error}. Start this script where it is, in the folder of its project", file=sys.stderr)
+        return 2
+    print_any_name()
     asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
     try:
         if asks_for_help:

@@ -128,7 +128,9 @@ def test_full_finetuning_is_known_from_the_script_and_can_be_overruled():
         ({}, 5, r"\[optimizer_config\] is 5; allowed: a table"),
         ({"optimizer_args": ["eta"]}, None, "'eta' has no '='"),
         ({"optimizer_args": ["eta=two"]}, None, "value of 'eta' is 'two'"),
-        ({"learning_rate": 1.0}, None, r"option 'lr' is 1\.0; allowed: a number from min_lr"),
+        ({"optimizer_args": "eta=2"}, None, r'optimizer_args is "eta=2"; allowed: a list, \["eta=2"\]'),
+        ({"learning_rate": 1.0}, None, r"^learning_rate is 1\.0; allowed: a number from min_lr"),
+        ({"learning_rate": "1e-6"}, None, "^learning_rate is '1e-6'; allowed: a finite number"),
         ({"lr_scheduler": "adafactor"}, None, "--lr_scheduler adafactor works with the optimizer Adafactor only"),
         ({"deepspeed": True}, None, "--deepspeed flattens parameters"),
         ({"fused_backward_pass": True}, None, "use --fused_optimizer_groups"),
@@ -137,6 +139,44 @@ def test_full_finetuning_is_known_from_the_script_and_can_be_overruled():
 def test_mistakes_are_told(changed, table, message):
     with pytest.raises(UserError, match=message):
         resolve(host_args(**changed), table, "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("warmup_steps = 7\n", "'warmup_steps' does nothing outside of"),
+        ("[optimizer]\neta = 1.0\n", "'eta' does nothing outside of"),
+        ("[optimizer_args]\neta = 1.0\n", "[optimizer_args] does nothing; the optimizer's options stand in"),
+        ("[optimiser_config]\neta = 1.0\n", "[optimiser_config] does nothing"),
+        ("[optimizer_config]\nmomentum_scales = (1, 5)\n", "square brackets: [1, 5]"),
+    ],
+)
+def test_options_that_the_host_would_drop_are_told(text, message, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('optimizer_type = "Automagic_CameAMP"\n' + text, "utf-8")
+    done = run("--config_file", str(path), "--print_optimizer_config")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {path}")
+    assert message in done.stderr
+    # Of other optimizers we know nothing.
+    path.write_text('optimizer_type = "AdamW"\nwarmup_steps = 7\nmax_train_steps = 1\n', "utf-8")
+    assert run("--config_file", str(path)).returncode == 0
+
+
+def test_a_mark_before_the_file_would_cost_the_host_its_first_key(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('optimizer_type = "Automagic_CameAMP"\n', "utf-8-sig")
+    done = run("--config_file", str(path))
+    assert (done.returncode, done.stderr.splitlines()[-1][:6]) == (2, "error:")
+    assert "save it as UTF-8 without BOM" in done.stderr
+
+
+def test_a_script_that_was_copied_elsewhere_says_so(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copytree(STAND_IN / "library", tmp_path / "library")
+    done = run("--embedded", program=(sys.executable, str(tmp_path / "train_network_patch.py")))
+    assert done.returncode == 2
+    assert "in the folder of its project" in done.stderr
 
 
 def test_8bit_without_bitsandbytes_is_told_before_the_host_tries(monkeypatch):

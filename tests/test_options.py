@@ -104,6 +104,12 @@ def test_mistakes_on_the_command_line(arguments, words):
     assert all(word in str(raised.value) for word in words), raised.value
 
 
+def test_a_state_that_is_not_there_is_told_with_those_that_are(tmp_path):
+    (tmp_path / "lora-step00000074-state").mkdir()
+    with pytest.raises(UserError, match=r"not a folder; beside it: lora-step00000074-state$"):
+        parse(["--resume", str(tmp_path / "lora-state")])
+
+
 def test_embedded_by_flag_or_file(tmp_path):
     assert is_embedded(["--embedded"])
     assert is_embedded(["--config_file", written(tmp_path, "embedded = true\n")])

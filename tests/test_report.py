@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import pytest
 from matplotlib import image
 from torch.utils.tensorboard import SummaryWriter
@@ -55,3 +58,20 @@ def test_no_logs_are_told(tmp_path, capsys):
         read_logs(tmp_path)
     assert main([str(tmp_path)]) == 2
     assert "no tensorboard logs" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_told(tmp_path, capsys, monkeypatch):
+    write_logs(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_name_that_the_console_cannot_show(tmp_path, monkeypatch):
+    folder = tmp_path / "出力"
+    write_logs(folder)
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert main([str(folder)]) == 0
+    console.flush()
+    assert b"report.png" in console.buffer.getvalue()

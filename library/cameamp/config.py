@@ -150,7 +150,9 @@ class OptimizerConfig:
                 raise ValueError(f"{source}: {error}") from None
         try:
             return cls(**{**table, **arguments, "lr": lr})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("option 'lr' "):  # Of that name the user has written nothing.
+                raise ValueError(str(error).replace("option 'lr'", "learning_rate", 1)) from None
             source = file
             if arguments:
                 with contextlib.suppress(ValueError):
@@ -243,11 +245,16 @@ def checked(name: str, value: Any) -> Any:
         return _number(name, value, "a finite number")
     if kind == "_Triple":
         if not isinstance(value, (tuple, list)) or len(value) != 3:
-            raise TypeError(f"option '{name}' is {value!r}; allowed: three numbers, for example (0.8, 0.99, 0.999)")
+            raise TypeError(f"option '{name}' is {value!r}; allowed: three numbers, for example {_example(name)}")
         return tuple(_number(name, item, "three finite numbers") for item in value)
     if not isinstance(value, (tuple, list)):
-        raise TypeError(f"option '{name}' is {value!r}; allowed: whole numbers, for example (1, 5, 10, 25)")
+        raise TypeError(f"option '{name}' is {value!r}; allowed: whole numbers, for example {_example(name)}")
     return tuple(_integer(name, item, "whole numbers") for item in value)
+
+
+def _example(name: str) -> str:
+    """An option's default with the brackets that Python and TOML both read."""
+    return str(list(getattr(OptimizerConfig, name)))
 
 
 def _number(name: str, value: Any, allowed: str) -> float:

@@ -201,7 +201,9 @@ def _check_ranges(options: Options) -> None:
     if re.search(r"[/\\:\x00-\x1f]|^\.*$", options.output_name):
         raise UserError(f"option 'output_name' is {options.output_name!r}; allowed: a file name without a folder")
     if options.resume and find_folder(Path(options.resume)) is None:
-        raise UserError(f"option 'resume' is {options.resume!r}, which is not a folder")
+        others = sorted(path.name for path in Path(options.resume).parent.glob("*-state") if path.is_dir())
+        beside = f"; beside it: {', '.join(others)}" if others else ""
+        raise UserError(f"option 'resume' is {options.resume!r}, which is not a folder{beside}")
 
 
 def _optimizer_config(options: Options, table: Any, source: str) -> OptimizerConfig | None:

@@ -35,8 +35,8 @@ def main(arguments: Sequence[str]) -> int:
         train_util = importlib.import_module("library.train_util")
     except ImportError as error:
         raise UserError(
-            f"sd-scripts in {sd_scripts} cannot be imported: {error}. Install what it needs: "
-            f"pip install -r {sd_scripts / 'requirements.txt'}"
+            f"sd-scripts in {sd_scripts} cannot be imported: {error}. Activate the environment in which it runs, or "
+            "install what it needs as its README says, in its folder"
         ) from error
     from .plugin import Plugin
 

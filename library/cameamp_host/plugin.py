@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from ..automagic_cameamp import report_loss
 from ..cameamp.optimizer import CameAMP
-from ..cameamp_cli import UserError, config_path, read_toml
+from ..cameamp_cli import OWN_OPTIMIZERS, UserError, config_path, read_toml
 from .monitor import Monitor
-from .settings import as_toml, resolve
+from .settings import as_toml, refuse_what_the_host_drops, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +55,21 @@ class Plugin:
     def _reading_config(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
             path = config_path(args.config_file) if args.config_file else None
+            writes = getattr(args, "output_config", False)  # The file need not be there yet, and the host exits.
+            document = read_toml(path, marked=False) if path and not writes else {}
             args = original(args, parser)
-            table = read_toml(path).get("optimizer_config") if path else None
+            table = document.get("optimizer_config")
             config = resolve(args, table, path or "the command line")
+            if config is not None and path:
+                refuse_what_the_host_drops(document, {action.dest for action in parser._actions}, path)
             if config is None and table:
                 logger.warning("%s: [optimizer_config] is not for %s, and is ignored", path, args.optimizer_type)
             if self._print_config:
                 if config is None:
-                    other = args.optimizer_type or "AdamW"
-                    raise UserError(f"--print_optimizer_config is for our optimizers; the optimizer is {other}")
+                    raise UserError(
+                        f"--print_optimizer_config is for {', '.join(OWN_OPTIMIZERS)}; the optimizer is "
+                        f"{args.optimizer_type or 'AdamW'}"
+                    )
                 print(as_toml(config))
                 raise SystemExit(0)
             return args

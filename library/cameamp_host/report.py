@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cameamp_cli import UserError
+from ..cameamp_cli import UserError, print_any_name
 
 _Scalars = dict[str, tuple[list[int], list[float]]]
 
@@ -24,9 +24,12 @@ def read_logs(folder: Path) -> _Scalars:
         For each tag its steps and values.
 
     Raises:
-        UserError: there are no logs.
+        UserError: there are no logs, or tensorboard is missing.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError as error:
+        raise UserError(f"reading logs needs tensorboard: pip install tensorboard ({error})") from None
 
     # accelerate writes a run's options as a run of its own, one folder further down.
     logs = [(path.stat().st_mtime, path) for path in folder.rglob("events.out.tfevents.*")]
@@ -40,11 +43,18 @@ def read_logs(folder: Path) -> _Scalars:
 
 
 def draw(scalars: _Scalars, path: Path) -> None:
-    """Write the picture as PNG; parts that the logs say nothing of are left out."""
-    import matplotlib
+    """Write the picture as PNG; parts that the logs say nothing of are left out.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise UserError(f"drawing needs matplotlib: pip install matplotlib ({error})") from None
 
     parts = [(_draw_loss, _of_section(scalars, "loss")), (_draw_rates, _of_section(scalars, "effective_lr"))]
     parts += [(_draw_context, [tag]) for tag in _of_section(scalars, "context")]
@@ -66,6 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 2 where there is nothing to draw.
     """
+    print_any_name()
     parser = argparse.ArgumentParser(prog="python -m library.cameamp_host.report", description=__doc__.splitlines()[0])
     parser.add_argument("logdir", type=Path, help="folder of the logs; the newest run in it is taken")
     parser.add_argument("--output", type=Path, help="the picture; report.png in LOGDIR where not given")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import toml
 
-from ..cameamp.config import OptimizerConfig, parse_optimizer_args
+from ..cameamp.config import OPTION_NAMES, OptimizerConfig, parse_optimizer_args
 from ..cameamp_cli import UserError, optimizer_name
 
 
@@ -36,8 +38,11 @@ def resolve(args: argparse.Namespace, table: Any = None, source: str = "the comm
     table = table or {}
     if not isinstance(table, dict):
         raise UserError(f"{source}: [optimizer_config] is {table!r}; allowed: a table")
+    words = args.optimizer_args or []
+    if isinstance(words, str):  # From a file; a list of its letters to the host.
+        raise UserError(f'{source}: optimizer_args is "{words}"; allowed: a list, ["{words}"]')
     try:
-        arguments = parse_optimizer_args(args.optimizer_args or [])
+        arguments = parse_optimizer_args(words)
         if _is_full_finetuning(args) and "full_finetune" not in table:
             arguments.setdefault("full_finetune", True)
         config = OptimizerConfig.from_toml(table, source, arguments, lr=args.learning_rate)
@@ -46,6 +51,28 @@ def resolve(args: argparse.Namespace, table: Any = None, source: str = "the comm
     args.optimizer_type = f"library.automagic_cameamp.{name}"
     args.optimizer_args = [f"{key}={value!r}" for key, value in {**table, **arguments}.items()]
     return config
+
+
+def refuse_what_the_host_drops(document: Mapping[str, Any], known: Collection[str], source: str) -> None:
+    """Refuse options of the optimizer that stand where sd-scripts takes them in and never uses them.
+
+    Args:
+        document: the TOML file.
+        known: sd-scripts' own options.
+        source: the TOML file's path.
+
+    Raises:
+        UserError: with the first such key or table.
+    """
+    for name, value in document.items():
+        if name == "optimizer_config":
+            continue
+        is_table = isinstance(value, dict)
+        if is_table and (name == "optimizer_args" or get_close_matches(name, ["optimizer_config"], cutoff=0.8)):
+            raise UserError(f"{source}: [{name}] does nothing; the optimizer's options stand in [optimizer_config]")
+        for key in value if is_table else (name,):
+            if key in OPTION_NAMES and key not in known:
+                raise UserError(f"{source}: '{key}' does nothing outside of the table [optimizer_config]")
 
 
 def as_toml(config: OptimizerConfig) -> str:
