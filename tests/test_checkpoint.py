@@ -381,6 +381,18 @@ def test_hooks_run():
     assert calls == ["saved", "before", "after"]
 
 
+def test_a_hook_sees_the_whole_checkpoint_and_may_replace_it():
+    def renamed(optimizer, saved):
+        state = {f"p{number}": state for number, state in saved["state"].items()}
+        return {**saved, "state": state, "seen": sorted(saved), "has_mean": "avg_lr" in saved["state"][0]}
+
+    training = Training().run(3)
+    training.optimizer.register_state_dict_post_hook(renamed)
+    saved = training.optimizer.state_dict()
+    assert (saved["seen"], saved["has_mean"]) == (["magic_version", "param_groups", "state"], True)
+    assert "p0" in saved["state"]
+
+
 def test_distributed_checkpoint_functions():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 

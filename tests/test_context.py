@@ -18,6 +18,7 @@ from library.automagic_cameamp import (
     Automagic_CameAMP_COptim8bit,
     report_loss,
 )
+from library.cameamp import detection
 from library.cameamp.sampling import Sampler
 
 SHAPES = [(8, 16), (16, 8), (12,)]
@@ -292,6 +293,15 @@ def test_detection(kind):
     assert min(seen["the same of the logarithms"]) >= 0.95
     assert min(seen["rise by a deviation a window"][:3]) >= 0.8
     assert min(seen["flipping gradients, 10 steps"]) >= 0.99
+
+
+def test_the_median_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.randn(500, 12, generator=generator)
+    windows[torch.rand(500, 12, generator=generator) < torch.rand(500, 1, generator=generator)] = torch.nan
+    windows[0] = torch.nan
+    got = detection._median(windows, windows.isfinite().sum(dim=-1, dtype=torch.float32))
+    assert torch.equal(got.nan_to_num(9.0), windows.nanmedian(dim=-1).values.nan_to_num(9.0))
 
 
 def test_a_steady_or_falling_loss_is_no_edge_case():

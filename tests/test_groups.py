@@ -160,6 +160,19 @@ def test_mask_starts_at_initial_lr_under_a_warm_up_scheduler():
     assert not torch.equal(p, before)
 
 
+def test_a_parameter_added_by_hand_is_refused_before_anything_moves():
+    p, late = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = Automagic_CameAMP([p])
+    p.grad, late.grad = torch.ones(4, 4), torch.ones(4, 4)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0]["params"].append(late)
+    with pytest.raises(RuntimeError, match="add groups by add_param_group"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 1
+
+
 def test_reported_learning_rates():
     plain = torch.nn.Parameter(torch.randn(7))
     optimizer = Automagic_CameAMP([{"params": [plain]}, {"params": [matrix()], "lr": 2e-4}], lr=1e-4)

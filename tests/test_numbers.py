@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from reliability.runs import OPTIMIZERS
 
-from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim, report_loss
 from library.cameamp import workspace
+from library.cameamp.storage import blockwise
 from library.cameamp.workspace import Work, Workspace
 
 
@@ -238,10 +241,12 @@ def test_gradients_kept_for_the_second_pass_or_gathered_again(optimizer_class, m
     assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(gathered, mixed, held))
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("optimizer_class", [Automagic_CameAMP, Automagic_CameAMP8bit])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_another_default_dtype_changes_nothing(optimizer_class, default):
     def run():
+        for made_once in (blockwise._map, blockwise._code_of_zero, blockwise._tables):
+            made_once.cache_clear()
         generator = torch.Generator().manual_seed(0)
         params = [
             torch.nn.Parameter(torch.randn(64, 64, generator=generator, dtype=torch.float32).to(dtype))
@@ -252,6 +257,7 @@ def test_another_default_dtype_changes_nothing(optimizer_class, default):
             for p in params:
                 p.grad = torch.randn(64, 64, generator=generator, dtype=torch.float32).to(p.dtype)
             optimizer.step()
+        optimizer_class(params, lr=1e-3).load_state_dict(optimizer.state_dict())  # All is of the dtype it must have.
         return params
 
     expected = run()
@@ -261,6 +267,47 @@ def test_another_default_dtype_changes_nothing(optimizer_class, default):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(expected, got))
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_autocast_around_a_step_changes_nothing(optimizer_class):
+    def run(around):
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(64, 128, generator=generator))
+        optimizer = optimizer_class([p], lr=1e-3, warmup_steps=6)
+        for _ in range(12):
+            p.grad = torch.randn(64, 128, generator=generator)
+            with around():
+                optimizer.step()
+        other = torch.nn.Parameter(p.detach().clone())
+        other.grad = torch.ones(64, 128)
+        with around():
+            resumed = Automagic_CameAMP_COptim([other], lr=1e-3, warmup_steps=6)
+            resumed.load_state_dict(optimizer.state_dict())
+            resumed.step()
+        return p, other
+
+    expected, got = run(nullcontext), run(lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got))
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_deterministic_training_and_another_default_device_are_no_hindrance(optimizer_class):
+    blockwise._tables.cache_clear()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.device("meta"):  # stands for a GPU, with the parameters on the CPU
+            p = torch.nn.Parameter(torch.ones(64, 128, device="cpu"))
+            optimizer = optimizer_class([p, torch.nn.Parameter(torch.ones(3, device="cpu"))], warmup_steps=3)
+            for _ in range(4):
+                for q in optimizer.param_groups[0]["params"]:
+                    q.grad = torch.ones_like(q)
+                report_loss(optimizer, torch.ones((), device="cpu"))
+                optimizer.step()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert p.device.type == "cpu"
+    assert (p != 1).all()
 
 
 def test_non_contiguous_weights_and_gradients():

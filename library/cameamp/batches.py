@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checksum import tensor_sums
+from .devices import moved
 from .rounding import Dither
 from .storage import Buffers, MovingStorage, Storage, low_rank, matrix_shape
 from .storage.low_rank import LowRank
@@ -137,8 +138,8 @@ class Batch:
         """The parameters' numbers in the optimizer, int32 (tensors,), on their device."""
         device = self.params[0].device
         if self._positions_on_device is None or self._positions_on_device.device != device:
-            numbers = torch.tensor(self.parameter_numbers, dtype=torch.int32)
-            self._positions_on_device = numbers.to(device, non_blocking=True)
+            numbers = torch.tensor(self.parameter_numbers, dtype=torch.int32, device="cpu")
+            self._positions_on_device = moved(numbers, device)
         return self._positions_on_device
 
     def _stack(self, tensors: list[Tensor], out: Tensor | None) -> Tensor:

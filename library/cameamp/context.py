@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import detection, distributed
+from .devices import moved
 
 # The multiplier starts where the largest learning rate is this, whatever the user wrote, and never falls below FLOOR.
 SAFE_LR = 1e-6
@@ -60,15 +61,16 @@ class ContextualOptimizationModule:
     def reset(self) -> None:
         """Forget all steps."""
         self._device = torch.device("cpu")
-        self._values = {
-            "multiplier": torch.tensor(torch.nan, dtype=torch.float32),  # not begun yet
-            "confidence": torch.zeros((), dtype=torch.float32),
-            "alignment": torch.zeros((), dtype=torch.float32),
-            "alignment_sum": torch.zeros((), dtype=torch.float32),
-            "alignment_variance": torch.zeros((), dtype=torch.float32),
-            "edge_cases": torch.zeros((), dtype=torch.int64),
-            **{name: torch.full((self._window,), torch.nan, dtype=torch.float32) for name in _HISTORIES},
-        }
+        with self._device:  # whatever the default is
+            self._values = {
+                "multiplier": torch.tensor(torch.nan, dtype=torch.float32),  # not begun yet
+                "confidence": torch.zeros((), dtype=torch.float32),
+                "alignment": torch.zeros((), dtype=torch.float32),
+                "alignment_sum": torch.zeros((), dtype=torch.float32),
+                "alignment_variance": torch.zeros((), dtype=torch.float32),
+                "edge_cases": torch.zeros((), dtype=torch.int64),
+                **{name: torch.full((self._window,), torch.nan, dtype=torch.float32) for name in _HISTORIES},
+            }
         self._samples: dict[str, Tensor | None] = dict.fromkeys(_SAMPLES)
 
     # What the optimizer tells -----------------------------------------------------------------------------------
@@ -119,7 +121,7 @@ class ContextualOptimizationModule:
         """The factor of this step's learning rates, 0-d, on the device."""
         value = self._values["multiplier"]
         begun = torch.where(value.isnan(), self._start, value)
-        return begun * torch.where(self._is_edge_case(), _EDGE_SHARE, 1.0)
+        return torch.where(self._is_edge_case(), begun * _EDGE_SHARE, begun)
 
     def follow(self, scaled_grad: Tensor, change: Tensor) -> None:
         """Move the multiplier, for the next step, by how well the step before this one was measured.
@@ -138,7 +140,7 @@ class ContextualOptimizationModule:
         total = values["alignment_sum"] * _MEMORY + alignment
         spread = values["alignment_variance"] * _MEMORY**2 + variance
         values["alignment_sum"], values["alignment_variance"] = total, spread
-        offset = torch.where(total.square() > _EVIDENCE**2 * spread, _OFFSET, 0.0)
+        offset = (total.square() > _EVIDENCE**2 * spread).to(torch.float32) * _OFFSET
         begun = (last != 0).any()
         growth = torch.exp(_GAIN * self._rate * (alignment + offset))
         growth = torch.where(begun, growth, 1.0)
@@ -259,10 +261,9 @@ class ContextualOptimizationModule:
     def _move_to(self, device: torch.device) -> None:
         if self._device != device:
             self._device = device
-            self._values = {name: value.to(device, non_blocking=True) for name, value in self._values.items()}
+            self._values = {name: moved(value, device) for name, value in self._values.items()}
             self._samples = {
-                name: None if sample is None else sample.to(device, non_blocking=True)
-                for name, sample in self._samples.items()
+                name: None if sample is None else moved(sample, device) for name, sample in self._samples.items()
             }
 
 
@@ -318,5 +319,5 @@ def _cosine(products: Tensor | Sequence[Tensor], absent: float) -> Tensor:
 def as_scalar(loss: Tensor | float, device: torch.device) -> Tensor:
     """A loss as a float32 tensor of no dimensions on a device, without waiting for it."""
     if isinstance(loss, Tensor):
-        return loss.detach().to(device, torch.float32, non_blocking=True).mean()
+        return moved(loss.detach(), device).float().mean()
     return torch.full((), float(loss), dtype=torch.float32, device=device)  # Filled there: a copy would wait.

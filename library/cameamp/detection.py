@@ -45,9 +45,9 @@ def spike(losses: Tensor) -> Tensor:
     """The newest loss lies above the others: its robust z-score against their median and median absolute deviation."""
     values = _even_noise(losses)
     newest, others = values[..., -1], values[..., :-1]
-    count = others.isfinite().sum(dim=-1)
-    median = others.nanmedian(dim=-1).values
-    spread = (others - median.unsqueeze(-1)).abs().nanmedian(dim=-1).values * _DEVIATIONS_PER_MAD
+    count = _count(others.isfinite(), losses)
+    median = _median(others, count)
+    spread = _median((others - median.unsqueeze(-1)).abs(), count) * _DEVIATIONS_PER_MAD
     # The median is itself uncertain, by a variance of pi / 2n.
     t = (newest - median) / (spread * (1 + math.pi / 2 / count).sqrt()).clamp_min(_smallest(median))
     return _upper_tail(t, _MAD_EFFICIENCY * count, (count >= FEWEST_LOSSES) & newest.isfinite())
@@ -59,7 +59,7 @@ def rising(losses: Tensor) -> Tensor:
     Ranks make it exact for any distribution, and a few wild losses do not decide.
     """
     known = losses.isfinite()
-    count = known.sum(dim=-1)
+    count = _count(known, losses)
     times = known.cumsum(dim=-1).to(losses.dtype)
     values = torch.where(known, losses, torch.inf)
     ordered = values.sort(dim=-1).values
@@ -74,7 +74,7 @@ def oscillating(cosines: Tensor) -> Tensor:
     """Consecutive gradients point against one another: a t-test that the mean of their recent cosines is below 0."""
     recent = cosines[..., -RECENT_COSINES:]
     known = recent.isfinite()
-    count = known.sum(dim=-1)
+    count = _count(known, cosines)
     mean = recent.nansum(dim=-1) / count.clamp_min(1)
     squares = torch.where(known, recent - mean.unsqueeze(-1), 0.0).square().sum(dim=-1)
     freedom = (count - 1).clamp_min(1)
@@ -88,6 +88,17 @@ def _even_noise(losses: Tensor) -> Tensor:
     positive = torch.where(known, losses, 1.0).amin(dim=-1, keepdim=True) > 0
     values = torch.where(positive, losses.clamp_min(torch.finfo(losses.dtype).tiny).log(), losses)
     return torch.where(known, values, torch.nan)
+
+
+def _count(known: Tensor, window: Tensor) -> Tensor:
+    """How many entries are known, in the window's dtype: quotients of whole numbers would be of the default one."""
+    return known.sum(dim=-1, dtype=window.dtype)
+
+
+def _median(values: Tensor, count: Tensor) -> Tensor:
+    """The lower median of the `count` entries that are not NaN. Deterministic training refuses torch.nanmedian."""
+    middle = (count.long() - 1).clamp_min(0) // 2
+    return values.sort(dim=-1).values.gather(-1, middle.unsqueeze(-1)).squeeze(-1)
 
 
 def _smallest(median: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A class of the family chooses how states are stored. Everything else is the same
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from .checksum import checksum
 from .compiling import Compiler
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names, checked
 from .context import ContextualOptimizationModule, as_scalar
+from .devices import full_precision
 from .fused import fused_first_pass, fused_step
 from .readings import read
 from .rounding import stochastic_round
@@ -207,7 +208,8 @@ class CameAMP(Optimizer):
                 loss = closure()
             if loss is not None:
                 self.report_loss(loss)
-        if len(self.param_groups) != len(self._group_options):
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if len(self.param_groups) != len(self._group_options) or (self._positions and count != len(self._positions)):
             raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
         if self._factors is None:
             for group in self.param_groups:
@@ -220,6 +222,12 @@ class CameAMP(Optimizer):
             for p in params:
                 gradients.check(p)
         counted = [(number, self._count_step(number, params)) for number, params in enumerate(active) if params]
+        with full_precision(batch.params[0] for _, batches in counted for batch in batches):
+            self._take_step(counted)
+        return loss
+
+    def _take_step(self, counted: list[tuple[int, list[Batch]]]) -> None:
+        """Take a step that has been counted, over the batches of each group, by its number."""
         # Graphs, of whichever group, need more memory than there is beside kept gradients.
         keeps = not any(self._group_options[number].config.fused for number, _ in counted)
         self._workspace.begin_step([batch for _, batches in counted for batch in batches] if keeps else [])
@@ -238,7 +246,6 @@ class CameAMP(Optimizer):
             grads, changes = (list(pieces) for pieces in zip(*watched))
             sampler = self._sample()
             self.c_optim.follow(sampler.gather(everything, grads), sampler.gather(everything, changes))
-        return loss
 
     def _compiling(self, number: int) -> AbstractContextManager[None]:
         """Around the work on a group: what is compiled where the group asks for it."""
@@ -512,7 +519,11 @@ class CameAMP(Optimizer):
         Returns:
             torch's layout with `magic_version` added; only tensors, numbers, strings, lists and dicts.
         """
-        saved = super().state_dict()
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            saved = super().state_dict()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks  # They are for all of it, below.
         derived = self._derived_values()
         checksums = self._state_checksums()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -531,6 +542,9 @@ class CameAMP(Optimizer):
             for number, (group, options) in enumerate(zip(saved["param_groups"], self._group_options))
         ]  # fmt: skip
         saved["magic_version"] = checkpoint.VERSION
+        for post_hook in hooks.values():
+            changed = post_hook(self, saved)
+            saved = saved if changed is None else changed
         return saved
 
     def _saved_names(self, number: int) -> dict[str, list[str]]:
@@ -592,9 +606,10 @@ class CameAMP(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         configs = [options.config for options in self._group_options]
-        restored = checkpoint.restore(
-            state_dict, self.param_groups, configs, self._names, self._storage, self._contextual
-        )
+        with full_precision(p for group in self.param_groups for p in group["params"]):
+            restored = checkpoint.restore(
+                state_dict, self.param_groups, configs, self._names, self._storage, self._contextual
+            )
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
         for group, rates in zip(self.param_groups, restored.learning_rates):

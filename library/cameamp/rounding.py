@@ -77,9 +77,10 @@ def _round_with(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
     """`x` rounded to what `dtype` can hold; still float32."""
     bits, smallest_exponent = _FORMATS[dtype]
     exponent = torch.frexp(x).exponent.clamp_min_(smallest_exponent).sub_(bits)
+    # 2^exponent by its bits: older versions of torch.ldexp make it in the default dtype, which may be float16.
+    last_place = ((exponent + 127) << 23).view(torch.float32)
     # In units of the last place x has `bits` bits before the point; adding noise below 1 and cutting there is exact.
-    units = torch.ldexp(x, -exponent).add_(noise).floor_()
-    rounded = torch.ldexp(units, exponent)
+    rounded = (x / last_place).add_(noise).floor_().mul_(last_place)
     largest = torch.finfo(dtype).max
     return rounded.clamp_(-largest, largest)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
+from .devices import moved
 
 LARGEST_SAMPLE = 65_536
 
@@ -46,7 +47,7 @@ class Sampler:
             pieces: what was taken of each, at every `every`-th element.
         """
         device = pieces[0].device
-        flat = torch.cat([piece.flatten().to(device, non_blocking=True) for piece in pieces])
+        flat = torch.cat([moved(piece.flatten(), device) for piece in pieces])
         vector = torch.zeros(self.size, dtype=torch.float32, device=device)
         return vector.index_copy_(0, self._places_of(batches, device), flat)
 
@@ -55,8 +56,8 @@ class Sampler:
         key = tuple(position for batch in batches for position in batch.parameter_numbers)
         places = self._places.get(key)
         if places is None or places.device != device:
-            ranges = [torch.arange(self._starts[n], self._starts[n + 1]) for n in key]
-            places = torch.cat(ranges).to(device, non_blocking=True)
+            ranges = [torch.arange(self._starts[n], self._starts[n + 1], device="cpu") for n in key]
+            places = moved(torch.cat(ranges), device)
             self._places = {key: places}
         return places
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import compiling
+from ..devices import moved
 from ..rounding import Dither
 from . import Buffers
 
@@ -134,11 +135,24 @@ def _nearest_codes(x: Tensor, tables: _Tables, out: Tensor) -> None:
     out.add_(beyond.view(torch.uint8))
 
 
-@cache
-def _map(signed: bool) -> Tensor:
+def dynamic_map(signed: bool) -> Tensor:
+    """The 256 values of bitsandbytes' codes, ascending, float32 on the CPU.
+
+    Raises:
+        Exception: whatever bitsandbytes raises where it is missing or broken.
+    """
     from bitsandbytes.functional import create_dynamic_map
 
-    return create_dynamic_map(signed=signed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # Older versions make it of the default dtype,
+    try:
+        with torch.device("cpu"):  # and on the default device.
+            return create_dynamic_map(signed=signed)
+    finally:
+        torch.set_default_dtype(before)
+
+
+_map = cache(dynamic_map)
 
 
 @cache
@@ -149,8 +163,9 @@ def _code_of_zero(signed: bool) -> int:
 @cache
 def _tables(signed: bool, device: torch.device) -> _Tables:
     values = _map(signed)
-    midpoints = torch.cat([(values[:-1] + values[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
-    upper = torch.arange(_MINUS_ONE + 1 if signed else _ONE + 1, dtype=torch.int64)
+    beyond = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
+    midpoints = torch.cat([(values[:-1] + values[1:]) / 2, beyond])
+    upper = torch.arange(_MINUS_ONE + 1 if signed else _ONE + 1, dtype=torch.int64, device="cpu")
     bits = upper << 16
     # Of negative numbers the one with all lower bits set is the smallest, but none is below -1.
     negative = upper >= 0x8000
@@ -158,4 +173,4 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     smallest = bits.view(torch.float32).nan_to_num(1.0).clamp(-1.0, 1.0)
     first = torch.zeros(1 << 16, dtype=torch.uint8, device="cpu")
     first[: len(upper)] = torch.bucketize(smallest, midpoints[:-1]).to(torch.uint8)
-    return _Tables(*(table.to(device, non_blocking=True) for table in (values, midpoints, first)))
+    return _Tables(*(moved(table, device) for table in (values, midpoints, first)))

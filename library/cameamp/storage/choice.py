@@ -7,7 +7,7 @@ import torch
 from ..config import OptimizerConfig
 from . import Storage
 from .bits import Bits
-from .blockwise import Blockwise, block_of
+from .blockwise import Blockwise, block_of, dynamic_map
 from .full import Full
 from .linear import Linear
 
@@ -40,9 +40,7 @@ def eight_bit(name: str, count: int, config: OptimizerConfig) -> Storage:
 def require_bitsandbytes() -> None:
     """Raise RuntimeError, saying what to install, where bitsandbytes' 8-bit maps cannot be had."""
     try:
-        from bitsandbytes.functional import create_dynamic_map
-
-        usable = create_dynamic_map(signed=True).numel() == 256
+        usable = dynamic_map(signed=True).numel() == 256
     except Exception as error:  # A broken installation fails with whatever its libraries raise.
         raise RuntimeError(f"{_HELP} ({type(error).__name__}: {error})") from error
     if not usable:
