@@ -51,6 +51,27 @@ def test_losses_reach_the_context_by_every_way():
     assert optimizer.c_optim.loss_history == [1.0, 2.0, 3.0, 4.0]
 
 
+def test_a_loss_of_a_step_without_gradients_is_not_the_next_ones():
+    params, optimizer = training()
+    for number, loss in enumerate((1.0, 100.0, 2.0)):
+        set_gradients(params, number)
+        if loss == 100.0:
+            optimizer.zero_grad()
+        optimizer.report_loss(loss)
+        optimizer.step()
+    assert optimizer.c_optim.loss_history == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("level", [0.3, 1.0, 40.0])
+def test_rounding_is_no_spike(level):
+    losses = torch.full((30,), level)
+    losses[::7] = torch.nextafter(losses[0], torch.tensor(torch.inf))
+    losses[-1] = losses[0]
+    assert detection.spike(losses).item() > 0.05
+    losses[-1] = 1.01 * level
+    assert detection.spike(losses).item() < 0.001
+
+
 def test_several_reports_are_averaged():
     params, optimizer = training()
     set_gradients(params, 0)
@@ -323,6 +344,7 @@ def trained_on_a_rank(rank):
     return {
         "weights": [p.detach() for p in params],
         "losses": context.loss_history,
+        "evidence": float(optimizer.state_dict()["param_groups"][0]["c_optim_context"]["alignment_variance"]),
         "multiplier": context.compute_contextual_lr_multiplier(),
         "edge_cases": context.edge_case_count,
     }
@@ -333,3 +355,5 @@ def test_ranks_with_different_losses_stay_the_same():
     assert all(torch.equal(a, b) for a, b in zip(first.pop("weights"), second.pop("weights")))
     assert first == second
     assert first["losses"][-1] == pytest.approx(1.5 + 0.1 * math.sin(19) + 49.5)
+    # Another process with the same gradients says nothing new of them.
+    assert first["evidence"] == pytest.approx(trained_on_a_rank(0)["evidence"], rel=0.01)

@@ -66,3 +66,14 @@ def test_one_line_tells_what_is_freed_and_what_starts_fresh(first, second, caplo
     (line,) = lines(caplog, "fresh")
     for words in ("exp_avg_sq of 8", "s of 7", "last_polarity of 7"):
         assert words in line.partition("fresh")[2]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("options", [{}, {"warmup_steps": 1000}, {"momentum_scales": (1, 2, 7)}], ids=str)
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=short)
+def test_what_was_loaded_can_be_saved_and_loaded_again_before_any_step(first, second, options, phase):
+    """As accelerate's `prepare` does it."""
+    after = Run(first).run(PHASES[phase]).resumed(second, **options)
+    again = after.resumed(second, **options)
+    assert difference(after.everything(), again.everything()) is None
+    assert difference(after.run(3).everything(), again.run(3).everything()) is None

@@ -23,6 +23,7 @@ VERSION = 3
 
 # Written for whoever reads a checkpoint; computed from the rest, so ignored here.
 _DERIVED = ("avg_lr", "lr_max", "row_scaling")
+_OF_SIGNS = ("s", "last_polarity")  # states of the warm-up alone
 
 _CHECKSUMS = ("state_checksums", "group_checksum")
 _DAMAGED = "damaged or edited after it was saved"
@@ -355,6 +356,9 @@ def _restore_parameter(
     warmup_steps, came = saved_options
     owed = Phase.at(step, warmup_steps).state_names(came)
     wanted = Phase.at(step, config.warmup_steps).state_names(config.came)
+    if not any(key in saved for name in _OF_SIGNS for key in (name, f"{name}_q")):
+        # Saved between a resume into a longer warm-up and the step that would have begun them.
+        owed = tuple(name for name in owed if name not in _OF_SIGNS)
     restored: dict[str, Any] = {"step": step}
     known = {"step", *_DERIVED}
     converted, freed = False, []
@@ -427,6 +431,8 @@ def _restore_momenta(
         else:
             restored[name] = to_full(name, saved, kept, p.shape).to(p.device)
             converted = True
+    if p.numel():
+        restored.update((momentum_count(period), 0) for period in wanted if period not in periods)
     for key in saved:
         if str(key).startswith("momentum_") and key not in known:
             raise ValueError(f"the state '{key}' is not one that momentum_scales {periods} has")

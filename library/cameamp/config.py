@@ -45,7 +45,7 @@ class OptimizerConfig:
         came: True for CAME scaling, False for AdaBelief clipping.
         full_finetune: True keeps ALLoRA off, whatever was detected.
         verbose: log a line of progress now and then through `logging`.
-        context_window: contextual optimizers: steps of history.
+        context_window: contextual optimizers: steps of history; a spike of the loss is looked for from 11 on.
         edge_threshold: contextual optimizers: confidence at which a step counts as an edge case; in (0, 1].
         adaptation_rate: contextual optimizers: how fast the multiplier follows its target; in [0, 1].
         momentum_scales: contextual optimizers: update periods of the momenta, in steps; () for no such momenta.

@@ -101,14 +101,14 @@ class ContextualOptimizationModule:
         last = self._samples["last_gradient"]
         last = torch.zeros_like(gradient) if last is None or last.shape != gradient.shape else last.float()
         reported = torch.zeros_like(values["confidence"]) if loss is None else as_scalar(loss, self._device)
-        sums = torch.stack([
+        means = distributed.average(torch.stack([
             reported,
             torch.full_like(reported, loss is not None),
             torch.zeros_like(reported) if unusable is None else unusable.to(reported.dtype),
             *_products(last, gradient),
-        ])  # fmt: skip
-        loss_sum, reports, lost, *products = distributed.add_up(sums).unbind()
-        mean_loss = loss_sum / reports
+        ]))  # fmt: skip
+        loss_share, reports, lost, *products = means.unbind()
+        mean_loss = loss_share / reports
         self._remember("loss_history", mean_loss)
         self._remember("gradient_history", _cosine(products, absent=torch.nan))
         self._samples["last_gradient"] = gradient.bfloat16()
@@ -133,7 +133,8 @@ class ContextualOptimizationModule:
         values = self._values
         last = self._samples["last_change"]
         last = torch.zeros_like(change) if last is None or last.shape != change.shape else last.float()
-        *products, of_squares = distributed.add_up(torch.stack(_products(last, scaled_grad))).unbind()
+        # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
+        *products, of_squares = distributed.average(torch.stack(_products(last, scaled_grad))).unbind()
         alignment = _cosine(products, absent=0.0)
         # The variance of a cosine of vectors whose signs have nothing to do with one another.
         variance = of_squares / (products[1] * products[2]).clamp_min(_SMALLEST_SQUARE)
@@ -156,7 +157,10 @@ class ContextualOptimizationModule:
         return bool(self._is_edge_case().item())
 
     def compute_contextual_lr_multiplier(self) -> float:
-        """The factor of all learning rates at the newest step; before the first, what it will start from."""
+        """The factor of all learning rates at the next step, but for an edge case that it may be.
+
+        `lr_history` has those of the steps taken.
+        """
         return float(self.multiplier().item())
 
     def compute_gradient_consistency(self) -> float:

@@ -43,13 +43,14 @@ def combined_confidence(p_values: Tensor) -> Tensor:
 
 def spike(losses: Tensor) -> Tensor:
     """The newest loss lies above the others: its robust z-score against their median and median absolute deviation."""
-    values = _even_noise(losses)
+    values, in_logarithms = _even_noise(losses)
     newest, others = values[..., -1], values[..., :-1]
     count = _count(others.isfinite(), losses)
     median = _median(others, count)
     spread = _median((others - median.unsqueeze(-1)).abs(), count) * _DEVIATIONS_PER_MAD
     # The median is itself uncertain, by a variance of pi / 2n.
-    t = (newest - median) / (spread * (1 + math.pi / 2 / count).sqrt()).clamp_min(_smallest(median))
+    rounding = torch.where(in_logarithms, median.abs().clamp_min(1.0), median.abs()) * 1e-6 + 1e-12
+    t = (newest - median) / (spread * (1 + math.pi / 2 / count).sqrt()).clamp_min(rounding)
     return _upper_tail(t, _MAD_EFFICIENCY * count, (count >= FEWEST_LOSSES) & newest.isfinite())
 
 
@@ -82,12 +83,16 @@ def oscillating(cosines: Tensor) -> Tensor:
     return _upper_tail(-mean / error.clamp_min(1e-7), freedom, count >= FEWEST_COSINES)
 
 
-def _even_noise(losses: Tensor) -> Tensor:
-    """Losses on the scale where their noise is closest to Gaussian: logarithms, where all are positive."""
+def _even_noise(losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses on the scale where their noise is closest to Gaussian: logarithms, where all are positive.
+
+    Returns:
+        The values, and which windows are of logarithms, (...).
+    """
     known = losses.isfinite()
     positive = torch.where(known, losses, 1.0).amin(dim=-1, keepdim=True) > 0
     values = torch.where(positive, losses.clamp_min(torch.finfo(losses.dtype).tiny).log(), losses)
-    return torch.where(known, values, torch.nan)
+    return torch.where(known, values, torch.nan), positive.squeeze(-1)
 
 
 def _count(known: Tensor, window: Tensor) -> Tensor:
@@ -99,11 +104,6 @@ def _median(values: Tensor, count: Tensor) -> Tensor:
     """The lower median of the `count` entries that are not NaN. Deterministic training refuses torch.nanmedian."""
     middle = (count.long() - 1).clamp_min(0) // 2
     return values.sort(dim=-1).values.gather(-1, middle.unsqueeze(-1)).squeeze(-1)
-
-
-def _smallest(median: Tensor) -> Tensor:
-    """A spread below this is rounding."""
-    return median.abs() * 1e-6 + 1e-12
 
 
 def _correlation(x: Tensor, y: Tensor, known: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, distributed
 
 
-def add_up(values: Tensor) -> Tensor:
-    """The sum over all ranks, the same bits on every one; `values` itself where there is a single rank."""
+def average(values: Tensor) -> Tensor:
+    """The mean over all ranks, the same bits on every one; `values` itself where there is a single rank."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(values)
+        values /= distributed.get_world_size()
     return values

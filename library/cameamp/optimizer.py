@@ -233,6 +233,7 @@ class CameAMP(Optimizer):
         self._workspace.begin_step([batch for _, batches in counted for batch in batches] if keeps else [])
         measured = [(number, batches, self._sum_up(number, batches)) for number, batches in counted]
         multiplier = self._observe(measured) if self._contextual and measured else None
+        self._losses = []  # They were of this step, also where it had no gradient.
         watched: list[Watched] = []
         for number, batches, sums in measured:
             with self._compiling(number):
@@ -305,7 +306,6 @@ class CameAMP(Optimizer):
         loss = None
         if self._losses:
             loss = torch.stack([as_scalar(reported, device) for reported in self._losses]).mean()
-        self._losses = []
         self._tell_bounds()
         largest = max(float(group["lr"]) for group in self.param_groups)
         self.c_optim.update_context(gradient, loss, largest, unusable)
