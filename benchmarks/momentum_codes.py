@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from library.cameamp import rules
 from library.cameamp.rounding import Dither
 from library.cameamp.storage import Buffers, MovingStorage
 from library.cameamp.storage.full import Full
@@ -105,14 +104,14 @@ def recorded(steps: int) -> list[Tensor]:
     """Scaled gradients of some factors of a real run, each (steps, 1, rows, columns)."""
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     seen: dict[tuple[int, ...], list[Tensor]] = {}
-    original = rules.multi_scale_momentum
+    original = multiscale.multi_scale_momentum
 
     def watch(sg: Tensor, *more: object) -> Tensor | None:
         if 4096 <= sg[0].numel() <= 16384:
             seen.setdefault(tuple(sg.shape[1:]), []).append(sg[:1].clone())
         return original(sg, *more)  # type: ignore[arg-type]
 
-    rules.multi_scale_momentum = watch  # type: ignore[assignment]
+    multiscale.multi_scale_momentum = watch  # type: ignore[assignment]
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(parse([
@@ -122,7 +121,7 @@ def recorded(steps: int) -> list[Tensor]:
             for _ in range(steps):
                 trainer._train_step()
     finally:
-        rules.multi_scale_momentum = original
+        multiscale.multi_scale_momentum = original
     # LoRA downs have no gradient at the first step.
     return [torch.stack(stream[:: len(stream) // steps][1:]) for stream in seen.values()]
 

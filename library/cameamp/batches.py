@@ -93,13 +93,13 @@ class Batch:
         for name, buffers in fresh.items():
             self._fill(state, name, storages[name], buffers)
         wanted = {key for name, storage in storages.items() for key in storage.keys(name)}
-        numbers = 1 + len(self.traits.momentum_counts)
-        for key in self._buffers.keys() - wanted:
+        ended = self._buffers.keys() - wanted
+        for key in ended:
             del self._buffers[key], self._slices[key]
-        for state_of_p in own:
-            if len(state_of_p) > len(wanted) + numbers:
-                for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
-                    del state_of_p[key]
+        # Only then can a parameter have a state that it should not.
+        for state_of_p in own if fresh or ended else ():
+            for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
+                del state_of_p[key]
 
     def states(self, storages: Mapping[str, Storage]) -> BatchStates:
         """The states, to be read and written one at a time: they need memory while they are out of their storage."""

@@ -13,10 +13,11 @@ from torch import Tensor
 from . import context, older_layout
 from .checksum import checksum
 from .config import OPTION_NAMES, OptimizerConfig
-from .rules import Phase, momentum_count, momentum_name
+from .rules import Phase
 from .storage import Storage
 from .storage.convert import coded_storage_of, storage_of, to_full
 from .storage.momenta import momentum_storages
+from .techniques.multiscale import momentum_count, momentum_name
 
 # Layout of the checkpoints written here; 1 and 2 are those of an older implementation.
 VERSION = 3

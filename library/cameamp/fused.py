@@ -18,10 +18,10 @@ from .rules import (
     StepScalars,
     Watched,
     move_,
-    multi_scale_momentum,
     scale_gradient_,
     take_step_,
 )
+from .techniques import multiscale
 from .workspace import Work
 
 # A graph takes and gives a dozen stacks in the early phase; with larger ones a step would need more memory than it may.
@@ -53,12 +53,12 @@ def fused_step(
     in_first = {"magnitude_sum": magnitude_sum}
     in_second = {"decay_strengths": decay_strengths, "multiplier": multiplier}
     own = options.phase.state_names(options.config.came)
-    if not scalars.scale_names:
+    if not scalars.scales:
         return _run(_take_step_, {"g": g}, states, ("weights", *own), work, scalars, options, **in_first, **in_second)
     first = tuple(name for name in own if name == "exp_avg_sq")
     second = ("weights", *(name for name in own if name != "exp_avg_sq"))
     sg, direction = _run(_scale_gradient_, {"g": g}, states, first, work, scalars, options, **in_first)
-    drive = multi_scale_momentum(sg, direction, states, scalars, Work())
+    drive = multiscale.multi_scale_momentum(sg, direction, states, scalars.scales)
     in_second |= {"direction": direction, "drive": drive}
     return _run(move_, {"sg": sg}, states, second, work, scalars, options, **in_second)
 

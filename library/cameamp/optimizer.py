@@ -27,7 +27,7 @@ from .devices import full_precision
 from .fused import fused_first_pass, fused_step
 from .readings import read
 from .rounding import stochastic_round
-from .rules import Phase, StackOptions, StepScalars, Watched, lr_factor, momentum_count, momentum_name, take_step_
+from .rules import Phase, StackOptions, StepScalars, Watched, lr_factor, take_step_
 from .sampling import Sampler
 from .storage import Storage
 from .storage.choice import full
@@ -35,6 +35,7 @@ from .storage.convert import is_kept, to_full
 from .storage.full import Full
 from .storage.momenta import momentum_storages
 from .techniques import agr, allora, lr_mask, multiscale, weight_decay
+from .techniques.multiscale import momentum_count, momentum_name
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)

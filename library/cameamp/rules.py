@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from .config import OptimizerConfig
@@ -24,6 +22,7 @@ from .techniques import (
     tam,
     weight_decay,
 )
+from .techniques.multiscale import Momenta, Scale
 from .workspace import Work
 
 Scalar = float | Tensor
@@ -40,23 +39,6 @@ class States(Protocol):
 
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""
-
-
-class Momenta(Protocol):
-    """The multi-scale momenta of a stack, by name. `out` and `scratch` are memory to use where given."""
-
-    def parts(self) -> Sequence[tuple[slice, Momenta]]:
-        """The momenta by some tensors at a time: which tensors of the stack, and theirs."""
-
-    def move(
-        self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
-    ) -> Tensor | None:
-        """Keep (1 - rate) * momentum + rate * target, and return a copy of it; None where it stays packed."""
-
-    def add_to(
-        self, stack: Tensor, stack_share: float, shares: Sequence[tuple[str, float]], out: Tensor | None = None
-    ) -> None:
-        """stack_share * stack + the sum of share * momentum, in `stack`."""
 
 
 class StatesAndMomenta(States, Momenta, Protocol):
@@ -85,16 +67,6 @@ class Phase(NamedTuple):
         return names + came * ("exp_avg_sq",) + self.warmup * ("s", "last_polarity")
 
 
-def momentum_name(period: int) -> str:
-    """The state that holds the multi-scale momentum of a period."""
-    return f"momentum_scale_{period}"
-
-
-def momentum_count(period: int) -> str:
-    """The state that counts the updates of the multi-scale momentum of a period."""
-    return f"momentum_count_{period}"
-
-
 class StepScalars(NamedTuple):
     """The numbers that change with the step; floats, or 0-d tensors where a compiled graph must not depend on them.
 
@@ -104,9 +76,7 @@ class StepScalars(NamedTuple):
         clip_bound: bound of a gradient element where CAME is off.
         scheduler: by how much a scheduler has changed the learning rate; None for not at all.
         bias_correction: AdaBelief's; None where it is off.
-        scale_names: the states of the multi-scale momenta.
-        scale_rates: for each multi-scale momentum, how far it moves towards the gradient: 0 when it is not due.
-        scale_shares: for each of them, its share in what drives the momentum; all 0 while none was ever updated.
+        scales: the multi-scale momenta; empty in the optimizers without them.
     """
 
     momentum_rate: Scalar
@@ -114,9 +84,7 @@ class StepScalars(NamedTuple):
     clip_bound: Scalar
     scheduler: Scalar | None
     bias_correction: Scalar | None = None
-    scale_names: tuple[str, ...] = ()
-    scale_rates: tuple[float, ...] = ()
-    scale_shares: tuple[float, ...] = ()
+    scales: tuple[Scale, ...] = ()
 
     @classmethod
     def at(
@@ -131,16 +99,13 @@ class StepScalars(NamedTuple):
             momentum_counts: for each of momentum_scales how often it has been updated, this step included; empty in
                 the optimizers without them.
         """
-        periods = config.momentum_scales[: len(momentum_counts)]
         return cls(
             momentum_rate=consistency.decay_rate(config.betas[0], config.beta1_decay, step),
             gradient_share=grams.gradient_share(config.beta1_decay, step),
             clip_bound=came.growing_bound(step),
             scheduler=None if scheduler == 1 else scheduler,
             bias_correction=adabelief.bias_correction(config.betas[2], step) if config.bias_correction else None,
-            scale_names=tuple(momentum_name(k) for k in periods),
-            scale_rates=tuple(1 - multiscale.DECAY if multiscale.is_due(k, step) else 0.0 for k in periods),
-            scale_shares=multiscale.shares(periods, momentum_counts),
+            scales=multiscale.scales(config.momentum_scales[: len(momentum_counts)], momentum_counts, step),
         )
 
 
@@ -204,7 +169,7 @@ def take_step_(
     return move_(
         sg,
         direction,
-        multi_scale_momentum(sg, direction, states, scalars, work),
+        multiscale.multi_scale_momentum(sg, direction, states, scalars.scales, work.drive, work.scratch),
         states,
         decay_strengths,
         multiplier,
@@ -307,47 +272,6 @@ def move_(
     if watched_grad is None:
         return p, None
     return p, Watched(watched_grad, at_every_nth(rates, watch_every) * at_every_nth(u, watch_every))
-
-
-def multi_scale_momentum(
-    sg: Tensor, direction: Tensor, momenta: Momenta, scalars: StepScalars, work: Work
-) -> Tensor | None:
-    """Update the momenta that are due, and return the mean of all; None where there are none yet.
-
-    An element whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know
-    which elements never had a gradient, and those must not drift.
-    """
-    if not any(scalars.scale_shares):
-        return None
-    drive = torch.empty_like(sg) if work.drive is None else work.drive
-    for members, part in momenta.parts():
-        signs, scratch = direction[members], None if work.scratch is None else work.scratch[members]
-        _mean_of_momenta(sg[members], part, scalars, drive[members], scratch).mul_(signs).mul_(signs)
-    return drive
-
-
-def _mean_of_momenta(
-    sg: Tensor, momenta: Momenta, scalars: StepScalars, mean: Tensor, scratch: Tensor | None
-) -> Tensor:
-    """Update the momenta that are due, and fill `mean` with the mean of those that were ever updated."""
-    mean_share = 0.0  # What the mean still has to be multiplied by: that is done where the packed momenta are added.
-    packed: list[tuple[str, float]] = []
-    for name, rate, share in zip(scalars.scale_names, scalars.scale_rates, scalars.scale_shares):
-        if share == 0:  # Never updated, not in this step either.
-            continue
-        room = mean if mean_share == 0 else None
-        moved = momenta.move(name, sg, rate, room, scratch) if rate != 0 else None
-        if moved is None:
-            packed.append((name, share))
-        elif mean_share == 0:
-            mean_share = share
-        else:
-            mean.add_(moved, alpha=share / mean_share)
-        del moved
-    if mean_share == 0:
-        mean.zero_()
-    momenta.add_to(mean, mean_share or 1.0, packed, scratch)
-    return mean
 
 
 def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:
