@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def optimizer_name(optimizer_type: str) -> str | None:
 def config_path(path: str) -> str:
     """The file that `--config_file` names; like sd-scripts, `.toml` may be left out."""
     return path if path.endswith(".toml") else path + ".toml"
+
+
+def flattened(document: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of tables taken away, as sd-scripts does it; [optimizer_config] is a table of its own."""
+    flat: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict) and name != "optimizer_config":
+            flat.update(value)
+        else:
+            flat[name] = value
+    return flat
 
 
 def read_toml(path: str, marked: bool = True) -> dict[str, Any]:

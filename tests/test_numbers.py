@@ -284,6 +284,7 @@ def test_autocast_around_a_step_changes_nothing(optimizer_class):
         with around():
             resumed = Automagic_CameAMP_COptim([other], lr=1e-3, warmup_steps=6)
             resumed.load_state_dict(optimizer.state_dict())
+            resumed.get_learning_rates()  # allocates what the checkpoint lacked
             resumed.step()
         return p, other
 

@@ -24,7 +24,6 @@ VERSION = 3
 
 # Written for whoever reads a checkpoint; computed from the rest, so ignored here.
 _DERIVED = ("avg_lr", "lr_max", "row_scaling")
-_OF_SIGNS = ("s", "last_polarity")  # states of the warm-up alone
 
 _CHECKSUMS = ("state_checksums", "group_checksum")
 _DAMAGED = "damaged or edited after it was saved"
@@ -355,11 +354,11 @@ def _restore_parameter(
         raise ValueError(f"its state is {type(saved).__name__}, not a dictionary")
     step = _step(saved)
     warmup_steps, came = saved_options
-    owed = Phase.at(step, warmup_steps).state_names(came)
+    phase = Phase.at(step, warmup_steps)
+    owed, lasting = phase.state_names(came), phase._replace(warmup=False).state_names(came)
     wanted = Phase.at(step, config.warmup_steps).state_names(config.came)
-    if not any(key in saved for name in _OF_SIGNS for key in (name, f"{name}_q")):
-        # Saved between a resume into a longer warm-up and the step that would have begun them.
-        owed = tuple(name for name in owed if name not in _OF_SIGNS)
+    if not any(key in saved for name in owed if name not in lasting for key in (name, f"{name}_q")):
+        owed = lasting  # Saved between a resume into a longer warm-up and the step that would have begun the others.
     restored: dict[str, Any] = {"step": step}
     known = {"step", *_DERIVED}
     converted, freed = False, []

@@ -1,9 +1,8 @@
-"""Where tensors are, and what surrounds a step: no device is waited for, no mode changes its arithmetic."""
+"""Where tensors are: no device is waited for, and no autocast of its changes our arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -14,11 +13,8 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type != "cpu")
 
 
-@contextmanager
-def full_precision(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Around arithmetic on some tensors: autocast, in which a training loop may call it, leaves it alone."""
-    with ExitStack() as stack:
-        for kind in {x.device.type for x in tensors}:
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Around products of matrices on a device: autocast, in which a training loop may call them, leaves them alone."""
+    kind = device.type
+    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocasts else nullcontext()

@@ -23,7 +23,6 @@ from .checksum import checksum
 from .compiling import Compiler
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names, checked
 from .context import ContextualOptimizationModule, as_scalar
-from .devices import full_precision
 from .fused import fused_first_pass, fused_step
 from .readings import read
 from .rounding import stochastic_round
@@ -223,8 +222,7 @@ class CameAMP(Optimizer):
             for p in params:
                 gradients.check(p)
         counted = [(number, self._count_step(number, params)) for number, params in enumerate(active) if params]
-        with full_precision(batch.params[0] for _, batches in counted for batch in batches):
-            self._take_step(counted)
+        self._take_step(counted)
         return loss
 
     def _take_step(self, counted: list[tuple[int, list[Batch]]]) -> None:
@@ -607,10 +605,9 @@ class CameAMP(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         configs = [options.config for options in self._group_options]
-        with full_precision(p for group in self.param_groups for p in group["params"]):
-            restored = checkpoint.restore(
-                state_dict, self.param_groups, configs, self._names, self._storage, self._contextual
-            )
+        restored = checkpoint.restore(
+            state_dict, self.param_groups, configs, self._names, self._storage, self._contextual
+        )
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
         for group, rates in zip(self.param_groups, restored.learning_rates):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cameamp.config import OptimizerConfig, nearest_name, parse_optimizer_args
-from ..cameamp_cli import OWN_OPTIMIZERS, UserError, config_path, optimizer_name, read_toml
+from ..cameamp_cli import OWN_OPTIMIZERS, UserError, config_path, flattened, optimizer_name, read_toml
 from .files import find_folder
 
 
@@ -91,7 +91,7 @@ def is_embedded(arguments: Sequence[str]) -> bool:
     known, _ = parser.parse_known_args(arguments)
     if known.embedded or known.config_file is None or known.output_config:
         return known.embedded
-    return _flatten(read_toml(config_path(known.config_file))).get("embedded") is True
+    return flattened(read_toml(config_path(known.config_file))).get("embedded") is True
 
 
 def parse(arguments: Sequence[str]) -> Run:
@@ -112,7 +112,7 @@ def parse(arguments: Sequence[str]) -> Run:
         path = config_path(path)
         document = read_toml(path)
         table = document.pop("optimizer_config", {})
-        from_file = _flatten(document)
+        from_file = flattened(document)
         from_file.pop("embedded", None)
         for name, value in from_file.items():
             _check_file_option(path, name, value)
@@ -150,17 +150,6 @@ def _about_unknown(words: Sequence[str]) -> str:
         return f"{len(words)} words of the command line belong to no option"
     nearest = nearest_name(names[0], [f"--{name}" for name in _FIELDS])
     return f"unknown option '{names[0]}'{nearest or '; --help lists those of the embedded trainer'}"
-
-
-def _flatten(document: dict[str, Any]) -> dict[str, Any]:
-    """One level of tables taken away, as sd-scripts does it; [optimizer_config] is a table of its own."""
-    flat: dict[str, Any] = {}
-    for name, value in document.items():
-        if isinstance(value, dict) and name != "optimizer_config":
-            flat.update(value)
-        else:
-            flat[name] = value
-    return flat
 
 
 def _check_file_option(path: str, name: str, value: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import toml
 
 from ..cameamp.config import OPTION_NAMES, OptimizerConfig, parse_optimizer_args
-from ..cameamp_cli import UserError, optimizer_name
+from ..cameamp_cli import UserError, flattened, optimizer_name
 
 
 def resolve(args: argparse.Namespace, table: Any = None, source: str = "the command line") -> OptimizerConfig | None:
@@ -65,14 +65,12 @@ def refuse_what_the_host_drops(document: Mapping[str, Any], known: Collection[st
         UserError: with the first such key or table.
     """
     for name, value in document.items():
-        if name == "optimizer_config":
-            continue
-        is_table = isinstance(value, dict)
-        if is_table and (name == "optimizer_args" or get_close_matches(name, ["optimizer_config"], cutoff=0.8)):
+        misnamed = name == "optimizer_args" or get_close_matches(name, ["optimizer_config"], cutoff=0.8)
+        if isinstance(value, dict) and name != "optimizer_config" and misnamed:
             raise UserError(f"{source}: [{name}] does nothing; the optimizer's options stand in [optimizer_config]")
-        for key in value if is_table else (name,):
-            if key in OPTION_NAMES and key not in known:
-                raise UserError(f"{source}: '{key}' does nothing outside of the table [optimizer_config]")
+    for key in flattened(document):
+        if key in OPTION_NAMES and key not in known:
+            raise UserError(f"{source}: '{key}' does nothing outside of the table [optimizer_config]")
 
 
 def as_toml(config: OptimizerConfig) -> str:

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..devices import full_precision
 from ..rounding import Dither, uniform_noise
 from . import Buffers
 
@@ -26,7 +27,7 @@ _SMALLEST_NEW_PART = 1e-3
 
 @dataclass(frozen=True)
 class LowRank:
-    """X_q holds the left factor beside the right one, (rank, rows + columns); X_q_scale what their product is times.
+    """X_q holds the left factor beside the right one, (rank, rows + columns); X_q_scale what their product is worth.
 
     Attributes:
         rows, columns: the elements in their order as a matrix, which may be folded otherwise than the parameter, and
@@ -55,7 +56,9 @@ class LowRank:
         }
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        values = torch.bmm(*_factors([(self, name, 1.0)], buffers))
+        left, right = _factors([(self, name, 1.0)], buffers)
+        with full_precision(left.device):
+            values = torch.bmm(left, right)
         return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
@@ -83,9 +86,10 @@ class LowRank:
         # A little of every direction, or one that the factors lack could never come in; another at every step.
         noise = _noise(self.columns * self.rank, codes.device).roll(dither.step)
         probe = _two_or_more(old_right + noise.view(1, self.rank, self.columns)).transpose(1, 2)
-        seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
-        left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
-        right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
+        with full_precision(codes.device):
+            seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
+            left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
+            right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
         scale.fill_(1.0)
         for factor, part in ((left, codes[:, :, : self.rows]), (right, codes[:, :, self.rows :])):
             step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(_LARGEST_CODE)
@@ -104,10 +108,11 @@ def add_to(stack: Tensor, stack_share: float, shares: Sequence[tuple[LowRank, st
     """
     folded = shares[0][0]
     left, right = _factors(shares, buffers)
-    if folded.rows * folded.columns == stack[0].numel():
-        stack.view(-1, folded.rows, folded.columns).baddbmm_(left, right, beta=stack_share)
-    else:
-        stack.flatten(1).mul_(stack_share).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
+    with full_precision(stack.device):
+        if folded.rows * folded.columns == stack[0].numel():
+            stack.view(-1, folded.rows, folded.columns).baddbmm_(left, right, beta=stack_share)
+        else:
+            stack.flatten(1).mul_(stack_share).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
 
 
 def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> tuple[Tensor, Tensor]:
