@@ -9,9 +9,8 @@ import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +20,10 @@ from . import checkpoint, gradients, lora
 from .batches import Batch, Layout, Traits
 from .checksum import checksum
 from .compiling import Compiler
-from .config import OPTION_NAMES, OptimizerConfig, check_group_names, checked
+from .config import OptimizerConfig
 from .context import ContextualOptimizationModule, as_scalar
 from .fused import fused_first_pass, fused_step
+from .groups import GroupOptions, GroupSums
 from .readings import read
 from .rounding import stochastic_round
 from .rules import Phase, StackOptions, StepScalars, Watched, lr_factor, take_step_
@@ -33,7 +33,7 @@ from .storage.choice import full
 from .storage.convert import is_kept, to_full
 from .storage.full import Full
 from .storage.momenta import momentum_storages
-from .techniques import agr, allora, lr_mask, multiscale, weight_decay
+from .techniques import allora, lr_mask, multiscale
 from .techniques.multiscale import momentum_count, momentum_name
 from .workspace import Workspace
 
@@ -42,33 +42,21 @@ logger = logging.getLogger(__name__)
 _VERBOSE_EVERY = 100
 
 
-@dataclass(frozen=True)
-class GroupOptions:
-    """What a group was built with; schedulers may write into the group's dictionary, but not in here.
+class Measured(NamedTuple):
+    """A group after the first pass over its gradients.
 
     Attributes:
-        config: the group's options; its max_lr is raised to `lr` where that is higher.
-        lr: the group's learning rate; unlike config.lr it may be 0, which freezes the group.
+        number: the group's.
+        batches: its batches; whatever follows but `sums` is for each of them.
+        sums: what the rules need to know of its gradients as a whole.
+        unusable: how many gradient elements are not usable, 0-d.
+        watched: the gradient's elements that the context sees; empty without a context.
+        gradients: the usable gradients where they are kept for the second pass, which takes them out.
     """
 
-    config: OptimizerConfig
-    lr: float
-
-
-@dataclass(frozen=True)
-class GroupSums:
-    """What the rules need to know of a group's gradients as a whole.
-
-    Attributes:
-        magnitude: 0-d, AGR's sum of |g|.
-        decay_strengths: for each batch, the strength of the weight decay of its tensors; None where nothing decays.
-        unusable: for each batch, how many gradient elements are not usable, 0-d.
-        watched: for each batch, the gradient's elements that the context sees; empty without a context.
-        gradients: for each batch, its usable gradients where they are kept for the second pass, which takes them out.
-    """
-
-    magnitude: Tensor
-    decay_strengths: list[Tensor] | list[None]
+    number: int
+    batches: list[Batch]
+    sums: GroupSums
     unusable: list[Tensor]
     watched: list[Tensor]
     gradients: list[Tensor | None]
@@ -129,8 +117,10 @@ class CameAMP(Optimizer):
         Raises:
             TypeError, ValueError: as the constructor does, with the group's number. Nothing is added then.
         """
-        options = self._options_of(param_group, number=len(self._group_options))
-        self._check_shared_options(options.config, number=len(self._group_options))
+        number = len(self._group_options)
+        options = GroupOptions.of(param_group, number, self.config)
+        if self._contextual:
+            options.check_shared(number, self.config)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if len(set(group["params"])) < len(group["params"]):
@@ -153,38 +143,6 @@ class CameAMP(Optimizer):
         own = {p for group in self.param_groups for p in group["params"]}
         self._names.update((p, name) for p, name in names.items() if p in own)
         self._forget_layout()
-
-    def _options_of(self, param_group: Mapping[str, Any], number: int) -> GroupOptions:
-        try:
-            if not isinstance(param_group, dict):
-                raise TypeError(f"it is a {type(param_group).__name__}; allowed: a dictionary with 'params'")
-            check_group_names(param_group)
-            given = {name: param_group[name] for name in OPTION_NAMES if name in param_group}
-            if "lr" not in given:
-                config = self.config.replace(**given)
-                return GroupOptions(config, config.lr)
-            lr, lowest = checked("lr", given.pop("lr")), checked("min_lr", given.get("min_lr", self.config.min_lr))
-            config = self.config.replace(**given, lr=lowest)
-            if lr == 0:
-                return GroupOptions(config, 0.0)
-            if lr > config.max_lr:
-                # Mostly a rate left over from another optimizer, which would ruin the run.
-                logger.warning(
-                    "parameter group %d: max_lr is raised from %g to the group's lr, %g", number, config.max_lr, lr
-                )
-                config = config.replace(max_lr=lr)
-            return GroupOptions(config.replace(lr=lr), lr)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"parameter group {number}: {error}") from None
-
-    def _check_shared_options(self, config: OptimizerConfig, number: int) -> None:
-        for name in ("context_window", "edge_threshold", "adaptation_rate"):
-            value, shared = getattr(config, name), getattr(self.config, name)
-            if self._contextual and value != shared:
-                raise ValueError(
-                    f"parameter group {number}: option '{name}' is {value!r}; there is one context for the whole "
-                    f"optimizer, so a group cannot have its own; allowed: {shared!r}, as the constructor has it"
-                )
 
     # The step ---------------------------------------------------------------------------------------------------
 
@@ -230,19 +188,21 @@ class CameAMP(Optimizer):
         # Graphs, of whichever group, need more memory than there is beside kept gradients.
         keeps = not any(self._group_options[number].config.fused for number, _ in counted)
         self._workspace.begin_step([batch for _, batches in counted for batch in batches] if keeps else [])
-        measured = [(number, batches, self._sum_up(number, batches)) for number, batches in counted]
+        measured = [self._measure(number, batches) for number, batches in counted]
         multiplier = self._observe(measured) if self._contextual and measured else None
         self._losses = []  # They were of this step, also where it had no gradient.
         watched: list[Watched] = []
-        for number, batches, sums in measured:
-            with self._compiling(number):
-                for batch, decay in zip(batches, sums.decay_strengths):
-                    seen = self._update(number, batch, sums.gradients.pop(0), sums.magnitude, decay, multiplier)
+        for group in measured:
+            with self._compiling(group.number):
+                for batch, decay in zip(group.batches, group.sums.decay_strengths):
+                    kept = group.gradients.pop(0)
+                    seen = self._update(group.number, batch, kept, group.sums.magnitude, decay, multiplier)
                     if seen is not None:
                         watched.append(seen)
-            self._log_progress(number, batches)
+                    del kept
+            self._log_progress(group.number, group.batches)
         if multiplier is not None:
-            everything = [batch for _, batches, _ in measured for batch in batches]
+            everything = [batch for group in measured for batch in group.batches]
             grads, changes = (list(pieces) for pieces in zip(*watched))
             sampler = self._sample()
             self.c_optim.follow(sampler.gather(everything, grads), sampler.gather(everything, changes))
@@ -292,16 +252,16 @@ class CameAMP(Optimizer):
         else:
             raise TypeError(f"the loss is {loss!r}; allowed: a number or a tensor")
 
-    def _observe(self, measured: list[tuple[int, list[Batch], GroupSums]]) -> Tensor:
+    def _observe(self, measured: list[Measured]) -> Tensor:
         """Tell the context of a step before it is taken.
 
         Returns:
             The factor of this step's learning rates, 0-d.
         """
-        batches = [batch for _, own, _ in measured for batch in own]
-        gradient = self._sample().gather(batches, [piece for _, _, sums in measured for piece in sums.watched])
+        batches = [batch for group in measured for batch in group.batches]
+        gradient = self._sample().gather(batches, [piece for group in measured for piece in group.watched])
         device = gradient.device
-        unusable = torch.stack([count.to(device) for _, _, sums in measured for count in sums.unusable]).sum()
+        unusable = torch.stack([count.to(device) for group in measured for count in group.unusable]).sum()
         loss = None
         if self._losses:
             loss = torch.stack([as_scalar(reported, device) for reported in self._losses]).mean()
@@ -328,11 +288,11 @@ class CameAMP(Optimizer):
 
     # The two passes of a step -----------------------------------------------------------------------------------
 
-    def _sum_up(self, number: int, batches: list[Batch]) -> GroupSums:
+    def _measure(self, number: int, batches: list[Batch]) -> Measured:
         """First pass over a group's gradients."""
         config = self._group_options[number].config
         decays = config.weight_decay > 0 and any(self._phase(number, batch).early for batch in batches)
-        measured, counts, watched, kept = [], [], [], []
+        magnitudes, unusable, watched, kept = [], [], [], []
         with self._compiling(number):
             for batch in batches:
                 work = self._workspace.lend(batch)
@@ -341,14 +301,14 @@ class CameAMP(Optimizer):
                     found = fused_first_pass(g, decays, self._watch_every())
                 else:
                     found = gradients.first_pass(g, decays, self._watch_every(), work.scratch)
-                counts.append(found.unusable)
-                measured.append(found.magnitudes)
+                magnitudes.append(found.magnitudes)
+                unusable.append(found.unusable)
                 if found.watched is not None:
                     watched.append(found.watched)
                 kept.append(g if self._workspace.keeps(batch) else None)
                 del g, found, work
-        self._tally(counts)
-        return GroupSums(*_group_sums(batches, measured), counts, watched, kept)
+        self._tally(unusable)
+        return Measured(number, batches, GroupSums.of(batches, magnitudes), unusable, watched, kept)
 
     def _update(
         self,
@@ -406,20 +366,13 @@ class CameAMP(Optimizer):
     # Learning rates ---------------------------------------------------------------------------------------------
 
     def _scheduler_factor(self, number: int) -> float:
-        """By how much a scheduler has changed the group's learning rate since the start."""
-        lr, initial = self.param_groups[number]["lr"], self._initial_lr(number)
-        if lr == 0:
-            return 0.0
-        # A group built with lr 0 and given one later is thawed; there is no ratio to take, and its mask leads.
-        return lr / initial if initial != 0 else 1.0
+        return self._group_options[number].scheduler_factor(self.param_groups[number])
 
     def _initial_lr(self, number: int) -> float:
-        return float(self.param_groups[number].get("initial_lr", self._group_options[number].lr))
+        return self._group_options[number].initial_lr(self.param_groups[number])
 
     def _starting_lr(self, number: int) -> float:
-        """Where the mask of the group's elements starts."""
-        config = self._group_options[number].config
-        return min(max(self._initial_lr(number), config.min_lr), config.max_lr)
+        return self._group_options[number].starting_lr(self.param_groups[number])
 
     def get_lr_mask(self, p: Tensor) -> Tensor:
         """The learning-rate mask of a parameter.
@@ -735,18 +688,3 @@ class CameAMP(Optimizer):
         self._workspace = Workspace()
         if self._contextual and self.__dict__.get("_group_options"):
             self._tell_bounds()
-
-
-def _group_sums(batches: list[Batch], measured: list[gradients.Magnitudes]) -> tuple[Tensor, list[Tensor] | list[None]]:
-    """AGR's sum and the decay strengths of the batches of a group; on the first one's device."""
-    device = measured[0].abs_sums.device
-    abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
-    magnitude = agr.magnitude_sum(abs_sums, torch.stack([m.nonzero_count.to(device) for m in measured]))
-    deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
-    if not deviations:
-        return magnitude, [None] * len(batches)
-    sizes = [batch.rows * batch.columns for batch in batches]
-    counts = torch.cat([torch.full_like(m.abs_sums, size) for m, size in zip(measured, sizes)]).to(device)
-    strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
-    parts = strengths.split([len(batch) for batch in batches])
-    return magnitude, [part.to(batch.params[0].device) for part, batch in zip(parts, batches)]
