@@ -63,6 +63,18 @@ def test_tam_correlation_and_damping(seed, scale):
     assert (s.sum(dim=1).abs() <= (1 - tam.DECAY) * 1.0001).all()  # a tenth of a cosine per column
 
 
+@pytest.mark.parametrize("shape", [(1, 9, 4), (2, 7, 5), (1, 40, 1), (1, 1, 40)])
+def test_tam_by_some_rows_is_tam(shape, monkeypatch):
+    """Of large tensors; the norms are of whole columns all the same."""
+
+    def moved(elements):
+        monkeypatch.setattr(tam, "_PART", elements)
+        exp_avg, s, sg = stack(shape, 1), stack(shape, 2), stack(shape, 3)
+        return torch.stack([tam.torque_aware_momentum_(exp_avg, s, sg, 1e-30, drive=stack(shape, 4)), exp_avg, s])
+
+    assert torch.allclose(moved(8), moved(1000), rtol=1e-6, atol=1e-7)
+
+
 def test_tam_damps_a_gradient_that_turns():
     momentum = torch.ones(1, 4, 1)
     along, against = torch.zeros(1, 4, 1), torch.zeros(1, 4, 1)

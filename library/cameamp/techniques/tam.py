@@ -10,6 +10,9 @@ DECAY = 0.9
 
 _SMALLEST_NORM = 1e-12
 
+# Of a larger stack, which is a single tensor, so many elements at a time: what lies in between takes less memory so.
+_PART = 8 * 1024 * 1024
+
 
 def torque_aware_momentum_(
     exp_avg: Tensor,
@@ -33,15 +36,31 @@ def torque_aware_momentum_(
         The residual: how far the scaled gradient lies from the new momentum.
     """
     drive = scaled_grad if drive is None else drive
-    scratch = torch.empty_like(exp_avg) if scratch is None else scratch
     norms = _column_norms(exp_avg, scratch).mul_(_column_norms(drive, scratch))
-    correlation = torch.mul(exp_avg, drive, out=scratch).div_(norms)
-    s.lerp_(correlation, 1 - DECAY)
-    damping = torch.add(s, 1 + 2 * eps, out=scratch)
-    exp_avg.mul_(DECAY).addcmul_(damping, drive, value=0.5)
+    for momentum, smoothed, part, room in zip(*map(_row_parts, (exp_avg, s, drive)), _rooms(exp_avg, scratch)):
+        smoothed.lerp_(torch.mul(momentum, part, out=room).div_(norms), 1 - DECAY)
+        momentum.mul_(DECAY).addcmul_(torch.add(smoothed, 1 + 2 * eps, out=room), part, value=0.5)
     return scaled_grad.sub_(exp_avg)
 
 
-def _column_norms(x: Tensor, scratch: Tensor) -> Tensor:
+def _column_norms(x: Tensor, scratch: Tensor | None) -> Tensor:
     # Squares, then a sum: several times faster on a CPU than a strided vector_norm.
-    return torch.mul(x, x, out=scratch).sum(dim=1, keepdim=True).sqrt_().clamp_min_(_SMALLEST_NORM)
+    total, *others = [
+        torch.mul(part, part, out=room).sum(dim=1, keepdim=True)
+        for part, room in zip(_row_parts(x), _rooms(x, scratch))
+    ]
+    for more in others:
+        total.add_(more)
+    return total.sqrt_().clamp_min_(_SMALLEST_NORM)
+
+
+def _row_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """A stack, (tensors, rows, columns), by some rows at a time where it is large."""
+    if x.numel() <= _PART:
+        return (x,)
+    return x.split(max(1, _PART // (x.shape[0] * x.shape[2])), dim=1)
+
+
+def _rooms(x: Tensor, scratch: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For each part of `x`, memory to compute in; None where it is to be allocated."""
+    return (None,) * len(_row_parts(x)) if scratch is None else _row_parts(scratch)
