@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,7 @@ def torque_aware_momentum_(
     """
     drive = scaled_grad if drive is None else drive
     norms = _column_norms(exp_avg, scratch).mul_(_column_norms(drive, scratch))
-    for momentum, smoothed, part, room in zip(*map(_row_parts, (exp_avg, s, drive)), _rooms(exp_avg, scratch)):
+    for momentum, smoothed, part, room in _by_rows(exp_avg, s, drive, scratch):
         smoothed.lerp_(torch.mul(momentum, part, out=room).div_(norms), 1 - DECAY)
         momentum.mul_(DECAY).addcmul_(torch.add(smoothed, 1 + 2 * eps, out=room), part, value=0.5)
     return scaled_grad.sub_(exp_avg)
@@ -45,22 +48,16 @@ def torque_aware_momentum_(
 
 def _column_norms(x: Tensor, scratch: Tensor | None) -> Tensor:
     # Squares, then a sum: several times faster on a CPU than a strided vector_norm.
-    total, *others = [
-        torch.mul(part, part, out=room).sum(dim=1, keepdim=True)
-        for part, room in zip(_row_parts(x), _rooms(x, scratch))
-    ]
+    total, *others = [torch.mul(part, part, out=room).sum(dim=1, keepdim=True) for part, room in _by_rows(x, scratch)]
     for more in others:
         total.add_(more)
     return total.sqrt_().clamp_min_(_SMALLEST_NORM)
 
 
-def _row_parts(x: Tensor) -> tuple[Tensor, ...]:
-    """A stack, (tensors, rows, columns), by some rows at a time where it is large."""
-    if x.numel() <= _PART:
-        return (x,)
-    return x.split(max(1, _PART // (x.shape[0] * x.shape[2])), dim=1)
-
-
-def _rooms(x: Tensor, scratch: Tensor | None) -> tuple[Tensor | None, ...]:
-    """For each part of `x`, memory to compute in; None where it is to be allocated."""
-    return (None,) * len(_row_parts(x)) if scratch is None else _row_parts(scratch)
+def _by_rows(first: Tensor, *others: Tensor | None) -> list[tuple[Any, ...]]:
+    """Stacks, (tensors, rows, columns), by some rows at a time where they are large; None stays None in each part."""
+    stacks = (first, *others)
+    if first.numel() <= _PART:
+        return [stacks]
+    rows = max(1, _PART // (first.shape[0] * first.shape[2]))
+    return list(zip(*(repeat(None) if x is None else x.split(rows, dim=1) for x in stacks)))
