@@ -36,6 +36,14 @@ def test_operations_of_an_sdxl_lora(phase, limit):
     assert counted.read_backs == []
 
 
+def test_kernels_of_1x1_are_stacked_with_matrices():
+    matrices, kernels = [(16, 64), (64, 16)], [(16, 64, 1, 1), (64, 16, 1, 1)]
+    alike, mixed = prepared(matrices * 4, "after"), prepared(matrices * 2 + kernels * 2, "after")
+    assert operations(mixed.step).counts == operations(alike.step).counts
+    for p in mixed.param_groups[0]["params"]:
+        assert mixed.state[p]["exp_avg"].shape == p.shape
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("options", [{}, {"came": False, "cautious": True, "verbose": True}], ids=["default", "others"])
 def test_no_read_back(phase, options):

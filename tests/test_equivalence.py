@@ -13,7 +13,8 @@ from library.cameamp.rounding import stochastic_round
 STEPS = 600
 WARMUP = 400  # phases change at steps 200 and 400
 
-LORA = [(8, 32), (48, 8), (8, 16, 3, 3), (24, 8, 1, 1), (8, 32), (48, 8)]
+# Kernels of 1x1 are stacked with the matrices of their size.
+LORA = [(8, 32), (48, 8), (8, 16, 3, 3), (24, 8, 1, 1), (8, 32), (48, 8), (8, 32, 1, 1), (48, 8, 1, 1)]
 MIXED = [(32,), (16, 12), (6, 5, 3, 3), (16, 12), (1,), (), (1, 7), (32,)]
 
 

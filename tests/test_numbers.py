@@ -326,3 +326,32 @@ def test_non_contiguous_weights_and_gradients():
     other = run(lambda x: x.to(memory_format=torch.channels_last))
     assert other[0].is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(a, b) for a, b in zip(plain, other))
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_kernels_of_1x1_are_matrices(optimizer_class):
+    """Beside matrices of their size, saved and resumed: the weights of matrices alone, and states of their shape."""
+
+    def run(layout):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(64, 96, generator=generator)) for _ in range(4)]
+        for p in params[1::2]:
+            p.data = layout(p.data)
+        optimizer = optimizer_class(params, lr=1e-4, warmup_steps=6)
+        for step in range(9):
+            for p in params:
+                p.grad = torch.randn(64, 96, generator=generator).view(p.shape)
+            optimizer.step()
+            if step == 4:
+                saved = optimizer.state_dict()
+                optimizer = optimizer_class(params, lr=1e-4, warmup_steps=6)
+                optimizer.load_state_dict(saved)
+        for p in params:
+            state = optimizer.state[p]
+            assert (state["exp_avg_q"] if "exp_avg_q" in state else state["exp_avg"]).shape == p.shape
+        return params
+
+    alone = run(lambda x: x)
+    beside = run(lambda x: x.view(64, 96, 1, 1).to(memory_format=torch.channels_last))
+    assert beside[1].ndim == 4
+    assert all(torch.equal(a, b.view(a.shape)) for a, b in zip(alone, beside))

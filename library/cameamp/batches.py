@@ -8,7 +8,9 @@ another batch are copied into new buffers, and nothing else has to know.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -28,10 +30,10 @@ LARGEST_STACK = 6_500_000
 # more than asked for, because every shape begins a new one.
 _STACKS = 7
 _SMALLEST_STACK = 512 * 1024
-# What passes over a stack a dozen times does so, on a CPU, for so many elements at a time: they stay in its caches.
-_CACHED = 1024 * 1024
+# Where much is done to each stack, those that a CPU keeps in its caches in the meantime, or nearly.
+_LARGEST_CACHED = 2 * 1024 * 1024
 
-State = MutableMapping[str, Any]
+State = dict[str, Any]
 
 
 class Traits(NamedTuple):
@@ -50,8 +52,17 @@ class Traits(NamedTuple):
     momentum_counts: tuple[int, ...] = ()
 
 
+@cache
+def stacked_shape(shape: torch.Size) -> torch.Size:
+    """The shape in which a parameter is stacked: a kernel of 1x1 as the matrix that it is, with others of its size."""
+    ones = 0
+    while len(shape) - ones > 2 and shape[len(shape) - ones - 1] == 1:
+        ones += 1
+    return shape[: len(shape) - ones]
+
+
 class Batch:
-    """Parameters of one group that share shape, dtype, device and traits.
+    """Parameters of one group that share dtype, device, traits, and a shape, but for last dimensions of 1.
 
     Attributes:
         params: the parameters.
@@ -65,6 +76,8 @@ class Batch:
         self.traits = traits
         self.rows, self.columns = matrix_shape(params[0].shape)
         self.parameter_numbers = positions
+        self._shape = stacked_shape(params[0].shape)
+        self._is_mixed = any(p.shape != self._shape for p in params)
         self._buffers: Buffers = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._positions_on_device: Tensor | None = None
@@ -132,7 +145,7 @@ class Batch:
     def write_weights(self, stack: Tensor) -> None:
         """Write a stack of the parameters' own dtype back into them."""
         if stack.data_ptr() != self.params[0].data_ptr():
-            torch._foreach_copy_(self.params, list(stack.view(-1, *self.params[0].shape).unbind()))
+            torch._foreach_copy_(self._as_stacked(self.params), list(stack.view(-1, *self._shape).unbind()))
 
     def positions(self) -> Tensor:
         """The parameters' numbers in the optimizer, int32 (tensors,), on their device."""
@@ -142,9 +155,17 @@ class Batch:
             self._positions_on_device = moved(numbers, device)
         return self._positions_on_device
 
+    def _as_stacked(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Views of tensors, in the shape in which they are stacked."""
+        if not self._is_mixed:
+            return tensors
+        dimensions = len(self._shape)
+        return [tensor if tensor.ndim == dimensions else tensor.view(self._shape) for tensor in tensors]
+
     def _stack(self, tensors: list[Tensor], out: Tensor | None) -> Tensor:
+        tensors = self._as_stacked(tensors)
         if out is not None:
-            stacked = out.view(-1, *tensors[0].shape)
+            stacked = out.view(-1, *self._shape)
             if tensors[0].dtype == out.dtype:
                 torch.stack(tensors, out=stacked)
             else:
@@ -157,56 +178,43 @@ class Batch:
         slices = self._slices.get(key)
         if slices is None or self._buffers[key].device != self.params[0].device:
             return False
-        return all(map(is_, [state.get(key) for state in own], slices))
+        return all(map(is_, map(dict.get, own, repeat(key)), slices))
 
     def _allocate(self, name: str, storage: Storage, fill: float) -> Buffers:
         """New buffers for one state. What this device cannot store fails here, before any value depends on it."""
         dither = self.dither()
-        buffers = storage.allocate(name, self.params[0].shape, len(self.params), fill, dither)
+        buffers = storage.allocate(name, self._shape, len(self.params), fill, dither)
         storage.write(name, buffers, storage.read(name, buffers, self.rows, self.columns), dither)
         return buffers
 
     def _fill(self, state: Mapping[Tensor, State], name: str, storage: Storage, buffers: Buffers) -> None:
         """Fill new buffers with what the parameters have of a state, kept so or in full, and hand them over."""
-        shape, dither = self.params[0].shape, self.dither()
+        dither = self.dither()
         for index, p in enumerate(self.params):
             kept = {key: state[p][key] for key in buffers if key in state[p]}
             if not kept and name in state[p]:
                 alone = Dither(dither.positions[index : index + 1], dither.step)
-                kept = storage.allocate(name, shape, 1, 0.0, alone)
+                kept = storage.allocate(name, self._shape, 1, 0.0, alone)
                 storage.write(name, kept, state[p][name].clone().view(1, self.rows, self.columns), alone)
                 del state[p][name]
             for key, value in kept.items():
                 buffers[key][index].copy_(value.view(buffers[key][index].shape))
         for key, buffer in buffers.items():
-            self._buffers[key], self._slices[key] = buffer, buffer.unbind()
+            slices = buffer.unbind()
+            if self._is_mixed and buffer.shape[1:] == self._shape:
+                slices = tuple(part.view(p.shape) for part, p in zip(slices, self.params))
+            self._buffers[key], self._slices[key] = buffer, slices
             for p, part in zip(self.params, self._slices[key]):
                 state[p][key] = part
 
 
 class BatchStates:
-    """Access to the states of a batch, or of some of its tensors, as stacks of (tensors, rows, columns)."""
+    """Access to the states of a batch, as stacks of (tensors, rows, columns)."""
 
-    def __init__(
-        self, batch: Batch, buffers: Buffers, storages: Mapping[str, Storage], members: slice = slice(None)
-    ) -> None:
+    def __init__(self, batch: Batch, buffers: Buffers, storages: Mapping[str, Storage]) -> None:
         self._batch = batch
-        self._buffers = buffers if members == slice(None) else {key: value[members] for key, value in buffers.items()}
+        self._buffers = buffers
         self._storages = storages
-        self._members = members
-
-    def parts(self) -> list[tuple[slice, BatchStates]]:
-        """The states by some tensors at a time: as many as a CPU keeps in its caches, and on other devices all.
-
-        Returns:
-            Which tensors of the stack, and their states.
-        """
-        count, size = len(self._batch), self._batch.rows * self._batch.columns
-        length = max(1, _CACHED // size)
-        if count <= length or self._batch.params[0].device.type != "cpu":
-            return [(slice(None), self)]
-        parts = [slice(start, start + length) for start in range(0, count, length)]
-        return [(part, BatchStates(self._batch, self._buffers, self._storages, part)) for part in parts]
 
     def weights(self, out: Tensor | None = None) -> Tensor:
         """The weights, to update in place: a copy, but for a single contiguous float32 parameter's."""
@@ -225,7 +233,7 @@ class BatchStates:
             A copy of it, in `out` where given; None where its storage never unpacks it.
         """
         storage = cast(MovingStorage, self._storages[name])
-        return storage.move(name, self._buffers, target, rate, self._dither(), out, scratch)
+        return storage.move(name, self._buffers, target, rate, self._batch.dither(), out, scratch)
 
     def add_to(
         self, stack: Tensor, stack_share: float, shares: Sequence[tuple[str, float]], out: Tensor | None = None
@@ -246,21 +254,22 @@ class BatchStates:
 
     def write(self, name: str, stack: Tensor) -> None:
         """Keep an updated state; `stack` may be overwritten."""
-        self._storages[name].write(name, self._buffers, stack, self._dither())
-
-    def _dither(self) -> Dither:
-        whole = self._batch.dither()
-        return Dither(whole.positions[self._members], whole.step)
+        self._storages[name].write(name, self._buffers, stack, self._batch.dither())
 
 
 class Layout:
-    """Divides the parameters of one group into batches, and keeps a batch as long as its members stay together."""
+    """Divides the parameters of one group into batches, and keeps a batch as long as its members stay together.
 
-    def __init__(self) -> None:
+    Args:
+        cached: whether stacks on a CPU are to stay in its caches. That pays where much is done to each.
+    """
+
+    def __init__(self, cached: bool = False) -> None:
+        self._cached = cached
         self._known: dict[int, Batch] = {}
 
     def batches(self, params: Sequence[tuple[int, Tensor, Traits]]) -> tuple[list[Batch], list[Tensor]]:
-        """Batches of parameters whose shape, dtype, device and traits agree.
+        """Batches of parameters whose shape (as stacked), dtype, device and traits agree.
 
         Args:
             params: position in the optimizer, the parameter and its traits.
@@ -271,11 +280,12 @@ class Layout:
         alike: dict[tuple, list[tuple[int, Tensor]]] = {}
         total = 0
         for position, p, traits in params:
-            alike.setdefault((p.shape, p.dtype, p.device, traits), []).append((position, p))
+            alike.setdefault((stacked_shape(p.shape), p.dtype, p.device, traits), []).append((position, p))
             total += p.numel()
-        limit = min(max(total // _STACKS, _SMALLEST_STACK), LARGEST_STACK)
         result: dict[int, Batch] = {}
-        for (_, _, _, traits), members in alike.items():
+        for (_, _, device, traits), members in alike.items():
+            largest = _LARGEST_CACHED if self._cached and device.type == "cpu" else LARGEST_STACK
+            limit = min(max(total // _STACKS, _SMALLEST_STACK), largest)
             size = members[0][1].numel()
             parts = math.ceil(len(members) * size / max(limit, size))
             length = math.ceil(len(members) / parts)

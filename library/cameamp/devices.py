@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,5 +17,10 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Around products of matrices on a device: autocast, in which a training loop may call them, leaves them alone."""
     kind = device.type
-    autocasts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocasts = _can_autocast(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if autocasts else nullcontext()
+
+
+@cache
+def _can_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)

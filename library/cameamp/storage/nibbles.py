@@ -68,7 +68,7 @@ class Nibbles:
     ) -> Tensor:
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
         rows, columns = target.shape[1:]
-        moved = _unpacked(codes, scale * (1 - rate), rows, columns, out, scratch).add_(target, alpha=rate)
+        moved = _unpacked(codes, scale * (1 - rate), rows, columns, out).add_(target, alpha=rate)
         _pack(moved, codes, scale, _turning_point(dither.step), scratch)
         return moved
 
@@ -78,17 +78,12 @@ def _turning_point(step: int) -> float:
     return _HALF + _WANDERING * (_IRRATIONAL * step % 1 - 0.5)
 
 
-def _unpacked(
-    codes: Tensor, scale: Tensor, rows: int, columns: int, out: Tensor | None, scratch: Tensor | None = None
-) -> Tensor:
+def _unpacked(codes: Tensor, scale: Tensor, rows: int, columns: int, out: Tensor | None) -> Tensor:
     """(tensors, rows, columns) of codes and the distance between levels; in `out` where given."""
     count, size = rows * columns, (len(codes), 2, codes.shape[1])
     if out is None:
         out = torch.empty(len(codes), rows, columns, dtype=torch.float32, device=codes.device)
-    if scratch is None:
-        halves = torch.empty(size, dtype=torch.uint8, device=codes.device)
-    else:
-        halves = scratch.flatten().view(torch.uint8)[: math.prod(size)].view(size)
+    halves = torch.empty(size, dtype=torch.uint8, device=codes.device)
     torch.bitwise_and(codes, 15, out=halves[:, 0])
     torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
     levels = halves.view(torch.int8).sub_(_MIDDLE)

@@ -32,9 +32,6 @@ class Scale(NamedTuple):
 class Momenta(Protocol):
     """The multi-scale momenta of a stack, by name. `out` and `scratch` are memory to use where given."""
 
-    def parts(self) -> Sequence[tuple[slice, Momenta]]:
-        """The momenta by some tensors at a time: which tensors of the stack, and theirs."""
-
     def move(
         self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
     ) -> Tensor | None:
@@ -117,17 +114,7 @@ def multi_scale_momentum(
     """
     if not any(scale.share for scale in scales):
         return None
-    drive = torch.empty_like(scaled_grad) if out is None else out
-    for members, part in momenta.parts():
-        signs, room = direction[members], None if scratch is None else scratch[members]
-        _mean(scaled_grad[members], part, scales, drive[members], room).mul_(signs).mul_(signs)
-    return drive
-
-
-def _mean(
-    scaled_grad: Tensor, momenta: Momenta, scales: Sequence[Scale], mean: Tensor, scratch: Tensor | None
-) -> Tensor:
-    """Update the momenta that are due, and fill `mean` with the mean of those that were ever updated."""
+    mean = torch.empty_like(scaled_grad) if out is None else out
     mean_share = 0.0  # What the mean still has to be multiplied by: that is done where the packed momenta are added.
     packed: list[tuple[str, float]] = []
     for name, rate, share in scales:
@@ -145,4 +132,5 @@ def _mean(
     if mean_share == 0:
         mean.zero_()
     momenta.add_to(mean, mean_share or 1.0, packed, scratch)
-    return mean
+    # Keeps the mean where the sign is not 0, in one pass: products take two, a mask of bools four times as long.
+    return torch.ops.aten.hardshrink_backward.grad_input(mean, direction, 0.5, grad_input=mean)
