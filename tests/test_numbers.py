@@ -355,3 +355,16 @@ def test_kernels_of_1x1_are_matrices(optimizer_class):
     beside = run(lambda x: x.view(64, 96, 1, 1).to(memory_format=torch.channels_last))
     assert beside[1].ndim == 4
     assert all(torch.equal(a, b.view(a.shape)) for a, b in zip(alone, beside))
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 3), (torch.bfloat16, 1)])
+def test_a_matrix_may_become_a_kernel(dtype, count):
+    params = [torch.nn.Parameter(torch.ones(64, 96, dtype=dtype)) for _ in range(count)]
+    optimizer = Automagic_CameAMP(params, lr=1e-3, warmup_steps=6)
+    for shape in ((64, 96), (64, 96, 1, 1)):
+        for p in params:
+            p.grad = None
+            p.data = torch.ones(shape, dtype=dtype)
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert all((p != 1).any() for p in params)

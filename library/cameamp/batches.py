@@ -1,4 +1,4 @@
-"""Same-shape parameters as one stack, so that a rule is a handful of operations and not a handful per parameter.
+"""Parameters of one shape as one stack, so that a rule is a handful of operations and not a handful per parameter.
 
 `optimizer.state[p]` stays the only record of a parameter's states. What it holds are slices of a batch's buffers; a
 batch is only a layout, checked against the state at every step. States that were loaded, replaced or left behind by
@@ -77,7 +77,6 @@ class Batch:
         self.rows, self.columns = matrix_shape(params[0].shape)
         self.parameter_numbers = positions
         self._shape = stacked_shape(params[0].shape)
-        self._is_mixed = any(p.shape != self._shape for p in params)
         self._buffers: Buffers = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._positions_on_device: Tensor | None = None
@@ -157,8 +156,6 @@ class Batch:
 
     def _as_stacked(self, tensors: list[Tensor]) -> list[Tensor]:
         """Views of tensors, in the shape in which they are stacked."""
-        if not self._is_mixed:
-            return tensors
         dimensions = len(self._shape)
         return [tensor if tensor.ndim == dimensions else tensor.view(self._shape) for tensor in tensors]
 
@@ -201,7 +198,7 @@ class Batch:
                 buffers[key][index].copy_(value.view(buffers[key][index].shape))
         for key, buffer in buffers.items():
             slices = buffer.unbind()
-            if self._is_mixed and buffer.shape[1:] == self._shape:
+            if buffer.shape[1:] == self._shape:  # Values or codes of the elements, in a shape of their parameter's.
                 slices = tuple(part.view(p.shape) for part, p in zip(slices, self.params))
             self._buffers[key], self._slices[key] = buffer, slices
             for p, part in zip(self.params, self._slices[key]):

@@ -634,8 +634,8 @@ class CameAMP(Optimizer):
             if all_full or isinstance(error, torch.cuda.OutOfMemoryError) or "memory" in str(error):
                 raise
             reason = str(error).partition("\n")[0]
-            shape = tuple(batch.params[0].shape)
-            logger.warning("states of parameters of shape %s stay in 32 bits, quantizing failed: %s", shape, reason)
+            shapes = ", ".join(sorted({str(tuple(p.shape)) for p in batch.params}))
+            logger.warning("states of parameters of shape %s stay in 32 bits, quantizing failed: %s", shapes, reason)
             for p in batch.params:
                 for name, storage in storages.items():
                     if name not in self.state[p] and is_kept(name, self.state[p], storage):
