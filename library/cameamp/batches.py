@@ -53,7 +53,7 @@ class Traits(NamedTuple):
 
 
 @cache
-def stacked_shape(shape: torch.Size) -> torch.Size:
+def _stacked_shape(shape: torch.Size) -> torch.Size:
     """The shape in which a parameter is stacked: a kernel of 1x1 as the matrix that it is, with others of its size."""
     ones = 0
     while len(shape) - ones > 2 and shape[len(shape) - ones - 1] == 1:
@@ -76,7 +76,7 @@ class Batch:
         self.traits = traits
         self.rows, self.columns = matrix_shape(params[0].shape)
         self.parameter_numbers = positions
-        self._shape = stacked_shape(params[0].shape)
+        self._shape = _stacked_shape(params[0].shape)
         self._buffers: Buffers = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._positions_on_device: Tensor | None = None
@@ -261,7 +261,7 @@ class Layout:
         cached: whether stacks on a CPU are to stay in its caches. That pays where much is done to each.
     """
 
-    def __init__(self, cached: bool = False) -> None:
+    def __init__(self, cached: bool) -> None:
         self._cached = cached
         self._known: dict[int, Batch] = {}
 
@@ -277,7 +277,7 @@ class Layout:
         alike: dict[tuple, list[tuple[int, Tensor]]] = {}
         total = 0
         for position, p, traits in params:
-            alike.setdefault((stacked_shape(p.shape), p.dtype, p.device, traits), []).append((position, p))
+            alike.setdefault((_stacked_shape(p.shape), p.dtype, p.device, traits), []).append((position, p))
             total += p.numel()
         result: dict[int, Batch] = {}
         for (_, _, device, traits), members in alike.items():

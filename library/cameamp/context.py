@@ -86,7 +86,7 @@ class ContextualOptimizationModule:
         loss: Tensor | float | None,
         lr: Tensor | float,
         unusable: Tensor | None = None,
-    ) -> None:
+    ) -> Tensor:
         """Take in what is known before a step is taken.
 
         Args:
@@ -94,6 +94,9 @@ class ContextualOptimizationModule:
             loss: loss of this step, a number or a tensor of one element; None where it is not known.
             lr: largest learning rate of a group at this step, before the multiplier.
             unusable: how many elements of the gradient were not finite, 0-d; None for none.
+
+        Returns:
+            The factor of this step's learning rates, as `multiplier` gives it.
         """
         self._move_to(gradient.device)
         values = self._values
@@ -115,7 +118,9 @@ class ContextualOptimizationModule:
         broken = (lost > 0) | ((reports > 0) & mean_loss.isfinite().logical_not())
         values["confidence"] = torch.where(broken, 1.0, self._confidence())
         values["edge_cases"] = values["edge_cases"] + self._is_edge_case()
-        self._remember("lr_history", self.multiplier() * lr)
+        multiplier = self.multiplier()
+        self._remember("lr_history", multiplier * lr)
+        return multiplier
 
     def multiplier(self) -> Tensor:
         """The factor of this step's learning rates, 0-d, on the device."""

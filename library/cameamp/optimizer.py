@@ -268,8 +268,7 @@ class CameAMP(Optimizer):
             loss = torch.stack([as_scalar(reported, device) for reported in self._losses]).mean()
         self._tell_bounds()
         largest = max(float(group["lr"]) for group in self.param_groups)
-        self.c_optim.update_context(gradient, loss, largest, unusable)
-        return self.c_optim.multiplier()
+        return self.c_optim.update_context(gradient, loss, largest, unusable)
 
     def _tell_bounds(self) -> None:
         largest = max(self._initial_lr(number) for number in range(len(self.param_groups)))
