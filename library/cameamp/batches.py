@@ -20,7 +20,7 @@ from torch import Tensor
 from .checksum import tensor_sums
 from .devices import moved
 from .rounding import Dither
-from .storage import Buffers, MovingStorage, Storage, low_rank, matrix_shape
+from .storage import Buffers, Moved, MovingStorage, Storage, low_rank, matrix_shape
 from .storage.low_rank import LowRank
 
 # At most this many elements side by side: the half dozen temporary stacks of the rules, 25 MiB each, stay well under
@@ -223,7 +223,7 @@ class BatchStates:
 
     def move(
         self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
-    ) -> Tensor | None:
+    ) -> Moved | None:
         """Move a momentum by a rate towards a target, and keep it.
 
         Returns:

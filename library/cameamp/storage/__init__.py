@@ -6,7 +6,7 @@ A storage turns one state of a stack of n same-shape parameters into named buffe
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,13 @@ class Storage(Protocol):
         """Keep what the rules made of the stack that `read` gave; `stack` may be overwritten."""
 
 
+class Moved(NamedTuple):
+    """A state that has moved, as it was before it was packed: `factor` times `stack`, (n, rows, columns)."""
+
+    stack: Tensor
+    factor: float
+
+
 class MovingStorage(Storage, Protocol):
     """How a state is kept that only ever moves towards something: a momentum."""
 
@@ -50,15 +57,15 @@ class MovingStorage(Storage, Protocol):
         dither: Dither,
         out: Tensor | None = None,
         scratch: Tensor | None = None,
-    ) -> Tensor | None:
+    ) -> Moved | None:
         """Keep (1 - rate) * state + rate * target.
 
         Args:
             target: (n, rows, columns); left as it is.
-            rate: from 0 to 1.
+            rate: above 0, at most 1.
             out: memory for the result, of target's shape; allocated where None and needed.
             scratch: memory to compute in, likewise.
 
         Returns:
-            That sum as it was before it was packed, a copy; None from storages that never unpack it.
+            That sum, a copy; None from storages that never unpack it.
         """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import Buffers
+from . import Buffers, Moved
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class Full:
         dither: Dither,
         out: Tensor | None = None,
         scratch: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Moved:
         moved = buffers[name].view(target.shape).lerp_(target, rate)
-        return moved.clone() if out is None else out.copy_(moved)
+        return Moved(moved.clone() if out is None else out.copy_(moved), 1.0)

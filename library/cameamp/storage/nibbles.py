@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import Buffers
+from . import Buffers, Moved
 
-_MIDDLE = 7  # the code of 0; codes go from 0 to 14
+_LARGEST = 7  # Levels go from -7 to 7.
+_BASE = 16
 
 # Distance between levels in root mean squares: for a Gaussian the least squared error of fifteen even levels.
 _SPACING = 0.3536
@@ -30,12 +31,12 @@ _IRRATIONAL = math.sqrt(2)
 _HALF = 0.5  # The turning point that takes values to their nearest level.
 
 # Below it only the zeros of a tensor that is all zeros are divided.
-_SMALLEST_SCALE = 1e-37
+_SMALLEST_NORM = 1e-37
 
 
 @dataclass(frozen=True)
 class Nibbles:
-    """Two elements in a byte: byte j of a parameter of 2 k elements holds the elements j and j + k."""
+    """Two elements in a byte: byte j of a parameter of 2 k elements is level j plus 16 times level j + k."""
 
     def keys(self, name: str) -> tuple[str, ...]:
         return (f"{name}_q", f"{name}_q_scale")
@@ -44,17 +45,17 @@ class Nibbles:
         if fill != 0:
             raise ValueError(f"a state in nibbles starts at 0, not {fill}")
         half = -(-shape.numel() // 2)
-        codes = torch.full((n, half), _MIDDLE * 17, dtype=torch.uint8, device=dither.device)
         return {
-            f"{name}_q": codes,
+            f"{name}_q": torch.zeros(n, half, dtype=torch.int8, device=dither.device),
             f"{name}_q_scale": torch.zeros(n, 1, dtype=torch.float32, device=dither.device),
         }
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        return _unpacked(buffers[f"{name}_q"], buffers[f"{name}_q_scale"], rows, columns, out)
+        levels = _levels(buffers[f"{name}_q"], rows * columns, out)
+        return levels.mul(buffers[f"{name}_q_scale"]).view(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
-        _pack(stack, buffers[f"{name}_q"], buffers[f"{name}_q_scale"], _HALF, stack)
+        _pack(stack.flatten(1), 1.0, buffers[f"{name}_q"], buffers[f"{name}_q_scale"], _HALF, stack.flatten(1))
 
     def move(
         self,
@@ -65,12 +66,16 @@ class Nibbles:
         dither: Dither,
         out: Tensor | None = None,
         scratch: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Moved:
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        rows, columns = target.shape[1:]
-        moved = _unpacked(codes, scale * (1 - rate), rows, columns, out).add_(target, alpha=rate)
-        _pack(moved, codes, scale, _turning_point(dither.step), scratch)
-        return moved
+        out = torch.empty_like(target) if out is None else out
+        values = out.flatten(1)
+        # target + (1 - rate) / rate * state: the sum divided by the rate, in one pass over memory.
+        levels = _levels(codes, values.shape[1], out)
+        torch.addcmul(target.flatten(1), levels, scale, value=(1 - rate) / rate, out=values)
+        room = None if scratch is None else scratch.flatten(1)
+        _pack(values, rate, codes, scale, _turning_point(dither.step), room)
+        return Moved(out, rate)
 
 
 def _turning_point(step: int) -> float:
@@ -78,38 +83,38 @@ def _turning_point(step: int) -> float:
     return _HALF + _WANDERING * (_IRRATIONAL * step % 1 - 0.5)
 
 
-def _unpacked(codes: Tensor, scale: Tensor, rows: int, columns: int, out: Tensor | None) -> Tensor:
-    """(tensors, rows, columns) of codes and the distance between levels; in `out` where given."""
-    count, size = rows * columns, (len(codes), 2, codes.shape[1])
-    if out is None:
-        out = torch.empty(len(codes), rows, columns, dtype=torch.float32, device=codes.device)
-    halves = torch.empty(size, dtype=torch.uint8, device=codes.device)
-    torch.bitwise_and(codes, 15, out=halves[:, 0])
-    torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
-    levels = halves.view(torch.int8).sub_(_MIDDLE)
-    if count % 2 == 0:
-        out.view(size).copy_(levels)
-    else:
-        out.view(len(codes), count).copy_(levels.flatten(1)[:, :count])
-    return out.mul_(scale.unsqueeze(2))
+def _levels(codes: Tensor, count: int, out: Tensor | None) -> Tensor:
+    """The levels that some codes stand for, (tensors, count) float32; in the memory of `out` where they fit into it."""
+    n, half = codes.shape
+    if out is None or count % 2:
+        out = torch.empty(n, 2, half, dtype=torch.float32, device=codes.device)
+    pairs = out.view(n, 2, half)
+    low, high = pairs.unbind(1)
+    low.copy_(codes)
+    torch.mul(low, 1 / _BASE, out=high).round_()
+    low.sub_(high, alpha=_BASE)
+    return pairs.flatten(1)[:, :count]
 
 
-def _pack(stack: Tensor, codes: Tensor, scale: Tensor, turning_point: float, scratch: Tensor | None) -> None:
-    """Write a stack's codes and the distance between their levels.
+def _pack(
+    values: Tensor, unit: float, codes: Tensor, scale: Tensor, turning_point: float, scratch: Tensor | None
+) -> None:
+    """Write the codes of unit * values, and the distance between their levels.
 
     Args:
-        stack: (tensors, rows, columns).
+        values: (tensors, elements).
         turning_point: where between two levels rounding turns from down to up; 1/2 for the nearest.
-        scratch: memory to compute in, which may be the stack itself; allocated where None.
+        scratch: memory to compute in, of the values' shape, which may be theirs; allocated where None.
     """
-    values = stack.flatten(1)
     count, half = values.shape[1], codes.shape[1]
-    torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale)
-    scale.mul_(_SPACING / math.sqrt(count))
-    # Adding what is above the turning point, and cutting, rounds. A tensor of zeros keeps a scale of 0.
-    levels = torch.div(values, scale.clamp_min(_SMALLEST_SCALE), out=None if scratch is None else scratch.flatten(1))
+    spacing = _SPACING / math.sqrt(count)
+    torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale).clamp_min_(_SMALLEST_NORM)
+    # Adding what is above the turning point, and cutting, rounds. A row of it is added in the pass that divides.
+    above = torch.full((1, count), _LARGEST + 1 - turning_point, dtype=torch.float32, device=values.device)
+    levels = torch.addcdiv(above, values, scale, value=1 / spacing, out=scratch).clamp_(0, 2 * _LARGEST + 0.5)
     # As signed bytes: CPUs take several times as long to make unsigned ones.
-    whole = levels.add_(_MIDDLE + 1 - turning_point).clamp_(0, 2 * _MIDDLE + 0.5).to(torch.int8)
-    high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1))
-    # The sum overflows into the sign, which is the byte's highest bit.
-    torch.add(whole[:, :half], high, alpha=16, out=codes.view(torch.int8))
+    whole = levels.to(torch.int8)
+    high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1), value=_LARGEST)
+    # What overflows in the sum comes back in the difference.
+    torch.add(whole[:, :half], high, alpha=_BASE, out=codes).sub_(_LARGEST * (1 + _BASE))
+    scale.mul_(spacing * unit)

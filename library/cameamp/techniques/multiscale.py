@@ -34,8 +34,12 @@ class Momenta(Protocol):
 
     def move(
         self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
-    ) -> Tensor | None:
-        """Keep (1 - rate) * momentum + rate * target, and return a copy of it; None where it stays packed."""
+    ) -> tuple[Tensor, float] | None:
+        """Keep (1 - rate) * momentum + rate * target.
+
+        Returns:
+            A stack, and the factor that makes it a copy of that momentum; None where it stays packed.
+        """
 
     def add_to(
         self, stack: Tensor, stack_share: float, shares: Sequence[tuple[str, float]], out: Tensor | None = None
@@ -124,11 +128,13 @@ def multi_scale_momentum(
         moved = momenta.move(name, scaled_grad, rate, room, scratch) if rate != 0 else None
         if moved is None:
             packed.append((name, share))
-        elif mean_share == 0:
-            mean_share = share
+            continue
+        stack, factor = moved
+        if mean_share == 0:
+            mean_share = share * factor
         else:
-            mean.add_(moved, alpha=share / mean_share)
-        del moved
+            mean.add_(stack, alpha=share * factor / mean_share)
+        del stack, moved
     if mean_share == 0:
         mean.zero_()
     momenta.add_to(mean, mean_share or 1.0, packed, scratch)
