@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from library.cameamp.rounding import Dither
-from library.cameamp.storage import Buffers, MovingStorage
+from library.cameamp.storage import Buffers, Moved, MovingStorage
 from library.cameamp.storage.full import Full
 from library.cameamp.storage.low_rank import LowRank
 from library.cameamp.storage.momenta import momentum_storages
@@ -42,10 +42,10 @@ class Unpacked:
         dither: Dither,
         out: Tensor | None = None,
         scratch: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Moved:
         moved = torch.lerp(self.read(name, buffers, *target.shape[1:]), target, rate)
         self.write(name, buffers, moved, dither)
-        return moved
+        return Moved(moved, 1.0)
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
         raise NotImplementedError
@@ -140,7 +140,7 @@ def fidelity(stream: Tensor, storages: list[MovingStorage]) -> tuple[list[float]
             if multiscale.is_due(period, step):
                 exact[place].lerp_(sg, 1 - multiscale.DECAY)
                 moved = storage.move("m", buffers[place], sg, 1 - multiscale.DECAY, Dither(position, step))
-                used.append(storage.read("m", buffers[place], rows, columns) if moved is None else moved)
+                used.append(storage.read("m", buffers[place], rows, columns) if moved is None else moved.factor * moved.stack)
             else:
                 used.append(storage.read("m", buffers[place], rows, columns))
             if step >= period:
