@@ -13,16 +13,10 @@ import argparse
 import torch
 from torch import Tensor
 
-from library.cameamp import detection
+from library.cameamp.detection import confidence
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
 _ELEMENTS = 4096
-
-
-def confidence(losses: Tensor, cosines: Tensor) -> Tensor:
-    """(streams,), as the context computes it from windows of (streams, window)."""
-    tests = (detection.spike(losses), detection.rising(losses), detection.oscillating(cosines))
-    return detection.combined_confidence(torch.stack(tests, dim=-1))
 
 
 def noise(kind: str, streams: int, steps: int, generator: torch.Generator) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ import argparse
 import logging
 import tempfile
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -137,12 +138,13 @@ def fidelity(stream: Tensor, storages: list[MovingStorage]) -> tuple[list[float]
     for step, sg in enumerate(stream, start=1):
         used = []
         for place, (period, storage) in enumerate(zip(PERIODS, storages)):
+            read = partial(storage.read, "m", buffers[place], rows, columns)
             if multiscale.is_due(period, step):
                 exact[place].lerp_(sg, 1 - multiscale.DECAY)
                 moved = storage.move("m", buffers[place], sg, 1 - multiscale.DECAY, Dither(position, step))
-                used.append(storage.read("m", buffers[place], rows, columns) if moved is None else moved.factor * moved.stack)
+                used.append(read() if moved is None else moved.factor * moved.stack)
             else:
-                used.append(storage.read("m", buffers[place], rows, columns))
+                used.append(read())
             if step >= period:
                 own[place].append(_cosine(used[-1], exact[place]))
         shares = multiscale.shares(PERIODS, [step // period for period in PERIODS])

@@ -254,9 +254,7 @@ class ContextualOptimizationModule:
     # The inside -------------------------------------------------------------------------------------------------
 
     def _confidence(self) -> Tensor:
-        losses, cosines = self._values["loss_history"], self._values["gradient_history"]
-        tests = (detection.spike(losses), detection.rising(losses), detection.oscillating(cosines))
-        return detection.combined_confidence(torch.stack(tests, dim=-1))
+        return detection.confidence(self._values["loss_history"], self._values["gradient_history"])
 
     def _is_edge_case(self) -> Tensor:
         return self._values["confidence"] >= self._threshold

@@ -4,13 +4,15 @@ A p-value is the probability of seeing as much by chance on a run that goes on a
 noise, so that a test at level 0.01 alarms falsely in 1 % of the steps. The losses may be Gaussian or log-normal, and a
 window of any length is allowed for.
 
-All functions take windows of shape (..., window), newest last, NaN where nothing was observed, and return p-values of
-shape (...); 1 where there is too little to test. Nothing is read back from the device.
+Windows are of shape (..., window), newest last, NaN where nothing was observed, and all results of shape (...). Nothing
+is read back from the device, where each of these small operations is a launch: what the tests share is done once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,95 +30,106 @@ _DEVIATIONS_PER_MAD = 1.4826
 _MAD_EFFICIENCY = 0.37
 
 
-def combined_confidence(p_values: Tensor) -> Tensor:
-    """How sure one can be that not all of some tests alarm by chance.
+class Statistic(NamedTuple):
+    """What a test has found, each (...).
+
+    Attributes:
+        t: distributed as Student's t where training goes on as before, large where it does not.
+        freedom: its degrees of freedom.
+        enough: whether there was enough to test, bool.
+    """
+
+    t: Tensor
+    freedom: Tensor
+    enough: Tensor
+
+
+def confidence(losses: Tensor, cosines: Tensor) -> Tensor:
+    """How sure one can be that not all of the tests alarm by chance, (...).
 
     Args:
-        p_values: (..., tests); 1 for a test that had nothing to test.
+        losses: windows of losses; those that are not finite are left out.
+        cosines: windows of the cosines of consecutive gradients.
 
     Returns:
-        (...): on noise it reaches c in at most 1 - c of the cases, however many tests there are.
+        On noise it reaches c in at most 1 - c of the cases, however many tests had something to test.
     """
-    tests = (p_values < 1).sum(dim=-1).clamp_min(1)  # With none, 0 * log 0 would be NaN; it is no confidence at all.
-    return torch.exp(tests * torch.log1p(-p_values.amin(dim=-1)))
+    losses = losses + (losses - losses)  # NaN where not finite
+    p = p_values((spike(losses), rising(losses), oscillating(cosines)))
+    tests = (p < 1).sum(dim=-1).clamp_min(1)  # With none, 0 * log 0 would be NaN; it is no confidence at all.
+    return torch.exp(tests * torch.log1p(-p.amin(dim=-1)))
 
 
-def spike(losses: Tensor) -> Tensor:
-    """The newest loss lies above the others: its robust z-score against their median and median absolute deviation."""
-    values, in_logarithms = _even_noise(losses)
+def p_values(found: Sequence[Statistic]) -> Tensor:
+    """(..., tests): 1 for a test that had too little to test.
+
+    By Wallace's normal approximation of Student's t (1959), within a few percent for 3 degrees of freedom or more.
+    """
+    t, freedom, enough = (torch.stack(parts, dim=-1) for parts in zip(*found))
+    size = (freedom * torch.log1p(t * t / freedom)).sqrt() * (8 * freedom + 1) / (8 * freedom + 3)
+    p = 0.5 * torch.erfc(torch.sign(t) * size / math.sqrt(2))
+    return torch.where(enough & (p == p), p, 1.0)  # not NaN
+
+
+def spike(losses: Tensor) -> Statistic:
+    """The newest loss lies above the others: its robust z-score against their median and median absolute deviation.
+
+    Losses are compared on the scale where their noise is closest to Gaussian: logarithms, where all are positive.
+    """
+    positive = losses.nan_to_num(1.0).amin(dim=-1, keepdim=True) > 0
+    values = torch.where(positive, losses.clamp_min(torch.finfo(losses.dtype).tiny).log(), losses)
     newest, others = values[..., -1], values[..., :-1]
-    count = _count(others.isfinite(), losses)
-    median = _median(others, count)
-    spread = _median((others - median.unsqueeze(-1)).abs(), count) * _DEVIATIONS_PER_MAD
+    count = _count(others)
+    middle = ((count.unsqueeze(-1) - 1).clamp_min(0) / 2).long()
+    median = _in_order(others, middle)
+    spread = _in_order((others - median).abs(), middle).squeeze(-1) * _DEVIATIONS_PER_MAD
+    median, size = median.squeeze(-1), median.abs()
     # The median is itself uncertain, by a variance of pi / 2n.
-    rounding = torch.where(in_logarithms, median.abs().clamp_min(1.0), median.abs()) * 1e-6 + 1e-12
+    rounding = torch.where(positive, size.clamp_min(1.0), size).squeeze(-1) * 1e-6 + 1e-12
     t = (newest - median) / (spread * (1 + math.pi / 2 / count).sqrt()).clamp_min(rounding)
-    return _upper_tail(t, _MAD_EFFICIENCY * count, (count >= FEWEST_LOSSES) & newest.isfinite())
+    return Statistic(t, _MAD_EFFICIENCY * count, (count >= FEWEST_LOSSES) & (newest == newest))
 
 
-def rising(losses: Tensor) -> Tensor:
+def rising(losses: Tensor) -> Statistic:
     """The losses rise over the window: Spearman's rank correlation with time, one-sided.
 
     Ranks make it exact for any distribution, and a few wild losses do not decide.
     """
-    known = losses.isfinite()
-    count = _count(known, losses)
-    times = known.cumsum(dim=-1).to(losses.dtype)
-    values = torch.where(known, losses, torch.inf)
+    known = (losses == losses).to(losses.dtype)
+    count = known.sum(dim=-1, keepdim=True)
+    values = losses.nan_to_num(torch.inf)
     ordered = values.sort(dim=-1).values
+    # Twice the rank less 1, whose mean is the count; of equal losses the mean rank.
     ranks = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
-    r = _correlation(times, ranks.to(losses.dtype), known)
+    x = (known.cumsum(dim=-1) - (count + 1) / 2) * known
+    y = (ranks - count) * known
+    scale = (x.square().sum(dim=-1) * y.square().sum(dim=-1)).sqrt()
+    r = (x * y).sum(dim=-1) / scale.clamp_min(1e-12)
+    count = count.squeeze(-1)
     freedom = (count - 2).clamp_min(1)
-    t = r * (freedom / (1 - r * r).clamp_min(1e-7)).sqrt()
-    return _upper_tail(t, freedom, count >= FEWEST_LOSSES)
+    return Statistic(r * (freedom / (1 - r * r).clamp_min(1e-7)).sqrt(), freedom, count >= FEWEST_LOSSES)
 
 
-def oscillating(cosines: Tensor) -> Tensor:
+def oscillating(cosines: Tensor) -> Statistic:
     """Consecutive gradients point against one another: a t-test that the mean of their recent cosines is below 0."""
     recent = cosines[..., -RECENT_COSINES:]
-    known = recent.isfinite()
-    count = _count(known, cosines)
-    mean = recent.nansum(dim=-1) / count.clamp_min(1)
-    squares = torch.where(known, recent - mean.unsqueeze(-1), 0.0).square().sum(dim=-1)
+    count = _count(recent)
+    at_least_one = count.clamp_min(1)
+    mean = recent.nansum(dim=-1) / at_least_one
+    squares = (recent - mean.unsqueeze(-1)).square().nansum(dim=-1)
     freedom = (count - 1).clamp_min(1)
-    error = (squares / freedom / count.clamp_min(1)).sqrt()
-    return _upper_tail(-mean / error.clamp_min(1e-7), freedom, count >= FEWEST_COSINES)
+    error = (squares / freedom / at_least_one).sqrt().clamp_min(1e-7)
+    return Statistic(-mean / error, freedom, count >= FEWEST_COSINES)
 
 
-def _even_noise(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses on the scale where their noise is closest to Gaussian: logarithms, where all are positive.
-
-    Returns:
-        The values, and which windows are of logarithms, (...).
-    """
-    known = losses.isfinite()
-    positive = torch.where(known, losses, 1.0).amin(dim=-1, keepdim=True) > 0
-    values = torch.where(positive, losses.clamp_min(torch.finfo(losses.dtype).tiny).log(), losses)
-    return torch.where(known, values, torch.nan), positive.squeeze(-1)
-
-
-def _count(known: Tensor, window: Tensor) -> Tensor:
+def _count(window: Tensor) -> Tensor:
     """How many entries are known, in the window's dtype: quotients of whole numbers would be of the default one."""
-    return known.sum(dim=-1, dtype=window.dtype)
+    return (window == window).sum(dim=-1, dtype=window.dtype)
 
 
-def _median(values: Tensor, count: Tensor) -> Tensor:
-    """The lower median of the `count` entries that are not NaN. Deterministic training refuses torch.nanmedian."""
-    middle = (count.long() - 1).clamp_min(0) // 2
-    return values.sort(dim=-1).values.gather(-1, middle.unsqueeze(-1)).squeeze(-1)
+def _in_order(values: Tensor, place: Tensor) -> Tensor:
+    """Of the entries that are not NaN the one at a place of their order, (..., 1); NaN where there is none.
 
-
-def _correlation(x: Tensor, y: Tensor, known: Tensor) -> Tensor:
-    """Pearson's correlation over the known entries; 0 where one of the two does not vary."""
-    count = known.sum(dim=-1, keepdim=True).clamp_min(1)
-    x, y = (torch.where(known, v, 0.0) for v in (x, y))
-    x, y = (torch.where(known, v - v.sum(dim=-1, keepdim=True) / count, 0.0) for v in (x, y))
-    scale = (x.square().sum(dim=-1) * y.square().sum(dim=-1)).sqrt()
-    return (x * y).sum(dim=-1) / scale.clamp_min(1e-12)
-
-
-def _upper_tail(t: Tensor, freedom: Tensor, enough: Tensor) -> Tensor:
-    """p-value of Student's t: by Wallace's normal approximation (1959), within a few percent for 3 degrees or more."""
-    size = (freedom * torch.log1p(t * t / freedom)).sqrt() * (8 * freedom + 1) / (8 * freedom + 3)
-    p = 0.5 * torch.erfc(torch.sign(t) * size / math.sqrt(2))
-    return torch.where(enough & p.isnan().logical_not(), p, 1.0)
+    In the middle it is the lower median. Deterministic training refuses torch.nanmedian.
+    """
+    return values.sort(dim=-1).values.gather(-1, place)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, without waiting for it; a copy to the CPU is waited for, or it would be read too early."""
-    return x.to(device, non_blocking=device.type != "cpu")
+    return x if x.device == device else x.to(device, non_blocking=device.type != "cpu")
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@ of elements of any of them, and so meets all rows and columns alike without any 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 from math import gcd
 
 import torch
@@ -37,7 +38,7 @@ class Sampler:
         for size in sizes:
             self._starts.append(self._starts[-1] - (-size // self.every))
         self.size = self._starts[-1]
-        self._places: dict[tuple[int, ...], Tensor] = {}
+        self._places: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
     def gather(self, batches: Sequence[Batch], pieces: Sequence[Tensor]) -> Tensor:
         """One vector, (size,) float32 on the first piece's device; 0 where a parameter is in no batch.
@@ -53,10 +54,11 @@ class Sampler:
 
     def _places_of(self, batches: Sequence[Batch], device: torch.device) -> Tensor:
         """Where the pieces go. The same batches mostly come again, so the last answer is kept."""
-        key = tuple(position for batch in batches for position in batch.parameter_numbers)
+        key = tuple([batch.parameter_numbers for batch in batches])
         places = self._places.get(key)
         if places is None or places.device != device:
-            ranges = [torch.arange(self._starts[n], self._starts[n + 1], device="cpu") for n in key]
+            numbers = chain.from_iterable(key)
+            ranges = [torch.arange(self._starts[n], self._starts[n + 1], device="cpu") for n in numbers]
             places = moved(torch.cat(ranges), device)
             self._places = {key: places}
         return places

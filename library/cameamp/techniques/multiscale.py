@@ -7,6 +7,7 @@ project's own technique, after the nested momenta of deep optimizers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -79,8 +80,9 @@ def shares(periods: Sequence[int], counts: Sequence[int]) -> tuple[float, ...]:
     )
 
 
-def scales(periods: Sequence[int], counts: Sequence[int], step: int) -> tuple[Scale, ...]:
-    """The momenta at a step, counted from 1.
+@lru_cache(maxsize=32)
+def scales(periods: tuple[int, ...], counts: tuple[int, ...], step: int) -> tuple[Scale, ...]:
+    """The momenta at a step, counted from 1. All stacks of a step ask for the same.
 
     Args:
         periods: their update periods.
