@@ -169,7 +169,7 @@ def take_step_(
     return move_(
         sg,
         direction,
-        multiscale.multi_scale_momentum(sg, direction, states, scalars.scales, work.weights, work.scratch),
+        multiscale.multi_scale_momentum(sg, direction, states, scalars.scales, work.drive, work.scratch),
         states,
         decay_strengths,
         multiplier,

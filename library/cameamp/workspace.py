@@ -27,12 +27,15 @@ class Work(NamedTuple):
 
     Attributes:
         gradients: for the gradients; where they are kept, nobody else gets it before the step ends.
-        weights: for the weights, and before they are gathered for what drives the momentum.
+        drive: for what drives the momentum; without kept gradients it is the memory of the weights, which are gathered
+            after that.
+        weights: for the weights.
         scaled: for the scaled gradient, and the update that it becomes.
         scratch: for whatever lies in between.
     """
 
     gradients: Tensor | None = None
+    drive: Tensor | None = None
     weights: Tensor | None = None
     scaled: Tensor | None = None
     scratch: Tensor | None = None
@@ -83,16 +86,14 @@ class Workspace:
             return Work()
         keep_freed_memory()
         shape = (len(batch), batch.rows, batch.columns)
-        kept = batch in self._places
-        count = 3 if kept else 4
-        if self._memory.numel() < count * size:
+        if self._memory.numel() < 4 * size:
             self._memory = _memory(0)  # Free before there is more.
-            self._memory = _memory(count * size)
-        weights, scaled, scratch, *rest = self._memory[: count * size].view(count, *shape).unbind()
-        if kept:
-            start = self._places[batch]
-            return Work(self._kept[start : start + size].view(shape), weights, scaled, scratch)
-        return Work(rest[0], weights, scaled, scratch)
+            self._memory = _memory(4 * size)
+        first, weights, scaled, scratch = self._memory[: 4 * size].view(4, *shape).unbind()
+        if batch not in self._places:
+            return Work(first, weights, weights, scaled, scratch)
+        start = self._places[batch]
+        return Work(self._kept[start : start + size].view(shape), first, weights, scaled, scratch)
 
 
 @cache
