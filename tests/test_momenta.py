@@ -11,7 +11,9 @@ from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
 from library.automagic_cameamp import Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit
 from library.cameamp import batches
+from library.cameamp import optimizer as engine
 from library.cameamp.rounding import Dither
+from library.cameamp.storage.full import Full
 from library.cameamp.storage.low_rank import LowRank
 from library.cameamp.storage.momenta import momentum_storages
 from library.cameamp.storage.nibbles import Nibbles
@@ -192,6 +194,27 @@ def test_the_mean_of_coded_momenta_is_true(noise, least):
             true += share * exact[k]
         cosines.append(torch.cosine_similarity(coded.flatten(1), true.flatten(1)).item())
     assert sum(cosines) / len(cosines) >= least
+
+
+@pytest.mark.parametrize("scales", [FOUR, EIGHT], ids=len)  # of eight the two shortest are in four bits
+def test_coded_momenta_drive_as_far_as_exact_ones(scales, monkeypatch):
+    def momentum():
+        generator = torch.Generator().manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(64, 96, generator=generator))
+        signal = torch.randn(64, 2, generator=generator) @ torch.randn(2, 96, generator=generator)
+        optimizer = Automagic_CameAMP_COptim([p], warmup_steps=0, momentum_scales=scales)
+        for _ in range(80):
+            p.grad = signal + torch.randn(64, 96, generator=generator)
+            optimizer.step()
+        return optimizer.state[p]
+
+    coded = momentum()
+    assert "momentum_scale_1_q" in coded
+    monkeypatch.setattr(engine, "momentum_storages", lambda periods, shape: dict.fromkeys(periods, Full()))
+    exact = momentum()
+    assert "momentum_scale_1" in exact
+    assert torch.cosine_similarity(coded["exp_avg"].flatten(), exact["exp_avg"].flatten(), dim=0) > 0.95
+    assert coded["exp_avg"].norm().item() == pytest.approx(exact["exp_avg"].norm().item(), rel=0.05)
 
 
 def test_bytes_go_to_the_largest_weights():
