@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from reliability.distributed import in_processes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cost import operations
 from benchmarks.detection import measure
@@ -324,6 +325,22 @@ def test_the_median_is_that_of_torch():
     middle = (windows.isfinite().sum(dim=-1, keepdim=True) - 1).clamp_min(0) // 2
     got = detection._in_order(windows, middle).squeeze(-1)
     assert torch.equal(got.nan_to_num(9.0), windows.nanmedian(dim=-1).values.nan_to_num(9.0))
+
+
+def test_detection_takes_no_cumulative_sum_of_floats():
+    """Before PyTorch 2.6 a GPU has no deterministic one, and deterministic training would fail at every step."""
+
+    dtypes = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket is torch.ops.aten.cumsum:
+                dtypes.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    with Watching():
+        detection.confidence(torch.rand(100), torch.rand(100))
+    assert dtypes == [torch.bool]
 
 
 def test_a_steady_or_falling_loss_is_no_edge_case():

@@ -61,8 +61,9 @@ def test_memory_of_awkward_shapes(shape, scales):
     [load("sd15_lora16"), [(4096, 4096), (64, 64)], [(1280, 1280, 3, 3), (64, 64)]],
     ids=["lora", "one large", "one large kernel"],
 )
-def test_temporary_memory(optimizer_class, shapes):
-    optimizer = optimizer_class(parameters(shapes), warmup_steps=1_000_000, momentum_scales=(1, 2, 3, 4))
+@pytest.mark.parametrize("scales", [(1, 2, 3, 4), EIGHT], ids=len)
+def test_temporary_memory(optimizer_class, shapes, scales):
+    optimizer = optimizer_class(parameters(shapes), warmup_steps=1_000_000, momentum_scales=scales)
     for _ in range(5):
         optimizer.step()
     largest = max(torch.Size(shape).numel() for shape in shapes)

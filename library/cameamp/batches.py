@@ -101,6 +101,7 @@ class Batch:
         own = [state[p] for p in self.params]
         if storages is self._bound and self._holds_all(own):
             return
+        self._bound = None  # until this is done
         fresh = {
             name: self._allocate(name, storage, fills.get(name, 0.0))
             for name, storage in storages.items()
@@ -241,7 +242,7 @@ class BatchStates:
         """Move a momentum by a rate towards a target, and keep it.
 
         Returns:
-            A copy of it, in `out` where given; None where its storage never unpacks it.
+            A copy of it, as a stack, in `out` where given, and its factor; None where its storage never unpacks it.
         """
         storage = cast(MovingStorage, self._storages[name])
         return storage.move(name, self._buffers, target, rate, self._batch.dither(), out, scratch)

@@ -95,13 +95,14 @@ def rising(losses: Tensor) -> Statistic:
 
     Ranks make it exact for any distribution, and a few wild losses do not decide.
     """
-    known = (losses == losses).to(losses.dtype)
+    there = losses == losses
+    known = there.to(losses.dtype)
     count = known.sum(dim=-1, keepdim=True)
     values = losses.nan_to_num(torch.inf)
     ordered = values.sort(dim=-1).values
     # Twice the rank less 1, whose mean is the count; of equal losses the mean rank.
     ranks = torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)
-    x = (known.cumsum(dim=-1) - (count + 1) / 2) * known
+    x = (there.cumsum(dim=-1) - (count + 1) / 2) * known  # Deterministic training refuses cumsum of floats.
     y = (ranks - count) * known
     scale = (x.square().sum(dim=-1) * y.square().sum(dim=-1)).sqrt()
     r = (x * y).sum(dim=-1) / scale.clamp_min(1e-12)

@@ -63,7 +63,7 @@ class MovingStorage(Storage, Protocol):
         Args:
             target: (n, rows, columns); left as it is.
             rate: above 0, at most 1.
-            out: memory for the result, of target's shape; allocated where None and needed.
+            out: memory for the stack that is returned, of target's shape; allocated where None and needed.
             scratch: memory to compute in, likewise.
 
         Returns:

@@ -30,7 +30,7 @@ _IRRATIONAL = math.sqrt(2)
 
 _HALF = 0.5  # The turning point that takes values to their nearest level.
 
-# Below it only the zeros of a tensor that is all zeros are divided.
+# Divided by it, a tensor of zeros keeps them.
 _SMALLEST_NORM = 1e-37
 
 
@@ -51,11 +51,11 @@ class Nibbles:
         }
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        levels = _levels(buffers[f"{name}_q"], rows * columns, out)
-        return levels.mul(buffers[f"{name}_q_scale"]).view(-1, rows, columns)
+        levels, scale = _levels(buffers[f"{name}_q"], rows * columns, out), buffers[f"{name}_q_scale"]
+        return (levels.mul_(scale) if levels.is_contiguous() else levels * scale).view(-1, rows, columns)
 
     def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
-        _pack(stack.flatten(1), 1.0, buffers[f"{name}_q"], buffers[f"{name}_q_scale"], _HALF, stack.flatten(1))
+        _pack(stack.flatten(1), 1.0, buffers[f"{name}_q"], buffers[f"{name}_q_scale"], _HALF, None)
 
     def move(
         self,
@@ -68,7 +68,7 @@ class Nibbles:
         scratch: Tensor | None = None,
     ) -> Moved:
         codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
-        out = torch.empty_like(target) if out is None else out
+        out = torch.empty_like(target, memory_format=torch.contiguous_format) if out is None else out
         values = out.flatten(1)
         # target + (1 - rate) / rate * state: the sum divided by the rate, in one pass over memory.
         levels = _levels(codes, values.shape[1], out)
@@ -104,14 +104,18 @@ def _pack(
     Args:
         values: (tensors, elements).
         turning_point: where between two levels rounding turns from down to up; 1/2 for the nearest.
-        scratch: memory to compute in, of the values' shape, which may be theirs; allocated where None.
+        scratch: memory to compute in, of the values' shape; allocated where None.
     """
     count, half = values.shape[1], codes.shape[1]
+    alone = len(values) == 1
     spacing = _SPACING / math.sqrt(count)
     torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale).clamp_min_(_SMALLEST_NORM)
-    # Adding what is above the turning point, and cutting, rounds. A row of it is added in the pass that divides.
-    above = torch.full((1, count), _LARGEST + 1 - turning_point, dtype=torch.float32, device=values.device)
-    levels = torch.addcdiv(above, values, scale, value=1 / spacing, out=scratch).clamp_(0, 2 * _LARGEST + 0.5)
+    # Adding what is above the turning point, and cutting, rounds. A row of it is added in the pass that divides; for a
+    # single tensor that row is as large as the result, and becomes it.
+    row = values.new_empty(1, count) if scratch is None or not alone else scratch
+    above = row.fill_(_LARGEST + 1 - turning_point)
+    levels = torch.addcdiv(above, values, scale, value=1 / spacing, out=above if alone else scratch)
+    levels.clamp_(0, 2 * _LARGEST + 0.5)
     # As signed bytes: CPUs take several times as long to make unsigned ones.
     whole = levels.to(torch.int8)
     high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1), value=_LARGEST)
