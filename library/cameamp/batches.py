@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import chain, repeat
+from itertools import repeat
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -79,8 +79,6 @@ class Batch:
         self._shape = _stacked_shape(params[0].shape)
         self._buffers: Buffers = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
-        self._bound: Mapping[str, Storage] | None = None  # what was bound at last, and all slices of that
-        self._held: list[Tensor] = []
         self._positions_on_device: Tensor | None = None
 
     def __len__(self) -> int:
@@ -99,9 +97,6 @@ class Batch:
             fills: what an element starts at, where a parameter does not have the state yet; 0 if not named.
         """
         own = [state[p] for p in self.params]
-        if storages is self._bound and self._holds_all(own):
-            return
-        self._bound = None  # until this is done
         fresh = {
             name: self._allocate(name, storage, fills.get(name, 0.0))
             for name, storage in storages.items()
@@ -117,8 +112,6 @@ class Batch:
         for state_of_p in own if fresh or ended else ():
             for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
                 del state_of_p[key]
-        self._bound = storages
-        self._held = [state_of_p[key] for state_of_p in own for key in self._buffers]
 
     def states(self, storages: Mapping[str, Storage]) -> BatchStates:
         """The states, to be read and written one at a time: they need memory while they are out of their storage."""
@@ -176,14 +169,6 @@ class Batch:
                 torch._foreach_copy_(list(stacked.unbind()), tensors)
             return out
         return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
-
-    def _holds_all(self, own: Sequence[State]) -> bool:
-        """Whether all that was bound at last is still what it was: the same as `_holds` of each key, in less time."""
-        device = self.params[0].device
-        if any(buffer.device != device for buffer in self._buffers.values()):
-            return False
-        states = (map(state_of_p.get, self._buffers) for state_of_p in own)
-        return all(map(is_, chain.from_iterable(states), self._held))
 
     def _holds(self, own: Sequence[State], key: str) -> bool:
         """Whether a state of each parameter is still the slice of this batch's buffer that it was given."""
