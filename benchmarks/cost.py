@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.cameamp.optimizer import CameAMP
-from library.cameamp.workspace import Workspace
+from library.cameamp.stacks.workspace import Workspace
 
 # Operations that only make a new view of a tensor, or note something; no kernel is launched.
 _NO_KERNEL = {

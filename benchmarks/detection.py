@@ -13,7 +13,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from library.cameamp.detection import confidence
+from library.cameamp.context.detection import confidence
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
 _ELEMENTS = 4096

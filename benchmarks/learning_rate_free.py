@@ -19,17 +19,17 @@ from .study.digits import DigitsLoRA
 from .study.kept import Kept
 from .study.optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, OUR_RATES, builder
 from .study.task import train
-from .study.variants import CONTEXT_LEFT_OUT, Variant, active
+from .study.variants import CONTEXT_LEFT_OUT, Variant
 
 ADAMW = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 NAMES = {32: CONTEXTUAL, 8: CONTEXTUAL_8BIT}
 
 
-def run(optimizer: str, lr: float, seed: int, steps: int, rank: int, options: dict[str, Any]) -> dict[str, Any]:
+def run(optimizer: str, lr: float, seed: int, steps: int, rank: int, variant: Variant) -> dict[str, Any]:
     """Train once: the held-out loss at the end."""
-    own = {"warmup_steps": steps // 2, **options} if optimizer in OURS else {}
+    own = {"warmup_steps": steps // 2, **variant.options} if optimizer in OURS else {}
     task = DigitsLoRA(seed, rank, batch_size=32, repeats=4)
-    return {"after": train(task, builder(optimizer, lr, own), steps, steps)[-1]}
+    return {"after": train(task, builder(optimizer, lr, own, variant), steps, steps)[-1]}
 
 
 def main() -> None:
@@ -46,8 +46,7 @@ def main() -> None:
     def after(optimizer: str, lr: float, seed: int, part: str = "") -> float:
         def make() -> dict[str, Any]:
             variant = CONTEXT_LEFT_OUT[part] if part else Variant()
-            with active(variant):
-                return run(optimizer, lr, seed, args.steps, args.rank, variant.options)
+            return run(optimizer, lr, seed, args.steps, args.rank, variant)
 
         name = f"{optimizer} lr {lr:g} seed {seed} steps {args.steps} rank {args.rank} {part or 'as it is'}"
         return float(kept.get(name, make)["after"])

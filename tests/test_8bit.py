@@ -14,7 +14,7 @@ from test_checkpoint import assert_same
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
-from library.cameamp.storage.blockwise import Blockwise
+from library.cameamp.storage.blockwise import StoredBlockwise
 
 # Two that are quantized with blocks of 4096 and 64, one LoRA pair, one too small, one of an awkward count.
 SHAPES = [(64, 128), (65, 64), (16, 512), (512, 16), (63, 65), (41, 100)]
@@ -143,10 +143,10 @@ def test_loading_keeps_every_code(bounds):
 
 
 def test_running_out_of_memory_is_not_a_reason_for_larger_states(monkeypatch):
-    def failing(self, name, buffers, stack, dither):
+    def failing(self, stack, dither):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Blockwise, "write", failing)
+    monkeypatch.setattr(StoredBlockwise, "write", failing)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         Training().run(1)
 
@@ -287,14 +287,14 @@ def test_with_a_bitsandbytes_that_is_too_old(monkeypatch):
 
 
 def test_where_quantizing_fails_states_stay_in_32_bits(monkeypatch, caplog):
-    write = Blockwise.write
+    write = StoredBlockwise.write
 
-    def failing(self, name, buffers, stack, dither):
+    def failing(self, stack, dither):
         if stack.shape[-1] == 512:
             raise NotImplementedError("no kernel for this device\nand more")
-        write(self, name, buffers, stack, dither)
+        write(self, stack, dither)
 
-    monkeypatch.setattr(Blockwise, "write", failing)
+    monkeypatch.setattr(StoredBlockwise, "write", failing)
     caplog.set_level(logging.WARNING)
     full, small = Training(Automagic_CameAMP).run(30), Training().run(30)
     (line,) = [r.message for r in caplog.records if r.name.startswith("library")]

@@ -19,8 +19,8 @@ from library.automagic_cameamp import (
     Automagic_CameAMP_COptim8bit,
     report_loss,
 )
-from library.cameamp import detection
-from library.cameamp.sampling import Sampler
+from library.cameamp.context import detection
+from library.cameamp.context.sampling import Sampler
 
 SHAPES = [(8, 16), (16, 8), (12,)]
 

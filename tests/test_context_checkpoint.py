@@ -19,7 +19,7 @@ from library.automagic_cameamp import (
     Automagic_CameAMP_COptim,
     Automagic_CameAMP_COptim8bit,
 )
-from library.cameamp import checkpoint
+from library.cameamp.checkpoint.layout import sealed
 
 # Coded and exact momenta, folded ones, a vector and a number.
 SHAPES = [(64, 128), (4, 1280), (12, 8), (5,), ()]
@@ -199,7 +199,7 @@ def test_damage_is_refused_and_changes_nothing(change, message):
     saved = through_torch_save(Training().run(3).optimizer.state_dict())
     change(saved)
     # Sealed anew, or the checksum would refuse it before anything is looked at.
-    saved["param_groups"] = [checkpoint.sealed(group) for group in saved["param_groups"]]
+    saved["param_groups"] = [sealed(group) for group in saved["param_groups"]]
     second = Training().run(2)
     before = copy.deepcopy(second.everything())
     with pytest.raises(ValueError) as raised:

@@ -14,7 +14,11 @@ from benchmarks.study import runs, tables
 from benchmarks.study.kept import Kept
 from benchmarks.study.optimizers import CONTEXTUAL, PLAIN, beyond
 from benchmarks.study.runs import DIGITS, TEXT, Result, Run, Runs
-from benchmarks.study.variants import VARIANTS, active
+from benchmarks.study.variants import VARIANTS
+from library.automagic_cameamp import Automagic_CameAMP_COptim
+from library.cameamp.context.controller import STANDARD_LAW
+from library.cameamp.states import THIRTY_TWO_BITS
+from library.cameamp.step.rules import ALL_TECHNIQUES
 
 KEPT = Path(convergence.__file__).parent / "results" / "convergence.json"
 
@@ -87,13 +91,15 @@ def test_a_grid_is_extended_at_its_edges_only() -> None:
     assert beyond(PLAIN, tried, 4e-3) is None
 
 
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.patches])
-def test_a_variant_is_gone_when_it_is_over(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name])
+def test_a_variant_differs_from_the_product_and_leaves_it_alone(name: str) -> None:
     variant = VARIANTS[name]
-    before = [getattr(where, what) for where, what, _ in variant.patches]
-    with active(variant):
-        assert [getattr(where, what) for where, what, _ in variant.patches] != before
-    assert [getattr(where, what) for where, what, _ in variant.patches] == before
+    changed = variant.of(Automagic_CameAMP_COptim)
+    own = [changed._techniques, changed._precision, changed._driver_class.law]
+    product = [ALL_TECHNIQUES, THIRTY_TWO_BITS, STANDARD_LAW]
+    assert own != product or variant.options or variant.warmup != 0.5
+    product_class = Automagic_CameAMP_COptim
+    assert [product_class._techniques, product_class._precision, product_class._driver_class.law] == product
 
 
 def test_a_technique_left_out_changes_the_course(tmp_path: Path) -> None:

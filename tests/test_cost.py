@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gc
-import platform
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 
+import library.automagic_cameamp as family
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
@@ -147,12 +144,12 @@ def test_stacks_given_up_between_steps_are_not_held():
     for p in params[::2]:
         p.grad = None
     optimizer.step()
-    during_step = [weakref.ref(batch) for batch in optimizer._workspace._places]
+    during_step = [weakref.ref(stack) for stack in optimizer._workspace._places]
     optimizer.effective_learning_rates()
     gc.collect()
-    kept = [batch for layout in optimizer._layouts.values() for batch in layout._known.values()]
+    held = [stack for group in optimizer._groups for stack in group._layout._known.values()]
     assert during_step
-    assert all(batch() is None or batch() in kept for batch in during_step)
+    assert all(stack() is None or stack() in held for stack in during_step)
 
 
 def test_nor_when_a_group_is_added():
@@ -166,22 +163,23 @@ def test_nor_when_a_group_is_added():
     assert held_bytes(optimizer) == state_bytes(optimizer)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems' malloc keeps or returns what it wants")
-def test_no_step_asks_for_new_pages():
-    """On CPUs: freed blocks stay with the process, and need not be cleared by the system at every step."""
-    code = """
-import resource, torch
-from library.automagic_cameamp import Automagic_CameAMP8bit
-params = [torch.nn.Parameter(torch.randn(512, 1024)) for _ in range(4)]
-for p in params:
-    p.grad = torch.randn(512, 1024)
-optimizer = Automagic_CameAMP8bit(params, warmup_steps=0)
-faults = []
-for _ in range(8):
-    optimizer.step()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print((faults[-1] - faults[-5]) / 4)
-"""
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[-1]) < 500  # thousands where each step gets its pages anew
+def test_an_optimizer_out_of_use_frees_its_states():
+    """At once: states that wait for the garbage collector may be gigabytes."""
+
+    def states_of(name):
+        p = torch.nn.Parameter(torch.randn(64, 64))
+        p.grad = torch.randn(64, 64)
+        optimizer = getattr(family, name)([p])
+        for _ in range(2):
+            optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.effective_learning_rates()
+        return [weakref.ref(value) for value in optimizer.state[p].values() if torch.is_tensor(value)]
+
+    names = [name for name in family.__all__ if name.startswith("Automagic")]
+    states_of(names[0])  # torch holds on to the first optimizer that a process steps.
+    gc.disable()
+    try:
+        assert [[state() for state in states_of(name) if state() is not None] for name in names] == [[]] * len(names)
+    finally:
+        gc.enable()

@@ -7,8 +7,8 @@ import torch
 from reference import ReferenceCameAMP, ReferenceCOptim
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
-from library.cameamp import optimizer as optimizer_module
 from library.cameamp.rounding import stochastic_round
+from library.cameamp.step import passes
 
 STEPS = 600
 WARMUP = 400  # phases change at steps 200 and 400
@@ -239,7 +239,7 @@ def test_16_bit_weights_before_rounding(dtype, monkeypatch):
         exact.update(zip(dither.positions.tolist(), x.clone()))
         return stochastic_round(x, dtype, dither)
 
-    monkeypatch.setattr(optimizer_module, "stochastic_round", capture)
+    monkeypatch.setattr(passes, "stochastic_round", capture)
     params, targets, generator = problem(LORA)
     params = [torch.nn.Parameter(p.detach().to(dtype)) for p in params]
     others = [torch.nn.Parameter(p.detach().float()) for p in params]

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from documents import ROOT
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim
-from library.cameamp import gradients
+from library.cameamp.step import measure
 from library.cameamp.storage.blockwise import Blockwise
 from library.cameamp_cli import UserError
 from library.cameamp_host.settings import resolve
@@ -106,7 +106,7 @@ def from_the_host(monkeypatch):
         found.add(f"error: {caught.value}")
     sharded = torch.nn.Parameter(torch.ones(8, 8))
     sharded.device_mesh = None
-    found |= error_of(lambda: gradients.check_whole(sharded))
+    found |= error_of(lambda: measure.check_whole([sharded]))
     # What sd-scripts itself does with a name that it does not know.
     found |= error_of(lambda: getattr(torch.optim, "Automagic_CameAMP8bit"))  # noqa: B009
     with monkeypatch.context() as patched:
@@ -144,7 +144,7 @@ def from_the_log(monkeypatch, caplog):
     def fail(*_, **__):
         raise NotImplementedError("no kernel for this device")
 
-    monkeypatch.setattr(Blockwise, "allocate", fail)
+    monkeypatch.setattr(Blockwise, "new", fail)
     stepped(Automagic_CameAMP8bit, (64, 64))
     return {record.getMessage() for record in caplog.records}
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
 from library.automagic_cameamp import Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit
-from library.cameamp import batches
-from library.cameamp import optimizer as engine
 from library.cameamp.rounding import Dither
-from library.cameamp.storage.full import Full
+from library.cameamp.stacks import layout
+from library.cameamp.states import Precision
+from library.cameamp.storage.averages import Update, average_formats, lerp_and_sum
 from library.cameamp.storage.low_rank import LowRank
-from library.cameamp.storage.momenta import momentum_storages
 from library.cameamp.storage.nibbles import Nibbles
 from library.cameamp.techniques import multiscale
 
+CPU = torch.device("cpu")
 FOUR, EIGHT = (1, 5, 10, 25), (1, 2, 3, 5, 8, 13, 21, 34)
 BYTES = {"early": 21, "after": 16}
 WARMUP = {"early": 1_000_000, "after": 0}
@@ -81,14 +81,13 @@ def test_operations_of_an_sdxl_lora():
 
 @given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 2**31))
 def test_nibbles_go_to_the_nearest_level_and_keep_zeros(rows, columns, seed):
-    storage, shape = Nibbles(), torch.Size((rows, columns))
+    state = Nibbles().new(2, torch.Size((rows, columns)), CPU)
     x = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
     x[1] *= 1e-15  # Smaller squares become 0 once code that PyTorch 2.4 compiled has run in this process.
     x[0][x[0].abs() < 0.3] = 0.0
-    buffers = storage.allocate("m", shape, 2, 0.0, dither(tensors=2))
-    assert not storage.read("m", buffers, rows, columns).any()
-    storage.write("m", buffers, x.clone(), dither())
-    y = storage.read("m", buffers, rows, columns)
+    assert not state.read().any()
+    state.write(x.clone(), dither())
+    y = state.read()
     step = 0.3536 * x.double().square().mean(dim=(1, 2), keepdim=True).sqrt()
     inside = x.abs() <= 7 * step
     assert ((y - x).abs() <= 0.5001 * step)[inside].all()
@@ -98,9 +97,9 @@ def test_nibbles_go_to_the_nearest_level_and_keep_zeros(rows, columns, seed):
 
 def test_four_bits_hold_a_gaussian():
     x = torch.randn(1, 64, 128)
-    buffers = Nibbles().allocate("m", torch.Size((64, 128)), 1, 0.0, dither())
-    Nibbles().write("m", buffers, x.clone(), dither())
-    error = (Nibbles().read("m", buffers, 64, 128) - x).square().mean() / x.square().mean()
+    state = Nibbles().new(1, torch.Size((64, 128)), CPU)
+    state.write(x.clone(), dither())
+    error = (state.read() - x).square().mean() / x.square().mean()
     assert error < 0.0145  # Max (1960): 0.0137 for fifteen levels
 
 
@@ -110,11 +109,10 @@ def test_low_rank_follows_a_matrix_of_its_rank(folded):
     rows, columns = folded
     target = torch.randn(2, rows, 3, generator=generator) @ torch.randn(2, 3, columns, generator=generator)
     target = target.view(2, 32, 48)
-    storage = LowRank(*folded, 3)
-    buffers = storage.allocate("m", torch.Size((32, 48)), 2, 0.0, dither(tensors=2))
+    state = LowRank(*folded, 3).new(2, torch.Size((32, 48)), CPU)
     for step in range(40):
-        storage.move("m", buffers, target.clone(), 0.1, dither(step, tensors=2))
-    y = storage.read("m", buffers, 32, 48)
+        state.lerp(target.clone(), 0.1, dither(step, tensors=2))
+    y = state.read()
     assert torch.cosine_similarity(y.flatten(1), target.flatten(1)).min() > 0.99
 
 
@@ -123,15 +121,14 @@ def test_low_rank_follows_a_matrix_of_its_rank(folded):
 def test_low_rank_turns_with_the_gradient(rank, seed):
     """From one direction to another: the old factor leaves, the new one comes in, and factors to spare stay out."""
     generator = torch.Generator().manual_seed(seed)
-    storage = LowRank(32, 48, rank)
-    buffers = storage.allocate("m", torch.Size((32, 48)), 1, 0.0, dither())
+    state = LowRank(32, 48, rank).new(1, torch.Size((32, 48)), CPU)
     exact = torch.zeros(1, 32, 48)
     for number in range(60):
         if number % 30 == 0:
             target = torch.randn(1, 32, 1, generator=generator) @ torch.randn(1, 1, 48, generator=generator)
-        storage.move("m", buffers, target, 0.1, dither(number))
+        state.lerp(target, 0.1, dither(number))
         exact.lerp_(target, 0.1)
-        y = storage.read("m", buffers, 32, 48)
+        y = state.read()
         assert torch.cosine_similarity(y.flatten(1), exact.flatten(1)).item() > 0.99
 
 
@@ -149,11 +146,11 @@ def test_what_never_has_a_gradient_does_not_move(optimizer_class):
 
 
 @pytest.mark.parametrize("columns", [96, 97])  # 97: an odd number of elements, and others for the low rank
-def test_small_stacks_move_as_a_large_one(columns, monkeypatch):
+def test_small_stacks_are_updated_as_a_large_one(columns, monkeypatch):
     """Five tensors, two at a time; the last stack has one."""
 
     def trained(elements):
-        monkeypatch.setattr(batches, "_LARGEST_CACHED", elements)
+        monkeypatch.setattr(layout, "_LARGEST_CACHED", elements)
         generator = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(45, columns, generator=generator)) for _ in range(5)]
         optimizer = Automagic_CameAMP_COptim(params, lr=1e-4, warmup_steps=10, momentum_scales=(1, 2, 3, 5))
@@ -162,7 +159,7 @@ def test_small_stacks_move_as_a_large_one(columns, monkeypatch):
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
         assert all(optimizer.state[p]["momentum_count_5"] == 4 for p in params)
-        return params, len(optimizer._batches_with_state(0))
+        return params, len(optimizer._groups[0].stacks_with_states(optimizer.state))
 
     large, count = trained(10**9)
     assert count == 1
@@ -177,8 +174,8 @@ def test_the_mean_of_coded_momenta_is_true(noise, least):
     """Low-rank signal and noise, as in a LoRA factor; the signal changes on the way."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = 64, 128
-    storages = momentum_storages(FOUR, torch.Size((rows, columns)))
-    buffers = {k: s.allocate("m", torch.Size((rows, columns)), 1, 0.0, dither()) for k, s in storages.items()}
+    shape = torch.Size((rows, columns))
+    states = {k: fmt.new(1, shape, CPU) for k, fmt in average_formats(FOUR, shape).items()}
     exact = {k: torch.zeros(1, rows, columns) for k in FOUR}
     cosines = []
     for step in range(1, 101):
@@ -186,42 +183,44 @@ def test_the_mean_of_coded_momenta_is_true(noise, least):
             signal = torch.randn(1, rows, 2, generator=generator) @ torch.randn(1, 2, columns, generator=generator)
         sg = signal + noise * torch.randn(1, rows, columns, generator=generator)
         counts = [step // k for k in FOUR]
-        coded, true = torch.zeros(1, rows, columns), torch.zeros(1, rows, columns)
-        for (k, storage), share in zip(storages.items(), multiscale.shares(FOUR, counts)):
-            if step % k == 0:
-                exact[k].lerp_(sg, 0.1)
-                storage.move("m", buffers[k], sg, 0.1, dither(step))
-            coded += share * storage.read("m", buffers[k], rows, columns)
-            true += share * exact[k]
+        coded, true = torch.empty(1, rows, columns), torch.zeros(1, rows, columns)
+        scales = [scale for scale in multiscale.scales(FOUR, tuple(counts), step) if scale.share]
+        updates = [Update(states[scale.period], scale.rate, scale.share) for scale in scales]
+        lerp_and_sum(updates, sg, dither(step), coded)
+        for period, rate, share in scales:
+            exact[period].lerp_(sg, rate)
+            true += share * exact[period]
         cosines.append(torch.cosine_similarity(coded.flatten(1), true.flatten(1)).item())
     assert sum(cosines) / len(cosines) >= least
 
 
 @pytest.mark.parametrize("scales", [FOUR, EIGHT], ids=len)  # of eight the two shortest are in four bits
-def test_coded_momenta_drive_as_far_as_exact_ones(scales, monkeypatch):
-    def momentum():
+def test_coded_momenta_drive_as_far_as_exact_ones(scales):
+    def momentum(optimizer_class):
         generator = torch.Generator().manual_seed(0)
         p = torch.nn.Parameter(torch.randn(64, 96, generator=generator))
         signal = torch.randn(64, 2, generator=generator) @ torch.randn(2, 96, generator=generator)
-        optimizer = Automagic_CameAMP_COptim([p], warmup_steps=0, momentum_scales=scales)
+        optimizer = optimizer_class([p], warmup_steps=0, momentum_scales=scales)
         for _ in range(80):
             p.grad = signal + torch.randn(64, 96, generator=generator)
             optimizer.step()
         return optimizer.state[p]
 
-    coded = momentum()
+    class Exact(Automagic_CameAMP_COptim):
+        _precision = Precision(codes_none=True)
+
+    coded = momentum(Automagic_CameAMP_COptim)
     assert "momentum_scale_1_q" in coded
-    monkeypatch.setattr(engine, "momentum_storages", lambda periods, shape: dict.fromkeys(periods, Full()))
-    exact = momentum()
+    exact = momentum(Exact)
     assert "momentum_scale_1" in exact
     assert torch.cosine_similarity(coded["exp_avg"].flatten(), exact["exp_avg"].flatten(), dim=0) > 0.95
     assert coded["exp_avg"].norm().item() == pytest.approx(exact["exp_avg"].norm().item(), rel=0.05)
 
 
 def test_bytes_go_to_the_largest_weights():
-    storages = momentum_storages((25, 1, 10, 5), torch.Size((128, 32)))
-    assert isinstance(storages[1], Nibbles)
-    assert storages[5].rank >= storages[10].rank >= storages[25].rank >= 1
+    formats = average_formats((25, 1, 10, 5), torch.Size((128, 32)))
+    assert isinstance(formats[1], Nibbles)
+    assert formats[5].rank >= formats[10].rank >= formats[25].rank >= 1
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 40))

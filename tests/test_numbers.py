@@ -9,9 +9,9 @@ import torch
 from reliability.runs import OPTIMIZERS
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim, report_loss
-from library.cameamp import workspace
+from library.cameamp.stacks import workspace
+from library.cameamp.stacks.workspace import Work, Workspace
 from library.cameamp.storage import blockwise
-from library.cameamp.workspace import Work, Workspace
 
 
 def all_finite(optimizer):
@@ -200,7 +200,7 @@ def test_parameters_moved_to_another_dtype_before_the_first_step():
 def test_transposed_parameters(optimizer_class, came, lend, monkeypatch):
     """Alone in their batch, with and without the memory that only CPUs keep."""
     if not lend:
-        monkeypatch.setattr(Workspace, "lend", lambda self, batch: Work())
+        monkeypatch.setattr(Workspace, "lend", lambda self, stack: Work())
 
     def run(layout):
         generator = torch.Generator().manual_seed(0)
@@ -221,7 +221,7 @@ def test_gradients_kept_for_the_second_pass_or_gathered_again(optimizer_class, m
     """All, some or none of the stacks: the same weights to the last bit, and nobody's gradients are written to."""
 
     def run(elements):
-        monkeypatch.setattr(workspace, "_LARGEST_KEPT", elements)
+        monkeypatch.setattr(workspace, "_LARGEST_HELD", elements)
         generator = torch.Generator().manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in [(64, 96), (64, 96), (32, 8)]]
         optimizer = optimizer_class([{"params": params[:2]}, {"params": params[2:]}], lr=1e-3, warmup_steps=6)
@@ -232,7 +232,8 @@ def test_gradients_kept_for_the_second_pass_or_gathered_again(optimizer_class, m
             before = [p.grad.clone() for p in params]
             optimizer.step()
             assert all(torch.equal(p.grad.nan_to_num(7), g.nan_to_num(7)) for p, g in zip(params, before))
-        kept = [optimizer._workspace.keeps(batch) for n in (0, 1) for batch in optimizer._batches_with_state(n)]
+        stacks = [stack for group in optimizer._groups for stack in group.stacks_with_states(optimizer.state)]
+        kept = [optimizer._workspace.holds(stack) for stack in stacks]
         assert optimizer.nonfinite_elements() == 18
         return params, kept
 

@@ -1,4 +1,4 @@
-"""How states are kept: nearest codes, exact zeros, unbiased masks, packed bits."""
+"""How states are stored: nearest codes, exact zeros, unbiased masks, packed bits."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from library.cameamp.rounding import Dither
 from library.cameamp.storage import blockwise
 from library.cameamp.storage.bits import Bits
 from library.cameamp.storage.blockwise import Blockwise, block_of
+from library.cameamp.storage.full import Full
 from library.cameamp.storage.linear import Linear
+from library.cameamp.storage.low_rank import LowRank
+from library.cameamp.storage.nibbles import Nibbles
 
 
 def dither(n=1, step=1):
     return Dither(torch.arange(n, dtype=torch.int32), step)
 
 
-def kept(storage, values, step=1):
-    """Buffers that hold `values`, (n, rows, columns)."""
+def stored(fmt, values, step=1):
+    """A state that holds `values`, (n, rows, columns)."""
     n, rows, columns = values.shape
-    buffers = storage.allocate("x", torch.Size((rows, columns)), n, 0.0, dither(n))
-    storage.write("x", buffers, values.clone(), dither(n, step))
-    return buffers
+    state = fmt.new(n, torch.Size((rows, columns)), values.device)
+    state.write(values.clone(), dither(n, step))
+    return state
 
 
-def roundtrip(storage, values, step=1):
-    return storage.read("x", kept(storage, values, step), *values.shape[1:])
+def roundtrip(fmt, values, step=1):
+    return stored(fmt, values, step).read()
 
 
 def spread_values(count, signed, seed=0):
@@ -45,7 +48,7 @@ def spread_values(count, signed, seed=0):
 @pytest.mark.parametrize("seed", range(3))
 def test_every_value_gets_its_nearest_code(signed, seed):
     values = spread_values(1 << 15, signed, seed)
-    codes = kept(Blockwise(signed, root=False, block=1 << 15), values.view(1, 1, -1))["x_q"].flatten().long()
+    codes = stored(Blockwise(signed, root=False, block=1 << 15), values.view(1, 1, -1)).tensors[0].flatten().long()
     table = bnb.create_dynamic_map(signed=signed).double()
     distances = (values.double().unsqueeze(1) - table).abs()
     chosen = distances.gather(1, codes.unsqueeze(1)).squeeze(1)
@@ -62,30 +65,31 @@ def test_values_of_the_map_are_exact(signed):
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("root", [True, False])
 def test_zeros_stay_zero(signed, root):
-    storage = Blockwise(signed, root, block=64)
+    fmt = Blockwise(signed, root, block=64)
     values = torch.zeros(1, 4, 64)
     values[0, 1] = torch.rand(64)
     values[0, 1, ::2] = 0.0
     values[0, 2, 5] = 1e-30
     if signed:
         values[0, 1, ::2] = -0.0
-    result = roundtrip(storage, values)
+    result = roundtrip(fmt, values)
     assert torch.equal(result == 0, values == 0)
 
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_bitsandbytes_decodes_what_was_written(signed):
     values = torch.randn(3, 8, 64) if signed else torch.rand(3, 8, 64)
-    storage = Blockwise(signed, root=False, block=128)
-    buffers = kept(storage, values)
+    fmt = Blockwise(signed, root=False, block=128)
+    ours = stored(fmt, values)
+    codes, scale = ours.tensors
     state = bnb.QuantState(
-        absmax=buffers["x_q_scale"].flatten(),
+        absmax=scale.flatten(),
         code=bnb.create_dynamic_map(signed=signed),
         blocksize=128,
         dtype=torch.float32,
     )
-    theirs = bnb.dequantize_blockwise(buffers["x_q"].view(-1), state)
-    assert torch.allclose(theirs.view_as(values), storage.read("x", buffers, 8, 64), rtol=1e-6)
+    theirs = bnb.dequantize_blockwise(codes.view(-1), state)
+    assert torch.allclose(theirs.view_as(values), ours.read(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1.0, 1e18])
@@ -98,18 +102,19 @@ def test_scales_of_any_size(scale):
 def test_the_root_spans_twice_the_magnitudes():
     values = spread_values(4096, signed=False).square().view(1, 1, -1)  # 18 decades
     errors = [(roundtrip(Blockwise(False, root, 4096), values) / values - 1).abs() for root in (True, False)]
-    kept_magnitudes = [(error < 0.5).float().mean() for error in errors]
-    assert kept_magnitudes[0] > 1.5 * kept_magnitudes[1]
+    surviving = [(error < 0.5).float().mean() for error in errors]
+    assert surviving[0] > 1.5 * surviving[1]
 
 
 def test_parts_do_not_change_the_codes(monkeypatch):
     values = torch.randn(2, 16, 64)
-    storage = Blockwise(signed=True, root=False, block=64)
-    whole = kept(storage, values)
+    fmt = Blockwise(signed=True, root=False, block=64)
+    whole = stored(fmt, values)
+    values_of_whole = whole.read()
     monkeypatch.setattr(blockwise, "_PART", 100)
-    parts = kept(storage, values)
-    assert torch.equal(whole["x_q"], parts["x_q"])
-    assert torch.equal(storage.read("x", whole, 16, 64), storage.read("x", parts, 16, 64))
+    parts = stored(fmt, values)
+    assert torch.equal(whole.tensors[0], parts.tensors[0])
+    assert torch.equal(values_of_whole, parts.read())
 
 
 @given(st.integers(1, 1 << 24), st.sampled_from([64, 256, 1024, 4096]))
@@ -124,12 +129,12 @@ def test_blocks_divide(count, largest):
 
 
 def test_linear_is_exact_at_its_ends_and_never_leaves_them():
-    storage = Linear(1e-7, 1e-3)
+    fmt = Linear(1e-7, 1e-3)
     values = torch.tensor([1e-7, 1e-3, 1e-7, 1e-3]).view(1, 1, 4)
     for step in range(50):
-        assert torch.equal(roundtrip(storage, values, step), values)
+        assert torch.equal(roundtrip(fmt, values, step), values)
     inside = torch.rand(1, 40, 40) * (1e-3 - 1e-7) + 1e-7
-    result = roundtrip(storage, inside)
+    result = roundtrip(fmt, inside)
     assert result.min() >= torch.tensor(1e-7)
     assert result.max() <= torch.tensor(1e-3)
 
@@ -149,15 +154,35 @@ def test_linear_with_equal_bounds():
 
 
 def test_linear_reads_the_bounds_it_was_written_with():
-    buffers = kept(Linear(0.0, 1e-3), torch.full((2, 8, 8), 1e-3))
-    assert torch.allclose(Linear(0.0, 5e-3).read("x", buffers, 8, 8), torch.full((2, 8, 8), 1e-3))
+    state = stored(Linear(0.0, 1e-3), torch.full((2, 8, 8), 1e-3))
+    other = Linear(0.0, 5e-3).over(state.tensors, torch.Size((8, 8)))
+    assert torch.allclose(other.read(), torch.full((2, 8, 8), 1e-3))
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 1000))
 def test_bits(n, rows, seed):
     bits = torch.rand(n, rows, 8, generator=torch.Generator().manual_seed(seed)) > 0.5
-    buffers = Bits().allocate("x", torch.Size((rows, 8)), n, 0.0, dither(n))
-    assert not Bits().read("x", buffers, rows, 8).any()
-    Bits().write("x", buffers, bits, dither(n))
-    assert torch.equal(Bits().read("x", buffers, rows, 8), bits)
-    assert buffers["x_q"].numel() == n * rows
+    state = Bits().new(n, torch.Size((rows, 8)), bits.device)
+    assert not state.read().any()
+    state.write(bits, dither(n))
+    assert torch.equal(state.read(), bits)
+    assert state.tensors[0].numel() == n * rows
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [Full(), Full(torch.bool), Bits(), Linear(0.0, 1e-3), Blockwise(True, False, 64), Nibbles(), LowRank(8, 64, 2)],
+    ids=lambda fmt: type(fmt).__name__,
+)
+def test_a_format_says_what_it_takes(fmt):
+    """Sizes, dtypes and bytes, and it recognizes its own tensors."""
+    shape = torch.Size((8, 64))
+    state = fmt.new(3, shape, torch.device("cpu"))
+    assert fmt.suffixes == tuple(fmt.parts(shape))
+    assert sum(tensor.nbytes for tensor in state.tensors) == 3 * fmt.bytes(shape)
+    tensors = {suffix: tensor[0] for suffix, tensor in zip(fmt.suffixes, state.tensors)}
+    if not isinstance(fmt, Linear):  # Its bounds are written with the first values.
+        assert fmt.as_saved(tensors, shape) == fmt
+    assert not state.read().any()
+    with pytest.raises(ValueError, match=r"^[a-z_]*: has"):
+        fmt.as_saved({suffix: tensor.flatten()[1:] for suffix, tensor in tensors.items()}, shape)

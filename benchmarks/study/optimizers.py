@@ -11,6 +11,9 @@ import library.automagic_cameamp as family
 
 from ..contenders import OURS, REFERENCE, peer
 from .task import Build, Named
+from .variants import Variant
+
+AS_IT_IS = Variant()
 
 # Each rate is twice the one before, and a grid is extended while the best rate is at its edge. Prodigy's rate is a
 # factor of the one that it finds.
@@ -46,20 +49,21 @@ def beyond(optimizer: str, tried: Collection[float], best: float) -> float | Non
     return best / 2 if best == min(tried) else best * 2
 
 
-def builder(optimizer: str, lr: float, options: dict[str, Any]) -> Build:
+def builder(optimizer: str, lr: float, options: dict[str, Any], variant: Variant = AS_IT_IS) -> Build:
     """How to build an optimizer.
 
     Args:
-        optimizer: one of ours, or a peer's name.
+        optimizer: one of the family, or a peer's name.
         lr: its learning rate.
         options: the other options.
+        variant: how one of the family is changed; its options are not looked at.
     """
 
     def build(named: Named) -> torch.optim.Optimizer:
         parameters = [p for _, p in named]
         if optimizer not in OURS:
             return peer(optimizer, lr=lr, **options)(parameters)
-        own = getattr(family, optimizer)(parameters, lr=lr, **options)
+        own = variant.of(getattr(family, optimizer))(parameters, lr=lr, **options)
         own.set_parameter_names({p: name for name, p in named})
         return own
 

@@ -14,7 +14,7 @@ from .kept import Kept
 from .optimizers import beyond, builder, rates
 from .task import Task, step_seconds, train
 from .text import Text
-from .variants import AS_IT_IS, VARIANTS, active
+from .variants import AS_IT_IS, VARIANTS
 
 DIGITS, TEXT = "digits", "text"
 
@@ -167,9 +167,8 @@ def _make(run: Run, steps: int) -> dict[str, Any]:
     options = dict(variant.options) if run.optimizer in OURS else {}
     if run.optimizer in OURS and variant.warmup is not None:
         options["warmup_steps"] = round(variant.warmup * steps)
-    with active(variant):
-        every = max(1, steps // _EVALUATIONS)
-        losses = train(new_task(run.task, run.seed), builder(run.optimizer, run.lr, options), steps, every)
+    every = max(1, steps // _EVALUATIONS)
+    losses = train(new_task(run.task, run.seed), builder(run.optimizer, run.lr, options, variant), steps, every)
     rounded = [float(f"{loss:.5g}") if math.isfinite(loss) else math.inf for loss in losses]
     return {"every": every, "steps": steps, "losses": rounded}
 

@@ -1,22 +1,22 @@
 """The optimizers with a technique left out, or with another formula in a technique's place.
 
-By options where there are any, else by patches: these serve a measurement, and nobody should have to choose among them.
+By options if there are any, else by another rule, law or precision in a class derived for the measurement: nobody
+should have to choose among these.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from library.cameamp import context
-from library.cameamp.storage import momenta
-from library.cameamp.techniques import adabelief, agr, consistency, grams, lr_mask, orthograd, tam
+from library.cameamp.context.controller import STANDARD_LAW, Law
+from library.cameamp.context.driver import Context
+from library.cameamp.optimizer import CameAMP
+from library.cameamp.techniques import tam
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,27 @@ class Variant:
 
     Attributes:
         options: their options.
-        patches: (where, name, what to put there).
+        techniques: other rules, by their places in `rules.Techniques`.
+        law: how the multiplier of the contextual ones follows.
+        codes: whether states are coded as usual; False for none.
         warmup: length of the warm-up, as a share of the run; None for the optimizer's default.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    patches: tuple[tuple[Any, str, Any], ...] = ()
+    techniques: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    law: Law = STANDARD_LAW
+    codes: bool = True
     warmup: float | None = 0.5
 
-
-@contextlib.contextmanager
-def active(variant: Variant) -> Iterator[None]:
-    """The product with the patches of a variant."""
-    with contextlib.ExitStack() as stack:
-        for where, name, replacement in variant.patches:
-            stack.enter_context(mock.patch.object(where, name, replacement))
-        momenta.momentum_storages.cache_clear()
-        stack.callback(momenta.momentum_storages.cache_clear)
-        yield
+    def of(self, optimizer_class: type[CameAMP]) -> type[CameAMP]:
+        """One of the family, changed."""
+        changed: dict[str, Any] = {
+            "_techniques": optimizer_class._techniques._replace(**self.techniques),
+            "_precision": replace(optimizer_class._precision, codes_none=not self.codes),
+        }
+        if issubclass(optimizer_class._driver_class, Context):
+            changed["_driver_class"] = type("Context", (optimizer_class._driver_class,), {"law": self.law})
+        return type(optimizer_class.__name__, (optimizer_class,), changed)
 
 
 # A technique left out -----------------------------------------------------------------------------------------------
@@ -73,16 +76,14 @@ def _without_belief(exp_avg: Tensor, exp_avg_res: Tensor, residual: Tensor, *_: 
     return residual.copy_(exp_avg)
 
 
-_NO_BELIEF = (adabelief, "divide_by_belief_", _without_belief)
-
 LEFT_OUT: dict[str, Variant] = {
-    "without AGR": Variant(patches=((agr, "regularize_", _as_it_is),)),
+    "without AGR": Variant(techniques={"regularize": _as_it_is}),
     "without CAME (came=False)": Variant({"came": False}),
-    "without torque-aware momentum": Variant(patches=((tam, "torque_aware_momentum_", _without_torque),)),
-    "without consistency momentum": Variant(patches=((consistency, "consistency_momentum_", _without_consistency),)),
-    "without AdaBelief": Variant(patches=(_NO_BELIEF,)),
-    "without Grams": Variant(patches=((grams, "turn_to_gradient_", _as_it_is),)),
-    "without orthogonal gradient": Variant(patches=((orthograd, "remove_part_along_weights_", _as_it_is),)),
+    "without torque-aware momentum": Variant(techniques={"torque_aware_momentum": _without_torque}),
+    "without consistency momentum": Variant(techniques={"consistency_momentum": _without_consistency}),
+    "without AdaBelief": Variant(techniques={"divide_by_belief": _without_belief}),
+    "without Grams": Variant(techniques={"turn_to_gradient": _as_it_is}),
+    "without orthogonal gradient": Variant(techniques={"remove_part_along_weights": _as_it_is}),
     "without the mask's bumps (lr_bump=0)": Variant({"lr_bump": 0.0}),
     "without ALLoRA (full_finetune=True)": Variant({"full_finetune": True}),
     "without weight decay (weight_decay=0)": Variant({"weight_decay": 0.0}),
@@ -91,17 +92,17 @@ LEFT_OUT: dict[str, Variant] = {
 
 CONTEXT_LEFT_OUT: dict[str, Variant] = {
     "without multi-scale momentum": Variant({"momentum_scales": ()}),
-    "without codes of the momenta": Variant(patches=((momenta, "SMALLEST_CODED", 2**62),)),
+    "without codes of the momenta": Variant(codes=False),
     "without edge cases": Variant({"edge_threshold": 1.0}),
-    "without the offset": Variant(patches=((context, "_OFFSET", 0.0),)),
+    "without the offset": Variant(law=Law(offset=0.0)),
     "without the multiplier": Variant({"adaptation_rate": 0.0}),
 }
 
 # Techniques alone ---------------------------------------------------------------------------------------------------
 
 # What is left with all of them out: CAME's scaling, without which steps have no scale, and a plain momentum.
-_CORE_PATCHES: dict[str, tuple[Any, str, Any]] = {
-    name: LEFT_OUT[f"without {name}"].patches[0]
+_CORE_TECHNIQUES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    name: LEFT_OUT[f"without {name}"].techniques
     for name in ("AGR", "torque-aware momentum", "consistency momentum", "AdaBelief", "Grams", "orthogonal gradient")
 }
 _CORE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -112,16 +113,19 @@ _CORE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _core(but: str = "") -> Variant:
+def _core(kept: str = "") -> Variant:
     options: dict[str, Any] = {}
+    techniques: dict[str, Callable[..., Any]] = {}
     for name, own in _CORE_OPTIONS.items():
-        options.update(own if name != but else {})
-    return Variant(options, tuple(patch for name, patch in _CORE_PATCHES.items() if name != but))
+        options.update(own if name != kept else {})
+    for name, left_out in _CORE_TECHNIQUES.items():
+        techniques.update(left_out if name != kept else {})
+    return Variant(options, techniques)
 
 
 ALONE: dict[str, Variant] = {
     "CAME alone": _core(),
-    **{f"CAME and {name}": _core(name) for name in (*_CORE_PATCHES, *_CORE_OPTIONS)},
+    **{f"CAME and {name}": _core(name) for name in (*_CORE_TECHNIQUES, *_CORE_OPTIONS)},
 }
 
 # Other formulas -----------------------------------------------------------------------------------------------------
@@ -138,14 +142,14 @@ def _geometric(factor: float) -> Variant:
     ) -> None:
         mask.mul_(torch.where(polarity == last_polarity, factor, 1 / factor)).clamp_(min_lr, max_lr)
 
-    return Variant(patches=((lr_mask, "bump_", bump),))
+    return Variant(techniques={"bump": bump})
 
 
 def _together(*variants: Variant) -> Variant:
     """All their changes; the warm-up is the last one's."""
     options = {name: value for variant in variants for name, value in variant.options.items()}
-    patches = tuple(patch for variant in variants for patch in variant.patches)
-    return Variant(options, patches, variants[-1].warmup)
+    techniques = {place: rule for variant in variants for place, rule in variant.techniques.items()}
+    return Variant(options, techniques, warmup=variants[-1].warmup)
 
 
 _HIGHER = Variant({"max_lr": 1e-2})
@@ -171,9 +175,9 @@ CONTEXT_FORMULAS: dict[str, Variant] = {
     **FORMULAS,
     "max_lr=1e-2 in place of 1e-3": _HIGHER,
     "bias correction and max_lr=1e-2": _CORRECTED_AND_HIGHER,
-    "gain 15 in place of 30": Variant(patches=((context, "_GAIN", 15.0),)),
-    "gain 60 in place of 30": Variant(patches=((context, "_GAIN", 60.0),)),
-    "offset 0.05 in place of 0.02": Variant(patches=((context, "_OFFSET", 0.05),)),
+    "gain 15 in place of 30": Variant(law=Law(gain=15.0)),
+    "gain 60 in place of 30": Variant(law=Law(gain=60.0)),
+    "offset 0.05 in place of 0.02": Variant(law=Law(offset=0.05)),
 }
 
 # Options of the contextual optimizers that promise a lower loss, alone and together.

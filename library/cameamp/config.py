@@ -10,19 +10,18 @@ import ast
 import contextlib
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
-_Triple = tuple[float, float, float]
-
-# Up to here a float tells whole numbers apart.
-_LARGEST_INTEGER = 2**53
+from .values import Check, number, three_numbers, truth, whole_number, whole_numbers
 
 # A floor smaller than this vanishes in float32 once it is multiplied by 1 - beta.
 _SMALLEST_EPS = 1e-35
+
+
+def _option(default: Any, check: Check) -> Any:
+    return dataclasses.field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True)
@@ -60,33 +59,32 @@ class OptimizerConfig:
         ValueError: an option out of range.
     """
 
-    lr: float = 1e-6
-    min_lr: float = 1e-7
-    max_lr: float = 1e-3
-    lr_bump: float = 3e-6
-    eps: _Triple = (1e-30, 1e-16, 1e-8)
-    clip_threshold: float = 1.0
-    betas: _Triple = (0.8, 0.99, 0.999)
-    eta: float = 2.0
-    beta1_decay: float = 0.9995
-    weight_decay: float = 5e-4
-    warmup_steps: int = 500
-    came: bool = True
-    full_finetune: bool = False
-    verbose: bool = False
-    context_window: int = 100
-    edge_threshold: float = 0.95
-    adaptation_rate: float = 0.1
-    momentum_scales: tuple[int, ...] = (1, 5, 10, 25)
-    blocksize: int = 4096
-    fused: bool = False
-    cautious: bool = False
-    bias_correction: bool = False
+    lr: float = _option(1e-6, number)
+    min_lr: float = _option(1e-7, number)
+    max_lr: float = _option(1e-3, number)
+    lr_bump: float = _option(3e-6, number)
+    eps: tuple[float, float, float] = _option((1e-30, 1e-16, 1e-8), three_numbers)
+    clip_threshold: float = _option(1.0, number)
+    betas: tuple[float, float, float] = _option((0.8, 0.99, 0.999), three_numbers)
+    eta: float = _option(2.0, number)
+    beta1_decay: float = _option(0.9995, number)
+    weight_decay: float = _option(5e-4, number)
+    warmup_steps: int = _option(500, whole_number)
+    came: bool = _option(True, truth)
+    full_finetune: bool = _option(False, truth)
+    verbose: bool = _option(False, truth)
+    context_window: int = _option(100, whole_number)
+    edge_threshold: float = _option(0.95, number)
+    adaptation_rate: float = _option(0.1, number)
+    momentum_scales: tuple[int, ...] = _option((1, 5, 10, 25), whole_numbers)
+    blocksize: int = _option(4096, whole_number)
+    fused: bool = _option(False, truth)
+    cautious: bool = _option(False, truth)
+    bias_correction: bool = _option(False, truth)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = checked(field.name, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+            object.__setattr__(self, field.name, checked(field.name, getattr(self, field.name)))
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -170,8 +168,19 @@ class OptimizerConfig:
         return {name: getattr(self, name) for name in OPTION_NAMES}
 
 
-OPTION_NAMES: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(OptimizerConfig))
-_KINDS: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(OptimizerConfig)}
+_FIELDS = {field.name: field for field in dataclasses.fields(OptimizerConfig)}
+OPTION_NAMES: tuple[str, ...] = tuple(_FIELDS)
+
+
+def checked(name: str, value: Any) -> Any:
+    """The value of an option as its own type, by itself, not beside the others.
+
+    Raises:
+        TypeError: it is of another type.
+        ValueError: it is not finite.
+    """
+    field = _FIELDS[name]
+    return field.metadata["check"](name, value, field.default)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
@@ -225,54 +234,3 @@ def parse_optimizer_args(words: Iterable[str]) -> dict[str, Any]:
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
     if not condition:
         raise ValueError(f"option '{name}' is {value!r}; allowed: {allowed}")
-
-
-def checked(name: str, value: Any) -> Any:
-    """The value of an option as its own type, by itself, not beside the others.
-
-    Raises:
-        TypeError: it is of another type.
-        ValueError: it is not finite.
-    """
-    kind = _KINDS[name]
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise TypeError(f"option '{name}' is {value!r}; allowed: True or False")
-        return value
-    if kind == "int":
-        return _integer(name, value, "a whole number")
-    if kind == "float":
-        return _number(name, value, "a finite number")
-    if kind == "_Triple":
-        if not isinstance(value, (tuple, list)) or len(value) != 3:
-            raise TypeError(f"option '{name}' is {value!r}; allowed: three numbers, for example {_example(name)}")
-        return tuple(_number(name, item, "three finite numbers") for item in value)
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"option '{name}' is {value!r}; allowed: whole numbers, for example {_example(name)}")
-    return tuple(_integer(name, item, "whole numbers") for item in value)
-
-
-def _example(name: str) -> str:
-    """An option's default with the brackets that Python and TOML both read."""
-    return str(list(getattr(OptimizerConfig, name)))
-
-
-def _number(name: str, value: Any, allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"option '{name}' is {value!r}; allowed: {allowed}")
-    try:
-        number = float(value)
-    except OverflowError:  # A whole number of more than 308 digits.
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"option '{name}' is {value!r}; allowed: {allowed}")
-    return number
-
-
-def _integer(name: str, value: Any, allowed: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"option '{name}' is {value!r}; allowed: {allowed}")
-    number = int(value)
-    if abs(number) > _LARGEST_INTEGER:
-        raise ValueError(f"option '{name}' is too large; allowed: {allowed} up to {_LARGEST_INTEGER}")
-    return number

@@ -1,23 +1,30 @@
-"""A parameter group: its options, what a scheduler makes of its learning rate, and its gradients as a whole."""
+"""A parameter group: its options, its schedule, its stacks and their states."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batches import Batch
 from .config import OPTION_NAMES, OptimizerConfig, check_group_names, checked
-from .gradients import Magnitudes
-from .techniques import agr, weight_decay
+from .parameters import Parameters
+from .phase import Phase
+from .stacks.layout import Layout
+from .stacks.stack import Binding, ParameterState, Stack, Traits
+from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
+from .storage import Format
+from .storage.full import Full
+from .storage.trial import can_store
+from .techniques import allora, multiscale
 
 logger = logging.getLogger(__name__)
 
-_SHARED = ("context_window", "edge_threshold", "adaptation_rate")
+# Per-parameter states, as `optimizer.state` is; groups add to them.
+States = MutableMapping[Tensor, ParameterState]
 
 
 @dataclass(frozen=True)
@@ -66,56 +73,181 @@ class GroupOptions:
         except (TypeError, ValueError) as error:
             raise type(error)(f"parameter group {number}: {error}") from None
 
-    def check_shared(self, number: int, defaults: OptimizerConfig) -> None:
-        """Raise ValueError where a group of a contextual optimizer wants a context of its own."""
-        for name in _SHARED:
-            value, shared = getattr(self.config, name), getattr(defaults, name)
-            if value != shared:
-                raise ValueError(
-                    f"parameter group {number}: option '{name}' is {value!r}; there is one context for the whole "
-                    f"optimizer, so a group cannot have its own; allowed: {shared!r}, as the constructor has it"
-                )
 
-    def initial_lr(self, group: Mapping[str, Any]) -> float:
-        """The learning rate that a scheduler multiplies; `group` is the optimizer's entry of `param_groups`."""
-        return float(group.get("initial_lr", self.lr))
+class Group:
+    """One entry of an optimizer's `param_groups`.
 
-    def starting_lr(self, group: Mapping[str, Any]) -> float:
-        """Where the mask of the group's elements starts."""
-        return min(max(self.initial_lr(group), self.config.min_lr), self.config.max_lr)
+    Args:
+        number: its place in `param_groups`.
+        entry: its dictionary there, into which schedulers write.
+        options: what it was built with.
+        parameters: those of the whole optimizer.
+        precision: which states are coded.
+        periods: those of its multi-scale momenta.
+    """
 
-    def scheduler_factor(self, group: Mapping[str, Any]) -> float:
-        """By how much a scheduler has changed the group's learning rate since the start."""
-        lr, initial = group["lr"], self.initial_lr(group)
+    def __init__(
+        self,
+        number: int,
+        entry: dict[str, Any],
+        options: GroupOptions,
+        parameters: Parameters,
+        precision: Precision,
+        periods: tuple[int, ...],
+    ) -> None:
+        self.number = number
+        self.entry = entry
+        self.config = options.config
+        self.periods = periods
+        self._lr = options.lr
+        self._parameters = parameters
+        self._precision = precision
+        self._momenta = [momentum(period) for period in periods]
+        # Parameters whose states no code can hold on their device.
+        self.uncoded: set[Tensor] = set()
+        self.restart()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_bindings")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all that was made for the states there were before; they may be other tensors now."""
+        # Momenta pass over a stack two dozen times more. Beside codes of all states, which take most of the time, it is
+        # even.
+        self._layout = Layout(cached=bool(self.periods) and not self._precision.codes_all)
+        self._bindings: dict[tuple[Any, ...], dict[str, Binding]] = {}
+
+    # Options and rates ------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Its parameters."""
+        params: list[Tensor] = self.entry["params"]
+        return params
+
+    @property
+    def initial_lr(self) -> float:
+        """The learning rate that a scheduler multiplies."""
+        return float(self.entry.get("initial_lr", self._lr))
+
+    @property
+    def starting_lr(self) -> float:
+        """What the mask of its elements starts at."""
+        return min(max(self.initial_lr, self.config.min_lr), self.config.max_lr)
+
+    @property
+    def scheduler_factor(self) -> float:
+        """By how much a scheduler has changed the learning rate since the start."""
+        lr, initial = self.entry["lr"], self.initial_lr
         if lr == 0:
             return 0.0
         # A group built with lr 0 and given one later is thawed; there is no ratio to take, and its mask leads.
         return lr / initial if initial != 0 else 1.0
 
+    # States -----------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class GroupSums:
-    """What the rules need to know of a group's gradients as a whole.
+    def states(self, phase: Phase) -> list[State]:
+        """The rows of the table that its parameters have in a phase."""
+        return [state for state in TABLE if state.lives(phase, self.config.came)] + self._momenta
 
-    Attributes:
-        magnitude: 0-d, AGR's sum of |g|; on the first batch's device.
-        decay_strengths: for each batch, the strength of the weight decay of its tensors; None where nothing decays.
-    """
+    def format(self, state: State, p: Tensor) -> Format:
+        """How a state of one of its parameters is stored."""
+        return state.full if p in self.uncoded else self._precision.format(state, p.shape, self.config)
 
-    magnitude: Tensor
-    decay_strengths: list[Tensor] | list[None]
+    def phase(self, stack: Stack) -> Phase:
+        """The phase of a stack's step."""
+        return Phase.at(stack.traits.step, self.config.warmup_steps)
 
-    @classmethod
-    def of(cls, batches: Sequence[Batch], measured: Sequence[Magnitudes]) -> GroupSums:
-        """Over the batches of a group, whichever devices they are on."""
-        device = measured[0].abs_sums.device
-        abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
-        magnitude = agr.magnitude_sum(abs_sums, torch.stack([m.nonzero_count.to(device) for m in measured]))
-        deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
-        if not deviations:
-            return cls(magnitude, [None] * len(batches))
-        sizes = [batch.rows * batch.columns for batch in batches]
-        counts = torch.cat([torch.full_like(m.abs_sums, size) for m, size in zip(measured, sizes)]).to(device)
-        strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
-        parts = strengths.split([len(batch) for batch in batches])
-        return cls(magnitude, [part.to(batch.params[0].device) for part, batch in zip(parts, batches)])
+    def count_step(self, params: Iterable[Tensor], states: States) -> None:
+        """Count a step of some of its parameters, and the updates of their momenta."""
+        due: dict[int, list[tuple[str, bool]]] = {}  # at each step that a parameter is at, mostly one
+        for p in params:
+            state = states[p]
+            step = state["step"] = state.get("step", 0) + 1
+            if step not in due:
+                due[step] = [
+                    (row.counter, multiscale.is_due(period, step)) for row, period in zip(self._momenta, self.periods)
+                ]
+            for counter, is_due in due[step]:
+                if is_due or counter not in state:
+                    state[counter] = state.get(counter, 0) + is_due
+
+    def stacks(self, params: Collection[Tensor], states: States) -> list[Stack]:
+        """The stacks of some of its parameters, which have taken a step."""
+        scaled = set() if self.config.full_finetune else self._parameters.factors
+        counters = [row.counter for row in self._momenta]
+        members = []
+        for p in params:
+            state = states[p]
+            has_polarity = "last_polarity" in state or "last_polarity_q" in state
+            counts = tuple([state.get(counter, 0) for counter in counters])
+            traits = Traits(state["step"], p in scaled, has_polarity, counts)
+            members.append((self._parameters.position(p), p, traits))
+        stacks, left_behind = self._layout.stacks(members)
+        for p in left_behind:
+            # Its states are slices of tensors that nobody else needs any more.
+            states[p].update((key, value.clone()) for key, value in states[p].items() if torch.is_tensor(value))
+        return stacks
+
+    def stacks_with_states(self, states: States) -> list[Stack]:
+        """The stacks of all its parameters that have ever taken a step."""
+        params = [p for p in self.params if "step" in states.get(p, {})]
+        return self.stacks(params, states) if params else []
+
+    def bind(self, stack: Stack, states: States, reading: bool = False) -> None:
+        """Bind a stack to the states of its phase; in 32 bits if its device cannot code them.
+
+        Args:
+            stack: one of the group's.
+            states: the optimizer's.
+            reading: make no sign history that is not there; only a step may begin one.
+        """
+        try:
+            stack.bind(states, self._bindings_of(stack, reading))
+        except RuntimeError as error:
+            coded = [row for row in self.states(self.phase(stack)) if not isinstance(self._code(row, stack), Full)]
+            if not coded or can_store([self._code(row, stack) for row in coded], stack.device, error):
+                raise
+            self.leave_uncoded(stack.params, states, error)
+            stack.bind(states, self._bindings_of(stack, reading))
+
+    def leave_uncoded(self, params: Collection[Tensor], states: States, error: RuntimeError) -> None:
+        """Store the states of some parameters in 32 bits from here on, with one warning."""
+        reason = str(error).partition("\n")[0]
+        shapes = ", ".join(sorted({str(tuple(p.shape)) for p in params}))
+        logger.warning("states of parameters of shape %s stay in 32 bits, quantizing failed: %s", shapes, reason)
+        for p in params:
+            for row in (*TABLE, *self._momenta):
+                code = self.format(row, p)
+                if row.name not in states[p] and all(key in states[p] for key in code.keys(row.name)):
+                    states[p][row.name] = to_full(row, states[p], code, p.shape)
+        self.uncoded.update(params)
+
+    def mask_and_row_scaling(self, stack: Stack, states: States) -> tuple[Tensor, Tensor | None]:
+        """The masks of a stack, (tensors, rows, columns), and ALLoRA's factors, (tensors, rows, 1), if it applies."""
+        self.bind(stack, states, reading=True)
+        rows = allora.row_scaling(stack.weights(), self.config.eta) if stack.traits.row_scaled else None
+        return stack.read(LR_MASK.name), rows
+
+    def _code(self, row: State, stack: Stack) -> Format:
+        return self.format(row, stack.params[0])
+
+    def _bindings_of(self, stack: Stack, reading: bool) -> dict[str, Binding]:
+        """How a stack is to have the states of its phase: for hundreds of steps the same, so it is looked up."""
+        phase = self.phase(stack)
+        if reading and not stack.traits.has_polarity:
+            phase = phase._replace(warmup=False)
+        p = stack.params[0]
+        kind = (phase, p.shape, p in self.uncoded, self.starting_lr)
+        if kind not in self._bindings:
+            found = {}
+            for row in self.states(phase):
+                code = self.format(row, p)
+                start = self.starting_lr if row.starts_at_lr else 0.0
+                found[row.name] = Binding(code, code.keys(row.name), start)
+            self._bindings[kind] = found
+        return self._bindings[kind]

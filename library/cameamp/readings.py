@@ -8,6 +8,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .context.driver import Driver
+from .groups import Group, States
+from .step.rules import lr_factor
+
 
 class Readings(NamedTuple):
     """What one optimizer is doing.
@@ -29,6 +33,31 @@ class Readable(Protocol):
 
     def context_summary(self) -> Mapping[str, Tensor]:
         """0-d tensors by name."""
+
+
+@torch.no_grad()
+def summarize(group: Group, states: States, driver: Driver) -> Tensor | float:
+    """Mean, smallest and largest effective learning rate of a group.
+
+    Returns:
+        (3,) float32 on the group's device; before its first step the one number that it starts from.
+    """
+    stacks = group.stacks_with_states(states)
+    if not stacks:
+        return float(group.entry["lr"])
+    sums, lows, highs, count = [], [], [], 0
+    for stack in stacks:
+        mask, rows = group.mask_and_row_scaling(stack, states)
+        scaling = lr_factor(group.scheduler_factor, rows)
+        rates = driver.scaled(mask, group.config) * (1.0 if scaling is None else scaling)
+        low, high = torch.aminmax(rates)
+        sums.append(rates.sum())
+        lows.append(low)
+        highs.append(high)
+        count += rates.numel()
+    device = sums[0].device
+    total, low, high = (torch.stack([x.to(device) for x in values]) for values in (sums, lows, highs))
+    return torch.stack([total.sum() / count, low.amin(), high.amax()])
 
 
 def read(optimizers: Sequence[Readable]) -> list[Readings]:

@@ -27,6 +27,6 @@ if __name__ == "__main__":
         accelerator.backward((model(x) - x).square().mean())
         accelerator.log({"loss": 0.0, "lr/unet": 1e-4}, step=number + 1)
     for optimizer in optimizers:
-        print("full_finetune", optimizer.config.full_finetune, "names", sorted(optimizer._names.values()))
+        print("full_finetune", optimizer.config.full_finetune, "names", sorted(optimizer._parameters.names.values()))
     print("losses", [len(optimizer.c_optim.loss_history) for optimizer in optimizers])
     accelerator.end_training()

@@ -7,6 +7,7 @@ it decodes 0 as something else and small values as multiples of themselves; here
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import compiling
 from ..devices import moved
 from ..rounding import Dither
-from . import Buffers
+from . import Format, Part, Stored
 
 SMALLEST_BLOCK = 64
 
@@ -39,12 +40,12 @@ def block_of(count: int, largest: int) -> int | None:
 
 
 @dataclass(frozen=True)
-class Blockwise:
+class Blockwise(Format):
     """Blocks of one scale each, in a dynamic map.
 
     Attributes:
         signed: whether values can be negative.
-        root: keep the square root; for values that are divided by their root, and may span twice the magnitudes.
+        root: write the square root; for values that are divided by their root, and may span twice the magnitudes.
         block: elements in a block; divides the element count of a parameter.
     """
 
@@ -52,56 +53,75 @@ class Blockwise:
     root: bool
     block: int
 
-    def keys(self, name: str) -> tuple[str, ...]:
-        return (f"{name}_q", f"{name}_q_scale")
+    suffixes = ("_q", "_q_scale")
 
-    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
-        if fill != 0:
-            raise ValueError(f"a blockwise state starts at 0, not {fill}")
-        codes = torch.full((n, *shape), _code_of_zero(self.signed), dtype=torch.uint8, device=dither.device)
+    def parts(self, shape: torch.Size) -> dict[str, Part]:
         return {
-            f"{name}_q": codes,
-            f"{name}_q_scale": torch.zeros(n, shape.numel() // self.block, dtype=torch.float32, device=dither.device),
+            "_q": Part(torch.uint8, tuple(shape), _code_of_zero(self.signed)),
+            "_q_scale": Part(torch.float32, (shape.numel() // self.block,)),
         }
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"].view(-1, 1)
-        tables = _tables(self.signed, codes.device)
-        compiled = compiling.run(_decode, codes.view(-1, self.block), scale, tables.values, self.root)
+    def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredBlockwise:
+        return StoredBlockwise(self, tensors, shape)
+
+    def as_saved(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> Blockwise:
+        """Whatever the size of its blocks."""
+        codes, scale = tensors["_q"], tensors["_q_scale"]
+        if codes.shape != shape:
+            raise ValueError(f"_q: has shape {tuple(codes.shape)}")
+        block = shape.numel() // max(scale.numel(), 1)
+        if scale.ndim != 1 or block < SMALLEST_BLOCK or block & (block - 1) or block * scale.numel() != shape.numel():
+            raise ValueError(f"_q_scale: has shape {tuple(scale.shape)}, which divides {tuple(shape)} into no blocks")
+        if (scale < 0).any():
+            raise ValueError("_q_scale: has negative elements")
+        return Blockwise(self.signed, self.root, block)
+
+
+class StoredBlockwise(Stored):
+    """A state in the format `Blockwise`."""
+
+    def __init__(self, blockwise: Blockwise, tensors: Sequence[Tensor], shape: torch.Size) -> None:
+        super().__init__(tensors, shape)
+        self._signed, self._root, self._block = blockwise.signed, blockwise.root, blockwise.block
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        codes, scale = self.tensors
+        tables = _tables(self._signed, codes.device)
+        compiled = compiling.run(_decode, codes.view(-1, self._block), scale.view(-1, 1), tables.values, self._root)
         if compiled is not None:
-            return compiled.view(-1, rows, columns)
+            return compiled.view(-1, self.rows, self.columns)
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for part, its_codes in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
             torch.index_select(tables.values, 0, its_codes.int(), out=part)
-        values.view(-1, self.block).mul_(scale)
-        return (values.square_() if self.root else values).view(-1, rows, columns)
+        values.view(-1, self._block).mul_(scale.view(-1, 1))
+        return (values.square_() if self._root else values).view(-1, self.rows, self.columns)
 
-    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
-        codes = buffers[f"{name}_q"]
-        tables = _tables(self.signed, codes.device)
-        blocks = stack.reshape(-1, self.block)
-        compiled = compiling.run(_encode, blocks, tables.midpoints, tables.first, self.root)
+    def write(self, stack: Tensor, dither: Dither) -> None:
+        codes, scales = self.tensors
+        tables = _tables(self._signed, codes.device)
+        blocks = stack.reshape(-1, self._block)
+        compiled = compiling.run(_encode, blocks, tables.midpoints, tables.first, self._root)
         if compiled is not None:
             codes.copy_(compiled[0].view_as(codes))
-            buffers[f"{name}_q_scale"].copy_(compiled[1].view_as(buffers[f"{name}_q_scale"]))
+            scales.copy_(compiled[1].view_as(scales))
             return
-        if self.root:
+        if self._root:
             blocks.sqrt_()
         scale = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
-        buffers[f"{name}_q_scale"].copy_(scale.view_as(buffers[f"{name}_q_scale"]))
+        scales.copy_(scale.view_as(scales))
         blocks.div_(torch.where(scale > 0, scale, 1.0).unsqueeze(1))
         for part, its_codes in zip(blocks.view(-1).split(_PART), codes.view(-1).split(_PART)):
             _nearest_codes(part, tables, out=its_codes)
 
 
 def _decode(codes: Tensor, scale: Tensor, values: Tensor, root: bool) -> Tensor:
-    """As `Blockwise.read`, of (blocks, elements), for a graph."""
+    """As `StoredBlockwise.read`, of (blocks, elements), for a graph."""
     found = values[codes.int()] * scale
     return found.square() if root else found
 
 
 def _encode(blocks: Tensor, midpoints: Tensor, first: Tensor, root: bool) -> tuple[Tensor, Tensor]:
-    """As `Blockwise.write`, of (blocks, elements), for a graph: codes and scales."""
+    """As `StoredBlockwise.write`, of (blocks, elements), for a graph: codes and scales."""
     blocks = blocks.sqrt() if root else blocks
     scale = blocks.abs().amax(dim=1)
     x = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
@@ -174,3 +194,19 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     first = torch.zeros(1 << 16, dtype=torch.uint8, device="cpu")
     first[: len(upper)] = torch.bucketize(smallest, midpoints[:-1]).to(torch.uint8)
     return _Tables(*(moved(table, device) for table in (values, midpoints, first)))
+
+
+def require_bitsandbytes() -> None:
+    """Raise RuntimeError, saying what to install, if bitsandbytes' 8-bit maps cannot be had."""
+    try:
+        usable = dynamic_map(signed=True).numel() == 256
+    except Exception as error:  # A broken installation fails with whatever its libraries raise.
+        raise RuntimeError(f"{_HELP} ({type(error).__name__}: {error})") from error
+    if not usable:
+        raise RuntimeError(_HELP)
+
+
+_HELP = (
+    "8-bit states need bitsandbytes: pip install 'bitsandbytes>=0.43'; "
+    "meanwhile Automagic_CameAMP does the same with 32-bit states"
+)

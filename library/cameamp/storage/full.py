@@ -1,45 +1,48 @@
-"""States kept as they are: the rules update the buffers themselves."""
+"""States stored as they are: the rules update the tensors themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import Buffers, Moved
+from . import AverageFormat, Part, Scaled, StoredAverage
 
 
 @dataclass(frozen=True)
-class Full:
-    """One buffer per state, of the dtype the rules compute in."""
+class Full(AverageFormat):
+    """One tensor, of the dtype that the rules compute in."""
 
     dtype: torch.dtype = torch.float32
 
-    def keys(self, name: str) -> tuple[str, ...]:
-        return (name,)
+    suffixes = ("",)
 
-    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
-        return {name: torch.full((n, *shape), fill, dtype=self.dtype, device=dither.device)}
+    def parts(self, shape: torch.Size) -> dict[str, Part]:
+        return {"": Part(self.dtype, tuple(shape))}
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        return buffers[name].view(-1, rows, columns)
+    def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredFull:
+        return StoredFull(tensors, shape)
 
-    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
-        buffer = buffers[name]
-        if stack.data_ptr() != buffer.data_ptr():  # Rules mostly update the buffer itself.
-            buffer.copy_(stack.view_as(buffer))
 
-    def move(
-        self,
-        name: str,
-        buffers: Buffers,
-        target: Tensor,
-        rate: float,
-        dither: Dither,
-        out: Tensor | None = None,
-        scratch: Tensor | None = None,
-    ) -> Moved:
-        moved = buffers[name].view(target.shape).lerp_(target, rate)
-        return Moved(moved.clone() if out is None else out.copy_(moved), 1.0)
+class StoredFull(StoredAverage):
+    """A state in the format `Full`."""
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        return self.tensors[0].view(-1, self.rows, self.columns)
+
+    def write(self, stack: Tensor, dither: Dither) -> None:
+        (own,) = self.tensors
+        if stack.data_ptr() != own.data_ptr():  # Rules mostly update the tensor itself.
+            own.copy_(stack.view_as(own))
+
+    def fill(self, value: float, dither: Dither) -> None:
+        self.tensors[0].fill_(value)
+
+    def lerp(
+        self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Scaled:
+        average = self.tensors[0].view(target.shape).lerp_(target, rate)
+        return Scaled(average.clone() if out is None else out.copy_(average), 1.0)

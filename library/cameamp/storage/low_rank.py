@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..devices import full_precision
 from ..rounding import Dither, uniform_noise
-from . import Buffers
+from . import AverageFormat, Part, StoredAverage
 
 _LARGEST_CODE = 127
 # Below it only what is all zeros is divided.
@@ -26,7 +26,7 @@ _SMALLEST_NEW_PART = 1e-3
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(AverageFormat):
     """X_q holds the left factor beside the right one, (rank, rows + columns); X_q_scale what their product is worth.
 
     Attributes:
@@ -39,75 +39,71 @@ class LowRank:
     columns: int
     rank: int
 
-    def keys(self, name: str) -> tuple[str, ...]:
-        return (f"{name}_q", f"{name}_q_scale")
+    suffixes = ("_q", "_q_scale")
 
-    def bytes(self) -> int:
-        """What one parameter's state takes."""
-        return (self.rows + self.columns + 4) * self.rank
-
-    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
-        if fill != 0:
-            raise ValueError(f"a state of low rank starts at 0, not {fill}")
-        size = (n, self.rank, self.rows + self.columns)
+    def parts(self, shape: torch.Size) -> dict[str, Part]:
         return {
-            f"{name}_q": torch.zeros(size, dtype=torch.int8, device=dither.device),
-            f"{name}_q_scale": torch.zeros(n, self.rank, dtype=torch.float32, device=dither.device),
+            "_q": Part(torch.int8, (self.rank, self.rows + self.columns)),
+            "_q_scale": Part(torch.float32, (self.rank,)),
         }
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        left, right = _factors([(self, name, 1.0)], buffers)
+    def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredLowRank:
+        return StoredLowRank(self, tensors, shape)
+
+
+class StoredLowRank(StoredAverage):
+    """A state in the format `LowRank`."""
+
+    def __init__(self, folded: LowRank, tensors: Sequence[Tensor], shape: torch.Size) -> None:
+        super().__init__(tensors, shape)
+        self.folded = folded
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        left, right = _factors([(self, 1.0)])
         with full_precision(left.device):
             values = torch.bmm(left, right)
-        return values.flatten(1)[:, : rows * columns].reshape(-1, rows, columns)
+        return values.flatten(1)[:, : self.rows * self.columns].reshape(-1, self.rows, self.columns)
 
-    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
-        self.move(name, buffers, stack, 1.0, dither)
+    def write(self, stack: Tensor, dither: Dither) -> None:
+        self.lerp(stack, 1.0, dither)
 
-    def move(
-        self,
-        name: str,
-        buffers: Buffers,
-        target: Tensor,
-        rate: float,
-        dither: Dither,
-        out: Tensor | None = None,
-        scratch: Tensor | None = None,
+    def lerp(
+        self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
     ) -> None:
         """Without unpacking it: one subspace iteration, which follows a matrix that changes by a tenth."""
-        codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
+        codes, scale = self.tensors
+        rows, columns, rank = self.folded.rows, self.folded.columns, self.folded.rank
         values = target.flatten(1)
-        missing = self.rows * self.columns - values.shape[1]
+        missing = rows * columns - values.shape[1]
         padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
-        matrix = padded.view(-1, self.rows, self.columns)
+        matrix = padded.view(-1, rows, columns)
         factors = codes.to(torch.float32)
-        old_left = factors[:, :, : self.rows].mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
-        old_right = factors[:, :, self.rows :]
+        old_left = factors[:, :, :rows].mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
+        old_right = factors[:, :, rows:]
         # A little of every direction, or one that the factors lack could never come in; another at every step.
-        noise = _noise(self.columns * self.rank, codes.device).roll(dither.step)
-        probe = _two_or_more(old_right + noise.view(1, self.rank, self.columns)).transpose(1, 2)
+        noise = _noise(columns * rank, codes.device).roll(dither.step)
+        probe = _two_or_more(old_right + noise.view(1, rank, columns)).transpose(1, 2)
         with full_precision(codes.device):
             seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
-            left = _orthonormal(seen[:, :, : self.rank].transpose(1, 2).contiguous())
+            left = _orthonormal(seen[:, :, :rank].transpose(1, 2).contiguous())
             right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
         scale.fill_(1.0)
-        for factor, part in ((left, codes[:, :, : self.rows]), (right, codes[:, :, self.rows :])):
+        for factor, part in ((left, codes[:, :, :rows]), (right, codes[:, :, rows:])):
             step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(_LARGEST_CODE)
             scale.mul_(step)
             part.copy_(factor.div_(step.clamp_min_(_SMALLEST_NORM).unsqueeze(2)).round_())
 
 
-def add_to(stack: Tensor, stack_share: float, shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> None:
+def add_to(stack: Tensor, stack_share: float, states: Sequence[tuple[StoredLowRank, float]]) -> None:
     """stack_share * stack + the sum of share * state over some states of equal folding, all in one pass.
 
     Args:
         stack: (tensors, rows, columns); becomes the result.
         stack_share: its own share.
-        shares: how each state is kept, its name, and its share.
-        buffers: where they are kept.
+        states: the states, and the share of each.
     """
-    folded = shares[0][0]
-    left, right = _factors(shares, buffers)
+    folded = states[0][0].folded
+    left, right = _factors(states)
     with full_precision(stack.device):
         if folded.rows * folded.columns == stack[0].numel():
             stack.view(-1, folded.rows, folded.columns).baddbmm_(left, right, beta=stack_share)
@@ -115,12 +111,11 @@ def add_to(stack: Tensor, stack_share: float, shares: Sequence[tuple[LowRank, st
             stack.flatten(1).mul_(stack_share).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
 
 
-def _factors(shares: Sequence[tuple[LowRank, str, float]], buffers: Buffers) -> tuple[Tensor, Tensor]:
+def _factors(states: Sequence[tuple[StoredLowRank, float]]) -> tuple[Tensor, Tensor]:
     """(tensors, rows, ranks) and (tensors, ranks, columns), whose product is the sum of share * state."""
-    rows = shares[0][0].rows
-    factors = torch.cat([buffers[f"{name}_q"] for _, name, _ in shares], dim=1).to(torch.float32)
-    scales = [buffers[f"{name}_q_scale"] for _, name, _ in shares]
-    shared = torch._foreach_mul(scales, [share for _, _, share in shares])
+    rows = states[0][0].folded.rows
+    factors = torch.cat([state.tensors[0] for state, _ in states], dim=1).to(torch.float32)
+    shared = torch._foreach_mul([state.tensors[1] for state, _ in states], [share for _, share in states])
     factors[:, :, :rows].mul_(torch.cat(shared, dim=1).unsqueeze(2))
     factors = _two_or_more(factors)
     return factors[:, :, :rows].transpose(1, 2), factors[:, :, rows:]

@@ -9,13 +9,14 @@ turns from down to up is another at every step, or moves of less than half a lev
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import Buffers, Moved
+from . import AverageFormat, Part, Scaled, StoredAverage
 
 _LARGEST = 7  # Levels go from -7 to 7.
 _BASE = 16
@@ -35,39 +36,34 @@ _SMALLEST_NORM = 1e-37
 
 
 @dataclass(frozen=True)
-class Nibbles:
+class Nibbles(AverageFormat):
     """Two elements in a byte: byte j of a parameter of 2 k elements is level j plus 16 times level j + k."""
 
-    def keys(self, name: str) -> tuple[str, ...]:
-        return (f"{name}_q", f"{name}_q_scale")
+    suffixes = ("_q", "_q_scale")
 
-    def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
-        if fill != 0:
-            raise ValueError(f"a state in nibbles starts at 0, not {fill}")
-        half = -(-shape.numel() // 2)
-        return {
-            f"{name}_q": torch.zeros(n, half, dtype=torch.int8, device=dither.device),
-            f"{name}_q_scale": torch.zeros(n, 1, dtype=torch.float32, device=dither.device),
-        }
+    def parts(self, shape: torch.Size) -> dict[str, Part]:
+        return {"_q": Part(torch.int8, (-(-shape.numel() // 2),)), "_q_scale": Part(torch.float32, (1,))}
 
-    def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
-        levels, scale = _levels(buffers[f"{name}_q"], rows * columns, out), buffers[f"{name}_q_scale"]
-        return (levels.mul_(scale) if levels.is_contiguous() else levels * scale).view(-1, rows, columns)
+    def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredNibbles:
+        return StoredNibbles(tensors, shape)
 
-    def write(self, name: str, buffers: Buffers, stack: Tensor, dither: Dither) -> None:
-        _pack(stack.flatten(1), 1.0, buffers[f"{name}_q"], buffers[f"{name}_q_scale"], _HALF, None)
 
-    def move(
-        self,
-        name: str,
-        buffers: Buffers,
-        target: Tensor,
-        rate: float,
-        dither: Dither,
-        out: Tensor | None = None,
-        scratch: Tensor | None = None,
-    ) -> Moved:
-        codes, scale = buffers[f"{name}_q"], buffers[f"{name}_q_scale"]
+class StoredNibbles(StoredAverage):
+    """A state in the format `Nibbles`."""
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        codes, scale = self.tensors
+        levels = _levels(codes, self.rows * self.columns, out)
+        return (levels.mul_(scale) if levels.is_contiguous() else levels * scale).view(-1, self.rows, self.columns)
+
+    def write(self, stack: Tensor, dither: Dither) -> None:
+        codes, scale = self.tensors
+        _pack(stack.flatten(1), 1.0, codes, scale, _HALF, None)
+
+    def lerp(
+        self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Scaled:
+        codes, scale = self.tensors
         out = torch.empty_like(target, memory_format=torch.contiguous_format) if out is None else out
         values = out.flatten(1)
         # target + (1 - rate) / rate * state: the sum divided by the rate, in one pass over memory.
@@ -75,7 +71,7 @@ class Nibbles:
         torch.addcmul(target.flatten(1), levels, scale, value=(1 - rate) / rate, out=values)
         room = None if scratch is None else scratch.flatten(1)
         _pack(values, rate, codes, scale, _turning_point(dither.step), room)
-        return Moved(out, rate)
+        return Scaled(out, rate)
 
 
 def _turning_point(step: int) -> float:

@@ -20,42 +20,23 @@ class Scale(NamedTuple):
     """One of the momenta, at one step.
 
     Attributes:
-        name: the state that holds it.
-        rate: how far it moves towards the gradient; 0 when it is not due.
+        period: how often it is updated, in steps.
+        rate: how far it goes towards the gradient; 0 when it is not due.
         share: what it is multiplied by in the weighted mean; 0 while it was never updated.
     """
 
-    name: str
+    period: int
     rate: float
     share: float
 
 
 class Momenta(Protocol):
-    """The multi-scale momenta of a stack, by name. `out` and `scratch` are memory to use where given."""
+    """The multi-scale momenta of a stack."""
 
-    def move(
-        self, name: str, target: Tensor, rate: float, out: Tensor | None = None, scratch: Tensor | None = None
-    ) -> tuple[Tensor, float] | None:
-        """Keep (1 - rate) * momentum + rate * target.
-
-        Returns:
-            A stack, and the factor that makes it a copy of that momentum; None where it stays packed.
-        """
-
-    def add_to(
-        self, stack: Tensor, stack_share: float, shares: Sequence[tuple[str, float]], out: Tensor | None = None
+    def update_momenta(
+        self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
     ) -> None:
-        """stack_share * stack + the sum of share * momentum, in `stack`."""
-
-
-def momentum_name(period: int) -> str:
-    """The state that holds the momentum of a period."""
-    return f"momentum_scale_{period}"
-
-
-def momentum_count(period: int) -> str:
-    """The state that counts the updates of the momentum of a period."""
-    return f"momentum_count_{period}"
+        """Take each momentum m to (1 - rate) m + rate * target, and put the sum of share * m into `out`."""
 
 
 def is_due(period: int, step: int) -> bool:
@@ -90,7 +71,7 @@ def scales(periods: tuple[int, ...], counts: tuple[int, ...], step: int) -> tupl
         step: the step.
     """
     return tuple(
-        Scale(momentum_name(period), 1 - DECAY if is_due(period, step) else 0.0, share)
+        Scale(period, 1 - DECAY if is_due(period, step) else 0.0, share)
         for period, share in zip(periods, shares(periods, counts))
     )
 
@@ -118,27 +99,10 @@ def multi_scale_momentum(
         whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know which
         elements never had a gradient, and those must not drift.
     """
-    if not any(scale.share for scale in scales):
+    begun = [scale for scale in scales if scale.share != 0]
+    if not begun:
         return None
     mean = torch.empty_like(scaled_grad) if out is None else out
-    mean_share = 0.0  # What the mean still has to be multiplied by: that is done where the packed momenta are added.
-    packed: list[tuple[str, float]] = []
-    for name, rate, share in scales:
-        if share == 0:  # Never updated, not in this step either.
-            continue
-        room = mean if mean_share == 0 else None
-        moved = momenta.move(name, scaled_grad, rate, room, scratch) if rate != 0 else None
-        if moved is None:
-            packed.append((name, share))
-            continue
-        stack, factor = moved
-        if mean_share == 0:
-            mean_share = share * factor
-        else:
-            mean.add_(stack, alpha=share * factor / mean_share)
-        del stack, moved
-    if mean_share == 0:
-        mean.zero_()
-    momenta.add_to(mean, mean_share or 1.0, packed, scratch)
+    momenta.update_momenta(begun, scaled_grad, mean, scratch)
     # Keeps the mean where the sign is not 0, in one pass: products take two, a mask of bools four times as long.
     return torch.ops.aten.hardshrink_backward.grad_input(mean, direction, 0.5, grad_input=mean)

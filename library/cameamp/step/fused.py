@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiling
-from .batches import LARGEST_STACK
-from .gradients import FirstPass, drop_unusable_, first_pass
+from .. import compiling
+from ..stacks.layout import LARGEST_STACK
+from ..stacks.workspace import Work
+from ..states import TABLE
+from ..techniques import multiscale
+from .measure import FirstPass, drop_unusable_, first_pass
 from .rules import (
     StackOptions,
     States,
@@ -21,8 +24,6 @@ from .rules import (
     scale_gradient_,
     take_step_,
 )
-from .techniques import multiscale
-from .workspace import Work
 
 # A graph takes and gives a dozen stacks in the early phase; with larger ones a step would need more memory than it may.
 # There is little to gain either: one operation on so many elements keeps a device busy for long.
@@ -30,7 +31,7 @@ _LARGEST = LARGEST_STACK // 2
 
 
 def fused_first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:
-    """As `gradients.first_pass`; `g` may be left as it is."""
+    """As `measure.first_pass`; `g` may be left as it is."""
     found = compiling.run(_first_pass, g, with_deviations, watch_every) if g.numel() <= _LARGEST else None
     return first_pass(g, with_deviations, watch_every) if found is None else found
 
@@ -52,7 +53,7 @@ def fused_step(
     """
     in_first = {"magnitude_sum": magnitude_sum}
     in_second = {"decay_strengths": decay_strengths, "multiplier": multiplier}
-    own = options.phase.state_names(options.config.came)
+    own = tuple(state.name for state in TABLE if state.lives(options.phase, options.config.came))
     if not scalars.scales:
         return _run(_take_step_, {"g": g}, states, ("weights", *own), work, scalars, options, **in_first, **in_second)
     first = tuple(name for name in own if name == "exp_avg_sq")

@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from . import context, older_layout
-from .checksum import checksum
-from .config import OPTION_NAMES, OptimizerConfig
-from .rules import Phase
-from .storage import Storage
-from .storage.convert import coded_storage_of, storage_of, to_full
-from .storage.momenta import momentum_storages
-from .techniques.multiscale import momentum_count, momentum_name
+from ..checksum import checksum
+from ..config import OPTION_NAMES, OptimizerConfig
+from ..context import memory
+from ..context.driver import Driver
+from ..groups import Group
+from ..phase import Phase
+from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, State, in_format, momentum, to_full
+from ..storage import Format
+from ..storage.trial import can_store
+from . import older_layout
+from .layout import CHECKSUMS, VERSION, group_checksum
 
-# Layout of the checkpoints written here; 1 and 2 are those of an older implementation.
-VERSION = 3
-
-# Written for whoever reads a checkpoint; computed from the rest, so ignored here.
-_DERIVED = ("avg_lr", "lr_max", "row_scaling")
-
-_CHECKSUMS = ("state_checksums", "group_checksum")
 _DAMAGED = "damaged or edited after it was saved"
-
-# What the checksum of a saved group covers.
-_SEALED = ("initial_lr", "param_names", "state_checksums", *context.SAVED, *OPTION_NAMES)
-
-
-def sealed(saved_group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group as it is saved, with the checksum of its options and, through `state_checksums`, of all its states."""
-    return {**saved_group, "group_checksum": _group_checksum(saved_group)}
-
-
-def _group_checksum(saved_group: Mapping[str, Any]) -> int:
-    return checksum({name: saved_group[name] for name in _SEALED if name in saved_group})
 
 
 @dataclass
@@ -48,36 +32,29 @@ class Restored:
     Attributes:
         state: the new state of each parameter that has one.
         learning_rates: for each group, `lr` and `initial_lr`.
-        context: what the context is to take over; None where it starts afresh, or there is none.
+        context: what the context is to take over; None if the checkpoint has none.
         notes: what differs from the checkpoint, a log line each.
+        uncoded: for each group, the parameters whose states could not be coded, and the last error.
     """
 
     state: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     learning_rates: list[dict[str, float]] = field(default_factory=list)
     context: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    uncoded: list[tuple[set[Tensor], RuntimeError | None]] = field(default_factory=list)
 
 
-def restore(
-    saved: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    configs: Sequence[OptimizerConfig],
-    names: Mapping[Tensor, str],
-    storage: Callable[[str, Tensor, OptimizerConfig], Storage],
-    contextual: bool,
-) -> Restored:
+def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Tensor, str], driver: Driver) -> Restored:
     """Check a checkpoint against an optimizer, and convert it.
 
     Args:
         saved: what `state_dict()` returned. `magic_version` may be missing: torch.distributed.checkpoint drops it.
         groups: the optimizer's parameter groups.
-        configs: their options.
-        names: parameter names where known, for error messages.
-        storage: how the optimizer keeps a state of a parameter under a group's options.
-        contextual: whether the optimizer has a context and multi-scale momenta.
+        names: parameter names, if they are known, for error messages.
+        driver: what drives the optimizer's learning rates.
 
     Returns:
-        The new states, on their parameters' devices. Neither argument is changed.
+        The new states, complete, and on their parameters' devices. No argument is changed.
 
     Raises:
         ValueError: what does not fit, with the parameter's number, shape and name.
@@ -86,7 +63,7 @@ def restore(
     labels = _labels(groups, names)
     restored = Restored()
     if older_layout.is_written_in(saved):
-        saved = older_layout.converted(saved, groups, labels)
+        saved = older_layout.converted(saved, [group.params for group in groups], labels)
         restored.notes.append(older_layout.NOTE)
         carries_checksums = False
     else:
@@ -95,48 +72,35 @@ def restore(
         if not carries_checksums and saved["state"]:
             restored.notes.append("it carries no checksums, so damage to it would not be seen")
     restored.notes += _check_names(saved["param_groups"], groups, names, labels)
-    was_contextual = bool(saved["param_groups"]) and context.is_in(saved["param_groups"][0])
-    if was_contextual:
-        try:
-            context.check(saved["param_groups"][0])
-        except ValueError as error:
-            raise ValueError(f"parameter group 0 of the checkpoint: {error}") from None
-        restored.context = saved["param_groups"][0] if contextual else None
+    restored.context = _context(saved["param_groups"])
     states = saved["state"]
-    seen = set()
+    has_momenta = restored.context is not None or (not carries_checksums and _holds_momenta(states))
     changes = _Changes()
-    if states and contextual != was_contextual:
-        changes.context = _CONTEXT_BEGINS if contextual else _CONTEXT_ENDS
-    has_momenta = was_contextual
-    if not carries_checksums and contextual and not was_contextual and _holds_momenta(states):
-        # What torch.distributed.checkpoint's flat layout leaves of a contextual optimizer.
-        has_momenta, changes.context = True, _CONTEXT_LOST
+    if states:
+        changes.context = driver.difference(restored.context is not None, has_momenta)
     differences: list[str] = []
     owners = _owners(saved["param_groups"], groups, labels) if carries_checksums else {}
-    for number, (group, saved_group, config) in enumerate(zip(groups, saved["param_groups"], configs)):
-        restored.learning_rates.append(_learning_rates(number, saved_group))
-        differences += _option_differences(number, saved_group, config)
-        phase_options = _phase_options(number, saved_group, config)
-        periods = _momentum_scales(saved_group, config) if has_momenta else ()
-        wanted = config.momentum_scales if contextual else ()
-        checksums = saved_group["state_checksums"] if carries_checksums else [None] * len(group["params"])
-        for p, key, expected in zip(group["params"], saved_group["params"], checksums):
+    seen = set()
+    position = 0
+    for group, saved_group in zip(groups, saved["param_groups"]):
+        restored.learning_rates.append(_learning_rates(group.number, saved_group))
+        differences += _option_differences(group.number, saved_group, group.config)
+        reader = _Reader(group, saved_group, has_momenta, changes)
+        checksums = saved_group["state_checksums"] if carries_checksums else [None] * len(group.params)
+        for p, key, expected in zip(group.params, saved_group["params"], checksums):
             seen.add(key)
             has_state = key in states and (not isinstance(states[key], Mapping) or len(states[key]) > 0)
             try:
                 if carries_checksums and has_state != (expected is not None):
                     raise ValueError("its state is missing" if expected else "it was saved without the state it has")
                 if has_state:
-                    restored.state[p], converted = _restore_parameter(
-                        states[key], p, phase_options, config, storage, changes
-                    )
-                    momenta, also_converted = _restore_momenta(states[key], p, periods, wanted, config, storage)
-                    restored.state[p].update(momenta)
-                    changes.converted += converted or also_converted
+                    restored.state[p] = reader.read(states[key], p, position)
                     if carries_checksums:
                         _check_checksum(states[key], expected, owners)
             except ValueError as error:
                 raise ValueError(f"{labels[p]}: {error}") from None
+            position += 1
+        restored.uncoded.append((reader.uncoded, reader.error))
     unknown = [key for key in states if key not in seen]
     if unknown:
         raise ValueError(f"the checkpoint has states of parameters that no group lists: {unknown[:5]}")
@@ -149,9 +113,15 @@ def restore(
     return restored
 
 
-_CONTEXT_BEGINS = "it is of an optimizer without context: multiplier, histories and momenta start fresh"
-_CONTEXT_LOST = "it has momenta but no context: multiplier and histories start fresh"
-_CONTEXT_ENDS = "its context and its multi-scale momenta are freed: this optimizer has none"
+def _context(saved_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The group that carries the checkpoint's context, which is in order; None if none does."""
+    if not saved_groups or not memory.is_in(saved_groups[0]):
+        return None
+    try:
+        memory.check(saved_groups[0])
+    except ValueError as error:
+        raise ValueError(f"parameter group 0 of the checkpoint: {error}") from None
+    return saved_groups[0]
 
 
 @dataclass
@@ -182,7 +152,7 @@ class _Changes:
         return "; ".join(parts)
 
 
-def _check_top_level(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+def _check_top_level(saved: Mapping[str, Any], groups: Sequence[Group]) -> None:
     for key in ("state", "param_groups"):
         if key not in saved:
             raise ValueError(f"the checkpoint has no '{key}'; it is not an optimizer's")
@@ -195,10 +165,10 @@ def _check_top_level(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any
     for number, (saved_group, group) in enumerate(zip(saved["param_groups"], groups)):
         if not isinstance(saved_group, Mapping) or not isinstance(saved_group.get("params"), (list, tuple)):
             raise ValueError(f"parameter group {number} of the checkpoint has no list 'params'")
-        if len(saved_group["params"]) != len(group["params"]):
+        if len(saved_group["params"]) != len(group.params):
             raise ValueError(
                 f"parameter group {number} of the checkpoint has {len(saved_group['params'])} parameters, "
-                f"the optimizer's has {len(group['params'])}"
+                f"the optimizer's has {len(group.params)}"
             )
     keys = [key for saved_group in saved["param_groups"] for key in saved_group["params"]]
     if not all(isinstance(key, (int, str)) for key in keys) or len(set(keys)) != len(keys):
@@ -214,7 +184,7 @@ def _check_version(saved: Mapping[str, Any]) -> None:
         )
 
 
-def _check_groups(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], labels: Mapping[Tensor, str]) -> bool:
+def _check_groups(saved: Mapping[str, Any], groups: Sequence[Group], labels: Mapping[Tensor, str]) -> bool:
     """Check that the groups are this family's and what they were saved as.
 
     Returns:
@@ -225,28 +195,26 @@ def _check_groups(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]],
         if "lr" not in saved_group or "warmup_steps" not in saved_group:
             raise ValueError(_of_another_optimizer(number, saved, group, labels))
         _learning_rates(number, saved_group)
-    present = [name in saved_group for saved_group in saved["param_groups"] for name in _CHECKSUMS]
+    present = [name in saved_group for saved_group in saved["param_groups"] for name in CHECKSUMS]
     if "magic_version" not in saved and not any(present):
         return False
     for number, saved_group in enumerate(saved["param_groups"]):
         label = f"parameter group {number} of the checkpoint"
-        for name in _CHECKSUMS:
+        for name in CHECKSUMS:
             if name not in saved_group:
                 raise ValueError(f"{label} has no '{name}'")
         checksums = saved_group["state_checksums"]
         if not isinstance(checksums, (list, tuple)) or len(checksums) != len(saved_group["params"]):
             raise ValueError(f"{label} has not one entry of 'state_checksums' for each parameter")
-        if saved_group["group_checksum"] != _group_checksum(saved_group):
+        if saved_group["group_checksum"] != group_checksum(saved_group):
             raise ValueError(f"{label} does not match its checksum: its options or its list of states were {_DAMAGED}")
     return True
 
 
-def _of_another_optimizer(
-    number: int, saved: Mapping[str, Any], group: Mapping[str, Any], labels: Mapping[Tensor, str]
-) -> str:
+def _of_another_optimizer(number: int, saved: Mapping[str, Any], group: Group, labels: Mapping[Tensor, str]) -> str:
     saved_group = saved["param_groups"][number]
     reason = f"parameter group {number} of the checkpoint is another optimizer's: it has no lr or no warmup_steps"
-    for p, key in zip(group["params"], saved_group["params"]):
+    for p, key in zip(group.params, saved_group["params"]):
         state = saved["state"].get(key)
         if isinstance(state, Mapping) and state:
             return f"{labels[p]}: its state has {', '.join(map(str, state))}; {reason}"
@@ -255,7 +223,7 @@ def _of_another_optimizer(
 
 def _check_names(
     saved_groups: Sequence[Mapping[str, Any]],
-    groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Group],
     names: Mapping[Tensor, str],
     labels: Mapping[Tensor, str],
 ) -> list[str]:
@@ -268,11 +236,11 @@ def _check_names(
     """
     pairs = []
     for number, (saved_group, group) in enumerate(zip(saved_groups, groups)):
-        saved_names = saved_group.get("param_names", [""] * len(group["params"]))
+        saved_names = saved_group.get("param_names", [""] * len(group.params))
         of_text = isinstance(saved_names, (list, tuple)) and all(isinstance(name, str) for name in saved_names)
-        if not of_text or len(saved_names) != len(group["params"]):
+        if not of_text or len(saved_names) != len(group.params):
             raise ValueError(f"parameter group {number} of the checkpoint has not one name for each parameter")
-        pairs += [(p, name) for p, name in zip(group["params"], saved_names) if name and p in names]
+        pairs += [(p, name) for p, name in zip(group.params, saved_names) if name and p in names]
     if not pairs:
         return []
     if not {name for _, name in pairs} & {names[p] for p, _ in pairs}:
@@ -284,19 +252,19 @@ def _check_names(
 
 
 def _owners(
-    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]], labels: Mapping[Tensor, str]
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Group], labels: Mapping[Tensor, str]
 ) -> dict[int, str]:
     """Whose state has which checksum."""
     return {
         expected: labels[p]
         for saved_group, group in zip(saved_groups, groups)
-        for p, expected in zip(group["params"], saved_group["state_checksums"])
+        for p, expected in zip(group.params, saved_group["state_checksums"])
         if expected is not None
     }
 
 
 def _check_checksum(saved: Mapping[str, Any], expected: int, owners: Mapping[int, str]) -> None:
-    found = checksum({**{key: value for key, value in saved.items() if key not in _DERIVED}, "step": _step(saved)})
+    found = checksum({**{key: value for key, value in saved.items() if key not in DERIVED}, "step": _step(saved)})
     if found == expected:
         return
     if found in owners:
@@ -327,116 +295,149 @@ def _option_differences(number: int, saved_group: Mapping[str, Any], config: Opt
     return differences
 
 
-def _phase_options(number: int, saved_group: Mapping[str, Any], config: OptimizerConfig) -> tuple[int, bool]:
-    """`warmup_steps` and `came` that the checkpoint was written under: they decide which states it owes."""
+class _Reader:
+    """Reads the states of one group's parameters.
+
+    Args:
+        group: the optimizer's group.
+        saved_group: the checkpoint's.
+        has_momenta: whether the checkpoint is of an optimizer with multi-scale momenta.
+        changes: where to add what differs.
+
+    Attributes:
+        uncoded: parameters whose device cannot code their states.
+        error: why, for the last of them.
+    """
+
+    def __init__(self, group: Group, saved_group: Mapping[str, Any], has_momenta: bool, changes: _Changes) -> None:
+        self._group = group
+        self._config = _config_as_saved(group.number, saved_group, group.config, has_momenta)
+        self._momenta = [momentum(period) for period in self._config.momentum_scales] if has_momenta else []
+        self._changes = changes
+        self.uncoded: set[Tensor] = set()
+        self.error: RuntimeError | None = None
+
+    def read(self, saved: Any, p: Tensor, position: int) -> dict[str, Any]:
+        """The new state of one parameter; in 32 bits if its device cannot code it.
+
+        What differs from the checkpoint is added to the changes.
+
+        Args:
+            saved: what the checkpoint holds of it.
+            p: the parameter.
+            position: its number in the optimizer.
+
+        Raises:
+            ValueError: what is wrong with it.
+        """
+        try:
+            return self._read(saved, p, position)
+        except RuntimeError as error:
+            wanted = self._group.states(Phase.at(_step(saved), self._group.config.warmup_steps))
+            if can_store([self._format(row, p) for row in wanted], p.device, error):
+                raise
+            self.uncoded.add(p)
+            self.error = error
+            return self._read(saved, p, position)
+
+    def _read(self, saved: Any, p: Tensor, position: int) -> dict[str, Any]:
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"its state is {type(saved).__name__}, not a dictionary")
+        step = _step(saved)
+        owed = self._owed(saved, step)
+        wanted = self._group.states(Phase.at(step, self._group.config.warmup_steps))
+        names = {row.name for row in wanted}
+        restored: dict[str, Any] = {"step": step}
+        known = {"step", *DERIVED}
+        converted = False
+        for row in owed:
+            written = row.format_of(saved, p.shape, self._config)
+            if written is None:
+                of = self._config.warmup_steps
+                raise ValueError(f"the state '{row.name}' is missing, which step {step} of {of} warm-up steps has")
+            known.update(written.keys(row.name))
+            if row.counter:
+                known.add(row.counter)
+                restored |= {row.counter: _count(saved, row.counter)} if row.name in names else {}
+            if row.name in names:
+                tensors, was_converted = self._tensors(row, saved, written, p, position, step)
+                restored |= tensors
+                converted |= was_converted
+        for key in saved:
+            if key not in known:
+                raise ValueError(f"the state '{key}' is not one that step {step} of this optimizer has")
+        self._note(owed, wanted, converted)
+        restored.update((row.counter, 0) for row in wanted if row.counter and row.counter not in restored)
+        return restored
+
+    def _owed(self, saved: Mapping[str, Any], step: int) -> list[State]:
+        """The states that the checkpoint's own class and phase owe a parameter."""
+        phase = Phase.at(step, self._config.warmup_steps)
+        owed = [row for row in TABLE if row.lives(phase, self._config.came)]
+        passing = [row for row in owed if row.warmup_only]
+        if not any(key in saved for row in passing for key in (row.name, f"{row.name}_q")):
+            # Saved between a resume into a longer warm-up and the step that would have begun them.
+            owed = [row for row in owed if not row.warmup_only]
+        return owed + self._momenta
+
+    def _tensors(
+        self, row: State, saved: Mapping[str, Any], written: Format, p: Tensor, position: int, step: int
+    ) -> tuple[dict[str, Tensor], bool]:
+        """One state as the optimizer stores it, by key, and whether it was written in another kind of format."""
+        own, config = self._format(row, p), self._group.config
+        value = None
+        if row.within_lr_bounds:
+            value = to_full(row, saved, written, p.shape)
+            if _outside(value, config):
+                value.clamp_(config.min_lr, config.max_lr)
+            elif written == own:
+                value = None
+        if written == own and value is None:
+            return {key: saved[key].detach().to(p.device, copy=True) for key in own.keys(row.name)}, False
+        value = (to_full(row, saved, written, p.shape) if value is None else value).to(p.device)
+        converted = type(written) is not type(own) or bool(row.counter)
+        return in_format(row, value, own, p.shape, position, step + 1), converted
+
+    def _format(self, row: State, p: Tensor) -> Format:
+        return row.full if p in self.uncoded else self._group.format(row, p)
+
+    def _note(self, owed: Sequence[State], wanted: Sequence[State], converted: bool) -> None:
+        """Add what differs to the changes; of momenta the context's own line says it."""
+        names, owed_names = {row.name for row in wanted}, {row.name for row in owed}
+        self._changes.converted += converted
+        self._changes.freed.update(row.name for row in owed if not row.counter and row.name not in names)
+        self._changes.fresh.update(row.name for row in wanted if not row.counter and row.name not in owed_names)
+
+
+def _config_as_saved(
+    number: int, saved_group: Mapping[str, Any], config: OptimizerConfig, has_momenta: bool
+) -> OptimizerConfig:
+    """The options that the checkpoint was written under, as far as they decide which states it owes."""
     warmup_steps = saved_group.get("warmup_steps", config.warmup_steps)
     came = saved_group.get("came", config.came)
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or not isinstance(came, bool):
         raise ValueError(
             f"parameter group {number} of the checkpoint has warmup_steps {warmup_steps!r} and came {came!r}"
         )
-    return warmup_steps, came
-
-
-def _restore_parameter(
-    saved: Any,
-    p: Tensor,
-    saved_options: tuple[int, bool],
-    config: OptimizerConfig,
-    storage: Callable[[str, Tensor, OptimizerConfig], Storage],
-    changes: _Changes,
-) -> tuple[dict[str, Any], bool]:
-    """The new state of one parameter, and whether any of it was kept in another way.
-
-    What this optimizer does not have, or the checkpoint has not, is added to `changes`.
-    """
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"its state is {type(saved).__name__}, not a dictionary")
-    step = _step(saved)
-    warmup_steps, came = saved_options
-    phase = Phase.at(step, warmup_steps)
-    owed, lasting = phase.state_names(came), phase._replace(warmup=False).state_names(came)
-    wanted = Phase.at(step, config.warmup_steps).state_names(config.came)
-    if not any(key in saved for name in owed if name not in lasting for key in (name, f"{name}_q")):
-        owed = lasting  # Saved between a resume into a longer warm-up and the step that would have begun the others.
-    restored: dict[str, Any] = {"step": step}
-    known = {"step", *_DERIVED}
-    converted, freed = False, []
-    for name in owed:
-        kept = storage_of(name, saved, p.shape)
-        if kept is None:
-            raise ValueError(f"the state '{name}' is missing, which step {step} of {warmup_steps} warm-up steps has")
-        known.update(kept.keys(name))
-        if name not in wanted:
-            freed.append(name)
-            continue
-        own = storage(name, p, config)
-        value = to_full(name, saved, kept, p.shape) if kept != own or name == "lr_mask" else None
-        outside = name == "lr_mask" and _outside(value, config)
-        if kept == own and not outside:
-            restored.update((key, saved[key].detach().to(p.device, copy=True)) for key in kept.keys(name))
-            continue
-        assert value is not None
-        restored[name] = (value.clamp(config.min_lr, config.max_lr) if outside else value).to(p.device)
-        converted |= type(kept) is not type(own)
-    for key in saved:
-        if key not in known and not str(key).startswith("momentum_"):  # Those are checked apart.
-            raise ValueError(f"the state '{key}' is not one that step {step} of this optimizer has")
-    changes.freed.update(freed)
-    changes.fresh.update(name for name in wanted if name not in owed)
-    return restored, converted
-
-
-def _holds_momenta(states: Mapping[Any, Any]) -> bool:
-    return any(
-        isinstance(state, Mapping) and any(str(key).startswith("momentum_") for key in state)
-        for state in states.values()
-    )
-
-
-def _momentum_scales(saved_group: Mapping[str, Any], config: OptimizerConfig) -> tuple[int, ...]:
-    """The periods of the momenta that the checkpoint was written with."""
-    periods = saved_group.get("momentum_scales", config.momentum_scales)
+    scales = saved_group.get("momentum_scales", config.momentum_scales) if has_momenta else config.momentum_scales
     try:
-        return config.replace(momentum_scales=periods).momentum_scales
+        return config.replace(warmup_steps=warmup_steps, came=came, momentum_scales=scales)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint's {error}") from None
 
 
-def _restore_momenta(
-    saved: Mapping[str, Any],
-    p: Tensor,
-    periods: tuple[int, ...],
-    wanted: tuple[int, ...],
-    config: OptimizerConfig,
-    storage: Callable[[str, Tensor, OptimizerConfig], Storage],
-) -> tuple[dict[str, Any], bool]:
-    """The multi-scale momenta of one parameter, and whether any of them was kept in another way."""
-    coded = momentum_storages(periods, p.shape) if p.numel() else {}
-    restored: dict[str, Any] = {}
-    known: set[str] = set()
-    converted = False
-    for period in periods if p.numel() else ():
-        name, count = momentum_name(period), momentum_count(period)
-        updates = saved.get(count)
-        if isinstance(updates, bool) or not isinstance(updates, int) or updates < 0:
-            raise ValueError(f"the state '{count}' is {updates!r}, not a whole number of at least 0")
-        kept = coded_storage_of(name, saved, p.shape, coded[period])
-        known.update((count, *kept.keys(name)))
-        if period not in wanted:
-            continue
-        restored[count] = updates
-        if kept == storage(name, p, config):
-            restored.update((key, saved[key].detach().to(p.device, copy=True)) for key in kept.keys(name))
-        else:
-            restored[name] = to_full(name, saved, kept, p.shape).to(p.device)
-            converted = True
-    if p.numel():
-        restored.update((momentum_count(period), 0) for period in wanted if period not in periods)
-    for key in saved:
-        if str(key).startswith("momentum_") and key not in known:
-            raise ValueError(f"the state '{key}' is not one that momentum_scales {periods} has")
-    return restored, converted
+def _count(saved: Mapping[str, Any], key: str) -> int:
+    count = saved.get(key)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"the state '{key}' is {count!r}, not a whole number of at least 0")
+    return count
+
+
+def _holds_momenta(states: Mapping[Any, Any]) -> bool:
+    return any(
+        isinstance(state, Mapping) and any(str(key).startswith(MOMENTUM_PREFIX) for key in state)
+        for state in states.values()
+    )
 
 
 def _outside(mask: Tensor | None, config: OptimizerConfig) -> bool:
@@ -455,9 +456,9 @@ def _step(saved: Mapping[str, Any]) -> int:
     return step
 
 
-def _labels(groups: Sequence[Mapping[str, Any]], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+def _labels(groups: Sequence[Group], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
     """What error messages call each parameter."""
-    parameters = (p for group in groups for p in group["params"])
+    parameters = (p for group in groups for p in group.params)
     return {
         p: f"parameter {position}" + (f" '{names[p]}'" if p in names else "") + f" of shape {tuple(p.shape)}"
         for position, p in enumerate(parameters)

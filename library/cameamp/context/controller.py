@@ -1,4 +1,4 @@
-"""C-Optim: what the optimizer knows of its own course, and the one factor of all learning rates that follows from it.
+"""The law of the multiplier, one factor of all learning rates, and the histories that it follows from.
 
 Nothing here is read back from the device while training: every value is a small tensor where the parameters are. The
 documented calls turn one into a Python number, and that is what costs a read-back.
@@ -9,22 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import detection, distributed
-from .devices import moved
+from .. import distributed
+from ..devices import moved
+from . import detection
+from .memory import Memory
 
 # The multiplier starts where the largest learning rate is this, whatever the user wrote, and never falls below FLOOR.
 SAFE_LR = 1e-6
 FLOOR = 1e-9
-
-# How much the multiplier's logarithm moves for an alignment of 1, times the adaptation rate;
-_GAIN = 30.0
-# and what is added to the alignment, because a step that is best by itself is too short in the long run.
-_OFFSET = 0.02
 
 # The offset is added only where the alignments of the last steps can be told from those of pure noise: where their sum,
 # each step forgetting a tenth, is this many standard deviations from 0. Noise would else carry the multiplier to its
@@ -37,9 +34,20 @@ _EDGE_SHARE = 0.5
 
 _SMALLEST_SQUARE = 1e-30
 
-_HISTORIES = ("loss_history", "gradient_history", "lr_history")
-_SAMPLES = ("last_gradient", "last_change")
-_SCALARS = ("confidence", "alignment", "alignment_sum", "alignment_variance")
+
+class Law(NamedTuple):
+    """How the multiplier follows the alignment of the steps.
+
+    Attributes:
+        gain: by how much its logarithm changes for an alignment of 1, times the adaptation rate.
+        offset: what is added to the alignment, because a step that is best by itself is too short in the long run.
+    """
+
+    gain: float = 30.0
+    offset: float = 0.02
+
+
+STANDARD_LAW = Law()
 
 
 class ContextualOptimizationModule:
@@ -49,29 +57,17 @@ class ContextualOptimizationModule:
         context_window: how many steps are remembered.
         edge_threshold: confidence at which a step counts as an edge case.
         adaptation_rate: how fast the multiplier follows the alignment of the steps.
+        law: how the multiplier follows the alignment.
     """
 
-    def __init__(self, context_window: int, edge_threshold: float, adaptation_rate: float) -> None:
-        self._window = context_window
+    def __init__(
+        self, context_window: int, edge_threshold: float, adaptation_rate: float, law: Law = STANDARD_LAW
+    ) -> None:
+        self._memory = Memory(context_window)
         self._threshold = edge_threshold
         self._rate = adaptation_rate
+        self._law = law
         self._start, self._highest = 1.0, math.inf
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all steps."""
-        self._device = torch.device("cpu")
-        with self._device:  # whatever the default is
-            self._values = {
-                "multiplier": torch.tensor(torch.nan, dtype=torch.float32),  # not begun yet
-                "confidence": torch.zeros((), dtype=torch.float32),
-                "alignment": torch.zeros((), dtype=torch.float32),
-                "alignment_sum": torch.zeros((), dtype=torch.float32),
-                "alignment_variance": torch.zeros((), dtype=torch.float32),
-                "edge_cases": torch.zeros((), dtype=torch.int64),
-                **{name: torch.full((self._window,), torch.nan, dtype=torch.float32) for name in _HISTORIES},
-            }
-        self._samples: dict[str, Tensor | None] = dict.fromkeys(_SAMPLES)
 
     # What the optimizer tells -----------------------------------------------------------------------------------
 
@@ -98,12 +94,11 @@ class ContextualOptimizationModule:
         Returns:
             The factor of this step's learning rates, as `multiplier` gives it.
         """
-        self._move_to(gradient.device)
-        values = self._values
+        self._memory.go_to(gradient.device)
+        values = self._memory.values
         values["multiplier"] = torch.where(values["multiplier"].isnan(), self._start, values["multiplier"])
-        last = self._samples["last_gradient"]
-        last = torch.zeros_like(gradient) if last is None or last.shape != gradient.shape else last.float()
-        reported = torch.zeros_like(values["confidence"]) if loss is None else as_scalar(loss, self._device)
+        last = self._memory.sample_like("last_gradient", gradient)
+        reported = torch.zeros_like(values["confidence"]) if loss is None else as_scalar(loss, gradient.device)
         means = distributed.average(torch.stack([
             reported,
             torch.full_like(reported, loss is not None),
@@ -112,19 +107,21 @@ class ContextualOptimizationModule:
         ]))  # fmt: skip
         loss_share, reports, lost, *products = means.unbind()
         mean_loss = loss_share / reports
-        self._remember("loss_history", mean_loss)
-        self._remember("gradient_history", _cosine(products, absent=torch.nan))
-        self._samples["last_gradient"] = gradient.bfloat16()
+        self._memory.remember("loss_history", mean_loss)
+        self._memory.remember("gradient_history", _cosine(products, absent=torch.nan))
+        self._memory.samples["last_gradient"] = gradient.bfloat16()
         broken = (lost > 0) | ((reports > 0) & mean_loss.isfinite().logical_not())
-        values["confidence"] = torch.where(broken, 1.0, self._confidence())
+        values["confidence"] = torch.where(
+            broken, 1.0, detection.confidence(values["loss_history"], values["gradient_history"])
+        )
         values["edge_cases"] = values["edge_cases"] + self._is_edge_case()
         multiplier = self.multiplier()
-        self._remember("lr_history", multiplier * lr)
+        self._memory.remember("lr_history", multiplier * lr)
         return multiplier
 
     def multiplier(self) -> Tensor:
         """The factor of this step's learning rates, 0-d, on the device."""
-        value = self._values["multiplier"]
+        value = self._memory.values["multiplier"]
         begun = torch.where(value.isnan(), self._start, value)
         return torch.where(self._is_edge_case(), begun * _EDGE_SHARE, begun)
 
@@ -135,9 +132,8 @@ class ContextualOptimizationModule:
             scaled_grad: sample of this step's scaled gradient, 1-d.
             change: sample of the step taken now, learning rate times update, 1-d.
         """
-        values = self._values
-        last = self._samples["last_change"]
-        last = torch.zeros_like(change) if last is None or last.shape != change.shape else last.float()
+        values = self._memory.values
+        last = self._memory.sample_like("last_change", change)
         # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
         *products, of_squares = distributed.average(torch.stack(_products(last, scaled_grad))).unbind()
         alignment = _cosine(products, absent=0.0)
@@ -146,14 +142,14 @@ class ContextualOptimizationModule:
         total = values["alignment_sum"] * _MEMORY + alignment
         spread = values["alignment_variance"] * _MEMORY**2 + variance
         values["alignment_sum"], values["alignment_variance"] = total, spread
-        offset = (total.square() > _EVIDENCE**2 * spread).to(torch.float32) * _OFFSET
+        offset = (total.square() > _EVIDENCE**2 * spread).to(torch.float32) * self._law.offset
         begun = (last != 0).any()
-        growth = torch.exp(_GAIN * self._rate * (alignment + offset))
+        growth = torch.exp(self._law.gain * self._rate * (alignment + offset))
         growth = torch.where(begun, growth, 1.0)
         growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
         values["multiplier"] = (values["multiplier"] * growth).clamp(FLOOR, self._highest)
         values["alignment"] = alignment
-        self._samples["last_change"] = change.bfloat16()
+        self._memory.samples["last_change"] = change.bfloat16()
 
     # What anybody may ask ---------------------------------------------------------------------------------------
 
@@ -178,7 +174,7 @@ class ContextualOptimizationModule:
 
         Positive: the gradient still points where the step went, which was too short. Negative: it overshot.
         """
-        return float(self._values["alignment"].item())
+        return float(self._memory.values["alignment"].item())
 
     def compute_loss_stability(self) -> float:
         """1 / (1 + spread / median) of the losses of the window, both robust: 1.0 for a steady loss, towards 0 else."""
@@ -192,122 +188,50 @@ class ContextualOptimizationModule:
     @property
     def loss_history(self) -> list[float]:
         """The losses of the window, newest last; steps without a loss are left out."""
-        return self._history("loss_history")
+        return self._memory.history("loss_history")
 
     @property
     def gradient_history(self) -> list[float]:
         """The cosine of each step's gradient with the one before, newest last."""
-        return self._history("gradient_history")
+        return self._memory.history("gradient_history")
 
     @property
     def lr_history(self) -> list[float]:
         """The largest learning rate of a group times the multiplier at each step, newest last."""
-        return self._history("lr_history")
+        return self._memory.history("lr_history")
 
     @property
     def edge_case_count(self) -> int:
         """How many edge cases there have been."""
-        return int(self._values["edge_cases"].item())
+        return int(self._memory.values["edge_cases"].item())
 
     def summary(self) -> dict[str, Tensor]:
         """Multiplier, consistency, alignment and number of edge cases, 0-d each, while still on the device."""
-        consistency = self._values["gradient_history"].nanmean()
+        consistency = self._memory.values["gradient_history"].nanmean()
         return {
             "multiplier": self.multiplier(),
             "consistency": torch.where(consistency.isnan(), 1.0, consistency),
-            "alignment": self._values["alignment"],
-            "edge_cases": self._values["edge_cases"],
+            "alignment": self._memory.values["alignment"],
+            "edge_cases": self._memory.values["edge_cases"],
         }
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs: tensors and numbers."""
-        multiplier = self._values["multiplier"].item()
-        context = {name: self._values[name].clone() for name in (*_HISTORIES, *_SCALARS)}
-        context.update((name, sample.clone()) for name, sample in self._samples.items() if sample is not None)
-        return {
-            "c_optim_context": context,
-            "edge_case_count": self.edge_case_count,
-            "contextual_lr_multiplier": self._start if math.isnan(multiplier) else multiplier,
-        }
+        return self._memory.saved(self._start)
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `check` found to be right."""
-        context = saved["c_optim_context"]
-        values = {name: context[name].clone() for name in _SCALARS}
-        for name in _HISTORIES:
-            history = torch.full((self._window,), torch.nan, dtype=torch.float32)
-            newest = context[name][-self._window :]
-            history[self._window - len(newest) :] = newest
-            values[name] = history
-        begun = any(name in context for name in _SAMPLES)
-        multiplier = float(saved["contextual_lr_multiplier"]) if begun else torch.nan
-        values["multiplier"] = torch.tensor(multiplier, dtype=torch.float32)
-        values["edge_cases"] = torch.tensor(saved["edge_case_count"], dtype=torch.int64)
-        self._device = torch.device("cpu")
-        self._values = {name: value.to(self._device) for name, value in values.items()}
-        self._samples = {
-            name: context[name].to(self._device, copy=True) if name in context else None for name in _SAMPLES
-        }
+    def load_state_dict(self, saved: Mapping[str, Any] | None) -> None:
+        """Take over what `memory.check` found to be right; None: forget all steps."""
+        if saved is None:
+            self._memory.reset()
+        else:
+            self._memory.load(saved)
 
     # The inside -------------------------------------------------------------------------------------------------
 
-    def _confidence(self) -> Tensor:
-        return detection.confidence(self._values["loss_history"], self._values["gradient_history"])
-
     def _is_edge_case(self) -> Tensor:
-        return self._values["confidence"] >= self._threshold
-
-    def _remember(self, name: str, value: Tensor) -> None:
-        self._values[name] = torch.cat([self._values[name][1:], value.view(1)])
-
-    def _history(self, name: str) -> list[float]:
-        return [value for value in self._values[name].tolist() if not math.isnan(value)]
-
-    def _move_to(self, device: torch.device) -> None:
-        if self._device != device:
-            self._device = device
-            self._values = {name: moved(value, device) for name, value in self._values.items()}
-            self._samples = {
-                name: None if sample is None else moved(sample, device) for name, sample in self._samples.items()
-            }
-
-
-# What a checkpoint holds of a context, in its first parameter group.
-SAVED = ("c_optim_context", "edge_case_count", "contextual_lr_multiplier")
-
-
-def is_in(saved: Mapping[str, Any]) -> bool:
-    """Whether a saved parameter group carries a context, or a part of one."""
-    return any(key in saved for key in SAVED)
-
-
-def check(saved: Mapping[str, Any]) -> None:
-    """Check a saved context.
-
-    Raises:
-        ValueError: what is wrong, with the key.
-    """
-    context = saved.get("c_optim_context")
-    if not isinstance(context, Mapping):
-        raise ValueError(f"c_optim_context is {type(context).__name__}, not a dictionary")
-    for name in (*_HISTORIES, *_SCALARS):
-        value = context.get(name)
-        dimensions = 1 if name in _HISTORIES else 0
-        if not isinstance(value, Tensor) or value.ndim != dimensions or value.dtype != torch.float32:
-            raise ValueError(f"c_optim_context has no float32 tensor '{name}' of {dimensions} dimensions")
-    for name in _SAMPLES:
-        if name in context and not (isinstance(context[name], Tensor) and context[name].ndim == 1):
-            raise ValueError(f"c_optim_context's '{name}' is not a tensor of one dimension")
-    unknown = context.keys() - {*_HISTORIES, *_SAMPLES, *_SCALARS}
-    if unknown:
-        raise ValueError(f"c_optim_context has the unknown key '{min(unknown)}'")
-    count, multiplier = saved.get("edge_case_count"), saved.get("contextual_lr_multiplier")
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"edge_case_count is {count!r}, not a whole number of at least 0")
-    if not isinstance(multiplier, float) or not math.isfinite(multiplier) or multiplier <= 0:
-        raise ValueError(f"contextual_lr_multiplier is {multiplier!r}, not a number above 0")
+        return self._memory.values["confidence"] >= self._threshold
 
 
 def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,8 +13,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from .batches import Batch
-from .devices import moved
+from ..devices import moved
+from ..stacks.stack import Stack
 
 LARGEST_SAMPLE = 65_536
 
@@ -40,21 +40,21 @@ class Sampler:
         self.size = self._starts[-1]
         self._places: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
-    def gather(self, batches: Sequence[Batch], pieces: Sequence[Tensor]) -> Tensor:
-        """One vector, (size,) float32 on the first piece's device; 0 where a parameter is in no batch.
+    def gather(self, stacks: Sequence[Stack], pieces: Sequence[Tensor]) -> Tensor:
+        """One vector, (size,) float32 on the first piece's device; 0 for parameters that are in no stack.
 
         Args:
-            batches: the batches of all groups that take this step.
+            stacks: the stacks of all groups that take this step.
             pieces: what was taken of each, at every `every`-th element.
         """
         device = pieces[0].device
         flat = torch.cat([moved(piece.flatten(), device) for piece in pieces])
         vector = torch.zeros(self.size, dtype=torch.float32, device=device)
-        return vector.index_copy_(0, self._places_of(batches, device), flat)
+        return vector.index_copy_(0, self._places_of(stacks, device), flat)
 
-    def _places_of(self, batches: Sequence[Batch], device: torch.device) -> Tensor:
-        """Where the pieces go. The same batches mostly come again, so the last answer is kept."""
-        key = tuple([batch.parameter_numbers for batch in batches])
+    def _places_of(self, stacks: Sequence[Stack], device: torch.device) -> Tensor:
+        """Where the pieces go. The same stacks mostly come again, so the last answer is kept."""
+        key = tuple([stack.parameter_numbers for stack in stacks])
         places = self._places.get(key)
         if places is None or places.device != device:
             numbers = chain.from_iterable(key)

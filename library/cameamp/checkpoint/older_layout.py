@@ -34,21 +34,21 @@ def is_written_in(saved: Mapping[str, Any]) -> bool:
 
 
 def converted(
-    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], labels: Mapping[Tensor, str]
+    saved: Mapping[str, Any], groups: Sequence[Sequence[Tensor]], labels: Mapping[Tensor, str]
 ) -> dict[str, Any]:
     """The checkpoint in our layout, without checksums. What is in no way right is left for the reader to refuse.
 
     Args:
         saved: the checkpoint; not changed.
-        groups: the optimizer's parameter groups, as many and as long as the checkpoint's.
+        groups: the parameters of the optimizer's groups, as many as the checkpoint's.
         labels: what error messages call each parameter.
 
     Raises:
         ValueError: it is the 8-bit layout, or a polarity is not one.
     """
     states = dict(saved["state"])
-    for group, saved_group in zip(groups, saved["param_groups"]):
-        for p, key in zip(group["params"], saved_group["params"]):
+    for params, saved_group in zip(groups, saved["param_groups"]):
+        for p, key in zip(params, saved_group["params"]):
             state = states.get(key)
             if not isinstance(state, Mapping) or not state:
                 continue

@@ -1,13 +1,17 @@
-"""What is done to gradients before any rule sees them: refuse what cannot be used, and measure the group."""
+"""The first pass over gradients: refuse what no rule can use, count what is not finite, and measure the group."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..stacks.stack import Stack
+from ..techniques import agr, weight_decay
 
 # The square of a larger magnitude overflows float32.
 LARGEST_MAGNITUDE = 1e18
@@ -39,28 +43,72 @@ class FirstPass(NamedTuple):
     watched: Tensor | None
 
 
-def check(p: Tensor) -> None:
-    """Raise RuntimeError for a gradient that no rule here can use, naming the parameter's shape."""
-    grad = p.grad
-    assert grad is not None
-    if grad.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of a parameter of shape {tuple(p.shape)} is sparse; only dense gradients are supported"
-        )
-    if grad.is_complex():
-        raise RuntimeError(
-            f"the gradient of a parameter of shape {tuple(p.shape)} is complex; only real gradients are supported"
-        )
+@dataclass(frozen=True)
+class GroupSums:
+    """What the rules need to know of a group's gradients as a whole.
+
+    Attributes:
+        magnitude: 0-d, AGR's sum of |g|; on the first stack's device.
+        decay_strengths: for each stack, the strength of the weight decay of its tensors; None if nothing decays.
+    """
+
+    magnitude: Tensor
+    decay_strengths: list[Tensor] | list[None]
+
+    @classmethod
+    def of(cls, stacks: Sequence[Stack], measured: Sequence[Magnitudes]) -> GroupSums:
+        """Over the stacks of a group, whichever devices they are on."""
+        device = measured[0].abs_sums.device
+        abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
+        magnitude = agr.magnitude_sum(abs_sums, torch.stack([m.nonzero_count.to(device) for m in measured]))
+        deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
+        if not deviations:
+            return cls(magnitude, [None] * len(stacks))
+        sizes = [stack.rows * stack.columns for stack in stacks]
+        counts = torch.cat([torch.full_like(m.abs_sums, size) for m, size in zip(measured, sizes)]).to(device)
+        strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
+        parts = strengths.split([len(stack) for stack in stacks])
+        return cls(magnitude, [part.to(stack.device) for part, stack in zip(parts, stacks)])
 
 
-def check_whole(p: Tensor) -> None:
+def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters that take a step: those with elements and a gradient.
+
+    Raises:
+        RuntimeError: a gradient is one that no rule here can use; with its parameter's shape.
+    """
+    active = [p for p in params if p.grad is not None and p.numel() > 0]
+    for p in active:
+        grad = p.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse; only dense gradients are supported"
+            )
+        if grad.is_complex():
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is complex; only real gradients are supported"
+            )
+    return active
+
+
+def check_whole(params: Iterable[Tensor]) -> None:
     """Raise RuntimeError for a parameter of which this process holds a part: a DTensor, or one that FSDP flattened."""
-    if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
-        raise RuntimeError(
-            f"a parameter of shape {tuple(p.shape)} is sharded over processes (FSDP, DTensor); these optimizers need "
-            "whole parameters, because sums over a parameter and over its group decide a step. Supported: one process, "
-            "and DDP with any number, where every process holds every parameter"
-        )
+    for p in params:
+        if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} is sharded over processes (FSDP, DTensor); these optimizers "
+                "need whole parameters, because sums over a parameter and over its group decide a step. Supported: one "
+                "process, and DDP with any number, where every process holds every parameter"
+            )
+
+
+def tally(tallies: dict[torch.device, Tensor], counts: Sequence[Tensor]) -> None:
+    """Add counts of unusable elements to a tally for each device."""
+    for device in {count.device for count in counts}:
+        # float32 would lose count at 2^24, which a few steps of nothing but NaN reach.
+        more = torch.stack([c for c in counts if c.device == device]).sum(dtype=torch.int64)
+        tallies[device] = tallies[device] + more if device in tallies else more
 
 
 def warn_of_none(params: Iterable[Tensor]) -> None:

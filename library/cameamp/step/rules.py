@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from .config import OptimizerConfig
-from .gradients import at_every_nth
-from .techniques import (
+from ..config import OptimizerConfig
+from ..phase import Phase
+from ..stacks.workspace import Work
+from ..techniques import (
     adabelief,
     agr,
     allora,
@@ -22,8 +24,8 @@ from .techniques import (
     tam,
     weight_decay,
 )
-from .techniques.multiscale import Momenta, Scale
-from .workspace import Work
+from ..techniques.multiscale import Momenta, Scale
+from .measure import at_every_nth
 
 Scalar = float | Tensor
 
@@ -32,39 +34,32 @@ class States(Protocol):
     """The weights of a stack, and its states by name."""
 
     def weights(self, out: Tensor | None = None) -> Tensor:
-        """The weights, (tensors, rows, columns) float32, to update in place; gathered into `out` where that helps."""
+        """The weights, (tensors, rows, columns) float32, to update in place; gathered into `out` if that helps."""
 
     def read(self, name: str) -> Tensor:
         """A state, (tensors, rows, columns), to update in place."""
 
     def write(self, name: str, stack: Tensor) -> None:
-        """Keep an updated state; `stack` may be overwritten."""
+        """Store an updated state; `stack` may be overwritten."""
 
 
 class StatesAndMomenta(States, Momenta, Protocol):
-    """All that is kept of a stack."""
+    """All that a stack carries from step to step."""
 
 
-class Phase(NamedTuple):
-    """Which rules act; the same for a whole stack, and for hundreds of steps.
+class Techniques(NamedTuple):
+    """The rule in each place of a step. An ablation puts another function of the same arguments in a place."""
 
-    Attributes:
-        early: first half of the warm-up: torque-aware momentum, orthogonal gradient, weight decay.
-        warmup: the learning-rate mask moves.
-    """
+    regularize: Callable[..., Tensor] = agr.regularize_
+    torque_aware_momentum: Callable[..., Tensor] = tam.torque_aware_momentum_
+    consistency_momentum: Callable[..., Tensor] = consistency.consistency_momentum_
+    divide_by_belief: Callable[..., Tensor] = adabelief.divide_by_belief_
+    turn_to_gradient: Callable[..., Tensor] = grams.turn_to_gradient_
+    remove_part_along_weights: Callable[..., Tensor] = orthograd.remove_part_along_weights_
+    bump: Callable[..., None] = lr_mask.bump_
 
-    early: bool
-    warmup: bool
 
-    @classmethod
-    def at(cls, step: int, warmup_steps: int) -> Phase:
-        """The phase of a step, counted from 1."""
-        return cls(early=step < warmup_steps / 2, warmup=step < warmup_steps)
-
-    def state_names(self, came: bool) -> tuple[str, ...]:
-        """The states that a parameter has in this phase."""
-        names = ("lr_mask", "exp_avg", "exp_avg_res")
-        return names + came * ("exp_avg_sq",) + self.warmup * ("s", "last_polarity")
+ALL_TECHNIQUES = Techniques()
 
 
 class StepScalars(NamedTuple):
@@ -130,6 +125,7 @@ class StackOptions(NamedTuple):
         row_scaled: whether ALLoRA applies.
         config: the group's options.
         watch_every: distance between the elements that the context sees; 0 for none.
+        techniques: the rule in each place.
     """
 
     phase: Phase
@@ -137,6 +133,7 @@ class StackOptions(NamedTuple):
     row_scaled: bool
     config: OptimizerConfig
     watch_every: int = 0
+    techniques: Techniques = ALL_TECHNIQUES
 
 
 def take_step_(
@@ -188,7 +185,7 @@ def scale_gradient_(
         The scaled gradient, and the gradient's sign.
     """
     config = options.config
-    grad = agr.regularize_(g, magnitude_sum, work.scratch)
+    grad = options.techniques.regularize(g, magnitude_sum, work.scratch)
     if config.came:
         exp_avg_sq = states.read("exp_avg_sq")
         sg = came.scale_by_second_moment_(
@@ -220,7 +217,7 @@ def move_(
 
     The others are as of `take_step_`.
     """
-    phase, has_polarity, row_scaled, config, watch_every = options
+    phase, has_polarity, row_scaled, config, watch_every, techniques = options
     eps1, eps2, eps3 = config.eps
     beta1, _, beta3 = config.betas
     watched_grad = at_every_nth(sg, watch_every).clone() if watch_every else None
@@ -228,30 +225,31 @@ def move_(
     exp_avg = states.read("exp_avg")
     if phase.early:
         s = states.read("s")
-        residual = tam.torque_aware_momentum_(exp_avg, s, sg, eps1, work.scratch, drive)
+        residual = techniques.torque_aware_momentum(exp_avg, s, sg, eps1, work.scratch, drive)
         states.write("s", s)
         del s
     else:
-        residual = consistency.consistency_momentum_(exp_avg, sg, scalars.momentum_rate, beta1, drive)
+        residual = techniques.consistency_momentum(exp_avg, sg, scalars.momentum_rate, beta1, drive)
     del drive
     p = states.weights(work.weights)
 
     exp_avg_res = states.read("exp_avg_res")
-    u = adabelief.divide_by_belief_(exp_avg, exp_avg_res, residual, beta3, eps2, scalars.bias_correction)
+    u = techniques.divide_by_belief(exp_avg, exp_avg_res, residual, beta3, eps2, scalars.bias_correction)
     states.write("exp_avg_res", exp_avg_res)
     states.write("exp_avg", exp_avg)
     del exp_avg, exp_avg_res
 
-    u = grams.turn_to_gradient_(u, direction, scalars.gradient_share, work.scratch)
+    u = techniques.turn_to_gradient(u, direction, scalars.gradient_share, work.scratch)
 
     if phase.early:
-        u = orthograd.remove_part_along_weights_(u, p, eps3, work.scratch)
+        u = techniques.remove_part_along_weights(u, p, eps3, work.scratch)
 
     mask = states.read("lr_mask")
     if phase.warmup:
         polarity = lr_mask.positive(direction)
         if has_polarity:
-            lr_mask.bump_(mask, polarity, states.read("last_polarity"), config.lr_bump, config.min_lr, config.max_lr)
+            before = states.read("last_polarity")
+            techniques.bump(mask, polarity, before, config.lr_bump, config.min_lr, config.max_lr)
         states.write("last_polarity", polarity)
 
     if config.cautious:

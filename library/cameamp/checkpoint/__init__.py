@@ -1,0 +1,1 @@
+"""Checkpoints: save.py writes what load.py reads."""

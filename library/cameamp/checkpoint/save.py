@@ -1,0 +1,98 @@
+"""Writing a checkpoint: torch's own layout, the options, the context, derived values, and checksums of it all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checksum import checksum
+from ..context.driver import Driver
+from ..groups import Group, States
+from .layout import VERSION, sealed
+
+
+def complete(
+    saved: Mapping[str, Any], groups: Sequence[Group], states: States, names: Mapping[Tensor, str], driver: Driver
+) -> dict[str, Any]:
+    """What `state_dict()` returns, from what torch's own returns.
+
+    Args:
+        saved: torch's own.
+        groups: the optimizer's groups.
+        states: its states.
+        names: the names of parameters whose names are known.
+        driver: what drives its learning rates.
+    """
+    derived = _derived_values(groups, states)
+    checksums = _state_checksums(groups, states)
+    parameters = [p for group in groups for p in group.params]
+    context = driver.saved()
+    saved_groups = [
+        sealed(
+            {
+                **saved_group,
+                **group.config.as_dict(),
+                "lr": float(group.entry["lr"]),
+                "initial_lr": group.initial_lr,
+                **_names(group, names),
+                "state_checksums": [checksums.get(p) for p in group.params],
+                **(context if group.number == 0 else {}),
+            }
+        )
+        for group, saved_group in zip(groups, saved["param_groups"])
+    ]
+    return {
+        **saved,
+        "state": {key: {**state, **derived.get(parameters[key], {})} for key, state in saved["state"].items()},
+        "param_groups": saved_groups,
+        "magic_version": VERSION,
+    }
+
+
+def _names(group: Group, names: Mapping[Tensor, str]) -> dict[str, list[str]]:
+    """The names of a group's parameters, '' if one is not known, as torch's own optimizers save them."""
+    written = [names.get(p, "") for p in group.params]
+    return {"param_names": written} if any(written) else {}
+
+
+@torch.no_grad()
+def _state_checksums(groups: Sequence[Group], states: States) -> dict[Tensor, int]:
+    """For each parameter with a state, the checksum of it; one read-back from the device in all."""
+    sums: list[Tensor] = []
+    owners: list[tuple[Tensor, str]] = []
+    for group in groups:
+        for stack in group.stacks_with_states(states):
+            group.bind(stack, states, reading=True)
+            for key, values in stack.tensor_sums().items():
+                sums.append(values)
+                owners += [(p, key) for p in stack.params]
+    if not sums:
+        return {}
+    totals = torch.cat([values.to(sums[0].device) for values in sums]).tolist()
+    known: dict[Tensor, dict[str, int]] = defaultdict(dict)
+    for (p, key), total in zip(owners, totals):
+        known[p][key] = total
+    return {p: checksum(states[p], totals_of_p) for p, totals_of_p in known.items()}
+
+
+@torch.no_grad()
+def _derived_values(groups: Sequence[Group], states: States) -> dict[Tensor, dict[str, Any]]:
+    """For each parameter with a state: what `states.DERIVED` lists."""
+    derived: dict[Tensor, dict[str, Any]] = {}
+    means: list[Tensor] = []
+    for group in groups:
+        largest = max(float(group.entry["lr"]), group.initial_lr)
+        for stack in group.stacks_with_states(states):
+            masks, rows = group.mask_and_row_scaling(stack, states)
+            means += masks.mean(dim=(1, 2)).unbind()
+            for index, p in enumerate(stack.params):
+                derived[p] = {"lr_max": largest} if rows is None else {"lr_max": largest, "row_scaling": rows[index]}
+    if means:
+        values = torch.stack([mean.to(means[0].device) for mean in means]).tolist()
+        for p, value in zip(derived, values):
+            derived[p]["avg_lr"] = value
+    return derived

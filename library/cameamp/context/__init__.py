@@ -1,0 +1,1 @@
+"""C-Optim: what an optimizer knows of its own course, and the one factor of all its learning rates."""

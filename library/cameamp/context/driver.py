@@ -1,0 +1,216 @@
+"""What drives the learning rates of an optimizer: nothing, or a context that samples every step.
+
+`NoContext` is the driver of the plain optimizers: it watches nothing and scales nothing, so that no caller has to ask
+whether there is a context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import OptimizerConfig
+from ..groups import Group
+from ..step.passes import Measured
+from ..step.rules import Watched
+from ..techniques import lr_mask
+from .controller import STANDARD_LAW, ContextualOptimizationModule, Law, as_scalar
+from .sampling import Sampler
+
+# Options that groups of one optimizer share, because they share the context.
+_SHARED = ("context_window", "edge_threshold", "adaptation_rate")
+
+
+class Driver(Protocol):
+    """What a step reports to, and asks of, whatever drives the learning rates."""
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        """For an optimizer of these options."""
+
+    def periods(self, config: OptimizerConfig) -> tuple[int, ...]:
+        """The update periods of a group's multi-scale momenta."""
+
+    def check_group(self, number: int, config: OptimizerConfig, shared: OptimizerConfig) -> None:
+        """Raise ValueError if a new group sets what is of the whole optimizer; `shared` has its options."""
+
+    def groups_changed(self, groups: Sequence[Group]) -> None:
+        """Take notice of the groups, and the parameters in them, as they are now."""
+
+    def watch_every(self, groups: Sequence[Group]) -> int:
+        """Distance between the elements of each tensor that are to be watched; 0 for none."""
+
+    def report_loss(self, loss: Tensor | float) -> None:
+        """Take in a loss of the next step."""
+
+    def observe(self, groups: Sequence[Group], measured: Sequence[Measured]) -> Tensor | None:
+        """Take in a step before it is taken, and return the 0-d factor of its learning rates; None for none."""
+
+    def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
+        """Take in the step that was taken."""
+
+    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
+        """A learning-rate mask as the next step would use it."""
+
+    def summary(self) -> dict[str, Tensor]:
+        """What to show of it, 0-d tensors by name, while still on the device."""
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+
+    def load(self, saved: Mapping[str, Any] | None) -> None:
+        """Take over what `memory.check` found right, or start afresh."""
+
+    def difference(self, has_context: bool, has_momenta: bool) -> str:
+        """What becomes of a checkpoint's context, for a log line; "" if all of it is taken over."""
+
+
+class NoContext:
+    """The driver of the plain optimizers.
+
+    Args:
+        config: the optimizer's options, of which none matters here.
+    """
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        pass
+
+    def periods(self, config: OptimizerConfig) -> tuple[int, ...]:
+        return ()
+
+    def check_group(self, number: int, config: OptimizerConfig, shared: OptimizerConfig) -> None:
+        pass
+
+    def groups_changed(self, groups: Sequence[Group]) -> None:
+        pass
+
+    def watch_every(self, groups: Sequence[Group]) -> int:
+        return 0
+
+    def report_loss(self, loss: Tensor | float) -> None:
+        pass
+
+    def observe(self, groups: Sequence[Group], measured: Sequence[Measured]) -> None:
+        return None
+
+    def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
+        pass
+
+    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
+        return mask
+
+    def summary(self) -> dict[str, Tensor]:
+        return {}
+
+    def saved(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, saved: Mapping[str, Any] | None) -> None:
+        pass
+
+    def difference(self, has_context: bool, has_momenta: bool) -> str:
+        if has_context or has_momenta:
+            return "its context and its multi-scale momenta are freed: this optimizer has none"
+        return ""
+
+
+class Context:
+    """The driver of the contextual optimizers.
+
+    Args:
+        config: the optimizer's options.
+
+    Attributes:
+        module: the context, which everybody may read.
+    """
+
+    # How the multiplier follows the alignment of the steps.
+    law: Law = STANDARD_LAW
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self.module = ContextualOptimizationModule(
+            config.context_window, config.edge_threshold, config.adaptation_rate, self.law
+        )
+        self._losses: list[Tensor | float] = []  # reported since the last step
+        self._sampler: Sampler | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sampler": None}
+
+    def periods(self, config: OptimizerConfig) -> tuple[int, ...]:
+        return config.momentum_scales
+
+    def check_group(self, number: int, config: OptimizerConfig, shared: OptimizerConfig) -> None:
+        for name in _SHARED:
+            value, allowed = getattr(config, name), getattr(shared, name)
+            if value != allowed:
+                raise ValueError(
+                    f"parameter group {number}: option '{name}' is {value!r}; there is one context for the whole "
+                    f"optimizer, so a group cannot have its own; allowed: {allowed!r}, as the constructor has it"
+                )
+
+    def groups_changed(self, groups: Sequence[Group]) -> None:
+        self._sampler = None
+        if groups:
+            largest = max(group.initial_lr for group in groups)
+            self.module.set_bounds(largest, max(group.config.max_lr for group in groups))
+
+    def watch_every(self, groups: Sequence[Group]) -> int:
+        return self._sampler_of(groups).every
+
+    def report_loss(self, loss: Tensor | float) -> None:
+        if isinstance(loss, Tensor):
+            self._losses.append(loss.detach().float().mean())
+        elif isinstance(loss, Real) and not isinstance(loss, bool):
+            self._losses.append(float(loss))
+        else:
+            raise TypeError(f"the loss is {loss!r}; allowed: a number or a tensor")
+
+    def observe(self, groups: Sequence[Group], measured: Sequence[Measured]) -> Tensor | None:
+        losses, self._losses = self._losses, []  # They are of this step, also if it has no gradient.
+        if not measured:
+            return None
+        stacks = [stack for group in measured for stack in group.stacks]
+        gradient = self._sampler_of(groups).gather(stacks, [piece for group in measured for piece in group.watched])
+        device = gradient.device
+        unusable = torch.stack([count.to(device) for group in measured for count in group.unusable]).sum()
+        loss = torch.stack([as_scalar(reported, device) for reported in losses]).mean() if losses else None
+        largest = max(group.initial_lr for group in groups)
+        self.module.set_bounds(largest, max(group.config.max_lr for group in groups))
+        return self.module.update_context(gradient, loss, max(float(group.entry["lr"]) for group in groups), unusable)
+
+    def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
+        if not watched:
+            return
+        stacks = [stack for group in measured for stack in group.stacks]
+        grads, changes = (list(pieces) for pieces in zip(*watched))
+        assert self._sampler is not None
+        self.module.follow(self._sampler.gather(stacks, grads), self._sampler.gather(stacks, changes))
+
+    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
+        return lr_mask.scaled(mask, self.module.multiplier().to(mask.device), config.min_lr, config.max_lr)
+
+    def summary(self) -> dict[str, Tensor]:
+        return self.module.summary()
+
+    def saved(self) -> dict[str, Any]:
+        return self.module.state_dict()
+
+    def load(self, saved: Mapping[str, Any] | None) -> None:
+        self._losses = []  # They are of steps that the checkpoint knows nothing of.
+        self.module.load_state_dict(saved)
+
+    def difference(self, has_context: bool, has_momenta: bool) -> str:
+        if has_context:
+            return ""
+        if has_momenta:  # What torch.distributed.checkpoint's flat layout leaves of a contextual optimizer.
+            return "it has momenta but no context: multiplier and histories start fresh"
+        return "it is of an optimizer without context: multiplier, histories and momenta start fresh"
+
+    def _sampler_of(self, groups: Sequence[Group]) -> Sampler:
+        if self._sampler is None:
+            self._sampler = Sampler([p.numel() for group in groups for p in group.params])
+        return self._sampler

@@ -1,0 +1,61 @@
+"""An optimizer's parameters as a whole: their order, their names, and which of them are LoRA factors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from . import lora
+
+logger = logging.getLogger(__name__)
+
+
+class Parameters:
+    """What is known of all parameters together, once `locate` has looked.
+
+    Attributes:
+        names: the names of the parameters whose names are known.
+        factors: the LoRA factors.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[Tensor, str] = {}
+        self.forget(log_again=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.names = state["names"]
+        self.forget(log_again=True)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def forget(self, log_again: bool = False) -> None:
+        """Let `locate` look anew, and log what it finds if that is something else, or in any case."""
+        self.factors: set[Tensor] = set()
+        self._positions: dict[Tensor, int] = {}
+        if log_again:
+            self._logged: tuple[int, int] | None = None
+
+    def locate(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        """Look at the parameters of each group, unless they are known."""
+        if self._positions:
+            return
+        self.factors = lora.find_factors(groups, self.names)
+        self._positions = {p: position for position, p in enumerate(p for group in groups for p in group)}
+        count, total = len(self.factors), len(self._positions)
+        if (count, total) != self._logged:
+            self._logged = (count, total)
+            if count:
+                logger.info("%d of %d parameters are LoRA factors: ALLoRA is on, unless full_finetune", count, total)
+            else:
+                logger.info("none of %d parameters is a LoRA factor: ALLoRA is off", total)
+
+    def position(self, p: Tensor) -> int:
+        """The parameter's number in the optimizer."""
+        return self._positions[p]

@@ -1,0 +1,71 @@
+"""Which parameters of a group are stacked together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .stack import Stack, Traits, stacked_shape
+
+# At most this many elements side by side: the half dozen temporary stacks of the rules, 25 MiB each, stay well under
+# 256 MiB.
+LARGEST_STACK = 6_500_000
+# Larger stacks launch fewer operations, smaller ones stay in a CPU's caches. About a dozen do well at both; there are
+# more than asked for, because every shape begins a new one.
+_STACKS = 7
+_SMALLEST_STACK = 512 * 1024
+# The largest stack that a CPU keeps in its caches, or nearly, while much is done to it.
+_LARGEST_CACHED = 2 * 1024 * 1024
+
+
+class Layout:
+    """Divides the parameters of one group into stacks, and keeps a stack as long as its members stay together.
+
+    Args:
+        cached: whether stacks on a CPU are to stay in its caches. That pays if much is done to each.
+    """
+
+    def __init__(self, cached: bool) -> None:
+        self._cached = cached
+        self._known: dict[int, Stack] = {}
+
+    def stacks(self, params: Sequence[tuple[int, Tensor, Traits]]) -> tuple[list[Stack], list[Tensor]]:
+        """Stacks of parameters whose shape (as stacked), dtype, device and traits agree.
+
+        Args:
+            params: position in the optimizer, the parameter and its traits.
+
+        Returns:
+            The stacks, and the parameters that are in none of them but were in a stack that no longer exists.
+        """
+        alike: dict[tuple, list[tuple[int, Tensor]]] = {}
+        total = 0
+        for position, p, traits in params:
+            alike.setdefault((stacked_shape(p.shape), p.dtype, p.device, traits), []).append((position, p))
+            total += p.numel()
+        result: dict[int, Stack] = {}
+        for (_, _, device, traits), members in alike.items():
+            largest = _LARGEST_CACHED if self._cached and device.type == "cpu" else LARGEST_STACK
+            limit = min(max(total // _STACKS, _SMALLEST_STACK), largest)
+            size = members[0][1].numel()
+            parts = math.ceil(len(members) * size / max(limit, size))
+            length = math.ceil(len(members) / parts)
+            for start in range(0, len(members), length):
+                result[members[start][0]] = self._stack(members[start : start + length], traits)
+        dropped = [stack for position, stack in self._known.items() if result.get(position) is not stack]
+        self._known = result
+        # Those that are too large for the workspace first, all together: for them it is given up.
+        ordered = sorted(result.values(), key=lambda stack: stack.numel() <= LARGEST_STACK)
+        present = {p for _, p, _ in params} if dropped else set()
+        return ordered, [p for stack in dropped for p in stack.params if p not in present]
+
+    def _stack(self, members: list[tuple[int, Tensor]], traits: Traits) -> Stack:
+        positions = [position for position, _ in members]
+        params = [p for _, p in members]
+        known = self._known.get(positions[0])
+        if known is not None and len(known) == len(params) and all(a is b for a, b in zip(known.params, params)):
+            known.traits = traits
+            return known
+        return Stack(params, positions, traits)

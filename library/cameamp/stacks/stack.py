@@ -1,0 +1,234 @@
+"""Parameters of one shape as one stack.
+
+`optimizer.state[p]` stays the only record of a parameter's states. What it holds are slices of a stack's tensors; a
+stack is only a layout, checked against the state at every step. States that were loaded, replaced or left behind by
+another stack are copied into new tensors, and nothing else has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import repeat
+from operator import is_
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..checksum import tensor_sums
+from ..devices import moved
+from ..rounding import Dither
+from ..states import momentum_name
+from ..storage import Format, Stored, StoredAverage, matrix_shape
+from ..storage.averages import Update, lerp_and_sum
+from ..techniques.multiscale import Scale
+
+# What `optimizer.state[p]` is.
+ParameterState = dict[str, Any]
+
+
+class Traits(NamedTuple):
+    """What the parameters of a stack have in common, besides shape, dtype and device.
+
+    Attributes:
+        step: how many steps they have taken, the one under way included.
+        row_scaled: whether ALLoRA applies to them.
+        has_polarity: whether they have a gradient sign from a step before.
+        momentum_counts: how often each of their multi-scale momenta has been updated; empty without such momenta.
+    """
+
+    step: int
+    row_scaled: bool
+    has_polarity: bool
+    momentum_counts: tuple[int, ...] = ()
+
+
+class Binding(NamedTuple):
+    """How a stack is to have one state.
+
+    Attributes:
+        format: how it is stored.
+        keys: the keys of its tensors in `optimizer.state[p]`.
+        start: what an element starts at, in a parameter that does not have the state yet.
+    """
+
+    format: Format
+    keys: tuple[str, ...]
+    start: float
+
+
+@cache
+def stacked_shape(shape: torch.Size) -> torch.Size:
+    """The shape in which a parameter is stacked: a kernel of 1x1 as the matrix that it is, with others of its size."""
+    ones = 0
+    while len(shape) - ones > 2 and shape[len(shape) - ones - 1] == 1:
+        ones += 1
+    return shape[: len(shape) - ones]
+
+
+class Stack:
+    """Parameters of one group that share dtype, device, traits, and a shape, except for last dimensions of 1.
+
+    Attributes:
+        params: the parameters.
+        traits: what they have in common.
+        parameter_numbers: their positions in the optimizer.
+        rows, columns: their shape as matrices: the first dimension, and the others flattened.
+    """
+
+    def __init__(self, params: list[Tensor], positions: list[int], traits: Traits) -> None:
+        self.params = params
+        self.traits = traits
+        self.rows, self.columns = matrix_shape(params[0].shape)
+        self.parameter_numbers = tuple(positions)
+        self._shape = stacked_shape(params[0].shape)
+        self._stored: dict[str, Stored] = {}
+        # For each key, the tensor of the whole stack, and the slices of it that the parameters' states hold.
+        self._tensors: dict[str, Tensor] = {}
+        self._slices: dict[str, tuple[Tensor, ...]] = {}
+        self._positions_on_device: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    def numel(self) -> int:
+        """Elements of the whole stack."""
+        return len(self.params) * self.rows * self.columns
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.params[0].device
+
+    # States -----------------------------------------------------------------------------------------------------
+
+    def bind(self, state: Mapping[Tensor, ParameterState], bindings: Mapping[str, Binding]) -> None:
+        """Make the stack hold the states that `bindings` names, and no others.
+
+        Args:
+            state: the optimizer's state.
+            bindings: for each state, how to have it.
+        """
+        own = [state[p] for p in self.params]
+        fresh = {
+            name: self._allocate(binding)
+            for name, binding in bindings.items()
+            if not all(self._holds(own, key) for key in binding.keys)
+        }
+        for name, stored in fresh.items():
+            self._hand_over(own, bindings[name].keys, stored)
+            self._stored[name] = stored
+        for name in self._stored.keys() - bindings.keys():
+            del self._stored[name]
+        wanted = {key for binding in bindings.values() for key in binding.keys}
+        ended = self._tensors.keys() - wanted
+        for key in ended:
+            del self._tensors[key], self._slices[key]
+        # Only then can a parameter have a state that it should not.
+        for state_of_p in own if fresh or ended else ():
+            for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
+                del state_of_p[key]
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A state, (tensors, rows, columns), for a rule to update in place; unpacked into `out` if that helps."""
+        return self._stored[name].read(out)
+
+    def write(self, name: str, stack: Tensor) -> None:
+        """Store an updated state; `stack` may be overwritten."""
+        self._stored[name].write(stack, self.dither())
+
+    def update_momenta(
+        self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
+    ) -> None:
+        """Take each momentum m to (1 - rate) m + rate * target, and put the sum of share * m into `out`."""
+        updates = [
+            Update(cast(StoredAverage, self._stored[momentum_name(scale.period)]), scale.rate, scale.share)
+            for scale in scales
+        ]
+        lerp_and_sum(updates, target, self.dither(), out, scratch)
+
+    def tensor_sums(self) -> dict[str, Tensor]:
+        """For each bound state key, the checksums of its tensors, (tensors,) int64 on their device."""
+        return {key: tensor_sums(tensor) for key, tensor in self._tensors.items()}
+
+    def dither(self) -> Dither:
+        """The noise of this step."""
+        return Dither(self.positions(), self.traits.step)
+
+    # Gradients and weights --------------------------------------------------------------------------------------
+
+    def gradients(self, out: Tensor | None = None) -> Tensor:
+        """The gradients as float32, (tensors, rows, columns): a copy to write into, in `out` if it is given."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if len(grads) == 1:
+            single = grads[0].reshape(1, self.rows, self.columns)
+            if out is not None:
+                return out.copy_(single)
+            return single.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return self._gather(grads, out)
+
+    def weights(self, out: Tensor | None = None) -> Tensor:
+        """The parameters as float32, (tensors, rows, columns): a copy, except of a single contiguous float32 one."""
+        if len(self.params) == 1:
+            return self.params[0].reshape(1, self.rows, self.columns).float()
+        return self._gather(self.params, out)
+
+    def write_weights(self, stack: Tensor) -> None:
+        """Write a stack of the parameters' own dtype back into them."""
+        if stack.data_ptr() != self.params[0].data_ptr():
+            torch._foreach_copy_(self._as_stacked(self.params), list(stack.view(-1, *self._shape).unbind()))
+
+    def positions(self) -> Tensor:
+        """The parameters' numbers in the optimizer, int32 (tensors,), on their device."""
+        if self._positions_on_device is None or self._positions_on_device.device != self.device:
+            numbers = torch.tensor(self.parameter_numbers, dtype=torch.int32, device="cpu")
+            self._positions_on_device = moved(numbers, self.device)
+        return self._positions_on_device
+
+    # The inside -------------------------------------------------------------------------------------------------
+
+    def _as_stacked(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Views of tensors, in the shape in which they are stacked."""
+        dimensions = len(self._shape)
+        return [tensor if tensor.ndim == dimensions else tensor.view(self._shape) for tensor in tensors]
+
+    def _gather(self, tensors: list[Tensor], out: Tensor | None) -> Tensor:
+        tensors = self._as_stacked(tensors)
+        if out is not None:
+            stacked = out.view(-1, *self._shape)
+            if tensors[0].dtype == out.dtype:
+                torch.stack(tensors, out=stacked)
+            else:
+                torch._foreach_copy_(list(stacked.unbind()), tensors)
+            return out
+        return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
+
+    def _holds(self, own: Sequence[ParameterState], key: str) -> bool:
+        """Whether a state of each parameter is still the slice of this stack's tensor that it was given."""
+        slices = self._slices.get(key)
+        if slices is None or self._tensors[key].device != self.device:
+            return False
+        return all(map(is_, map(dict.get, own, repeat(key)), slices))
+
+    def _allocate(self, binding: Binding) -> Stored:
+        """New tensors for one state. What this device cannot store fails here, before any value depends on it."""
+        dither = self.dither()
+        stored = binding.format.new(len(self.params), self._shape, self.device)
+        if binding.start != 0:
+            stored.fill(binding.start, dither)
+        stored.write(stored.read(), dither)
+        return stored
+
+    def _hand_over(self, own: Sequence[ParameterState], keys: Sequence[str], stored: Stored) -> None:
+        """Copy what the parameters have of a state into its new tensors, and give each parameter its slices of them."""
+        for key, tensor in zip(keys, stored.tensors):
+            for state_of_p, part in zip(own, tensor):
+                if key in state_of_p:
+                    part.copy_(state_of_p[key].view(part.shape))
+            slices = tensor.unbind()
+            if tensor.shape[1:] == self._shape:  # Values or codes of the elements, in a shape of their parameter's.
+                slices = tuple(part.view(p.shape) for part, p in zip(slices, self.params))
+            self._tensors[key], self._slices[key] = tensor, slices
+            for state_of_p, part in zip(own, slices):
+                state_of_p[key] = part

@@ -1,0 +1,259 @@
+"""The table of states: what a parameter carries from step to step.
+
+`TABLE` says of every state what it is called, how long it lives, where it starts, what its elements can be, and how it
+is stored in 32 and in 8 bits; `momentum` makes such a row for each multi-scale momentum. Binding a stack, saving,
+loading, converting, counting memory and the documents' table all go over these rows, so adding a state is adding a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import OptimizerConfig
+from .phase import Phase
+from .rounding import Dither
+from .storage import Format
+from .storage.averages import average_formats
+from .storage.bits import Bits
+from .storage.blockwise import SMALLEST_BLOCK, Blockwise, block_of
+from .storage.full import Full
+from .storage.linear import Linear
+
+# Smaller parameters are not coded: there is nothing to save.
+SMALLEST_CODED = 4096
+
+# The code of a state, by the group's options, the parameter's shape, and a block that divides its element count.
+_Code = Callable[[OptimizerConfig, torch.Size, int], Format]
+
+
+@dataclass(frozen=True)
+class State:
+    """A row of the table.
+
+    Attributes:
+        name: its key in `optimizer.state[p]`; the keys of its codes begin with it.
+        holds: what it is, for the documents.
+        code: how it is stored in 8 bits, by the group's options, the parameter's shape and the block.
+        dtype: of its elements when they are not coded.
+        warmup_only: whether it lives in the warm-up alone.
+        came_only: whether it lives with `came=True` alone.
+        starts_at_lr: whether its elements start at the group's learning rate; else at 0.
+        never_negative: whether a negative element is damage.
+        within_lr_bounds: whether its elements stay from min_lr to max_lr.
+        always_coded: whether the 32-bit optimizers code it too.
+        counter: the key of the number of its updates; "" if the parameter's own step says it.
+    """
+
+    name: str
+    holds: str
+    code: _Code
+    dtype: torch.dtype = torch.float32
+    warmup_only: bool = False
+    came_only: bool = False
+    starts_at_lr: bool = False
+    never_negative: bool = False
+    within_lr_bounds: bool = False
+    always_coded: bool = False
+    counter: str = ""
+
+    @property
+    def when(self) -> str:
+        """When a parameter has it, for the documents."""
+        if self.always_coded:
+            return "contextual, each K of `momentum_scales`"
+        return "`step` below `warmup_steps`" if self.warmup_only else "`came=True`" if self.came_only else "always"
+
+    def lives(self, phase: Phase, came: bool) -> bool:
+        """Whether a parameter has this state."""
+        return (phase.warmup or not self.warmup_only) and (came or not self.came_only)
+
+    @property
+    def full(self) -> Full:
+        """Its format when it is not coded."""
+        return Full(self.dtype)
+
+    def format_of(self, saved: Mapping[str, Any], shape: torch.Size, config: OptimizerConfig) -> Format | None:
+        """The format in which one parameter's saved state holds this state; None if it does not.
+
+        Args:
+            saved: the parameter's state.
+            shape: the parameter's.
+            config: the options that it was saved under.
+
+        Raises:
+            ValueError: what it holds is of no format of this state; with the key and the reason.
+        """
+        if self.name in saved:
+            found: Format = self.full
+        elif f"{self.name}_q" in saved:
+            found = self.code(config, shape, SMALLEST_BLOCK)
+        else:
+            return None
+        tensors = {}
+        for suffix, part in found.parts(shape).items():
+            tensors[suffix] = _checked(saved, self.name + suffix, part.dtype)
+        try:
+            found = found.as_saved(tensors, shape)
+        except ValueError as error:
+            suffix, _, reason = str(error).partition(": ")
+            raise ValueError(f"the state '{self.name}{suffix}' {reason}") from None
+        if self.never_negative and isinstance(found, Full) and (tensors[""] < 0).any():
+            raise ValueError(f"the state '{self.name}' has negative elements")
+        return found
+
+
+def _signed(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return Blockwise(signed=True, root=False, block=block)
+
+
+def _root(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return Blockwise(signed=False, root=True, block=block)
+
+
+def _between_the_bounds(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return Linear(config.min_lr, config.max_lr)
+
+
+def _one_bit(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return Bits()
+
+
+TABLE = (
+    State(
+        "lr_mask",
+        "learning rate of each element",
+        _between_the_bounds,
+        starts_at_lr=True,
+        never_negative=True,
+        within_lr_bounds=True,
+    ),
+    State("exp_avg", "momentum", _signed),
+    State("exp_avg_res", "running mean of the squared residual", _root, never_negative=True),
+    State("exp_avg_sq", "running mean of the squared gradient", _root, came_only=True, never_negative=True),
+    State("s", "torque-aware momentum's smoothed correlation", _signed, warmup_only=True),
+    State("last_polarity", "whether the gradient was above 0", _one_bit, dtype=torch.bool, warmup_only=True),
+)
+LR_MASK = TABLE[0]
+
+
+def momentum(period: int) -> State:
+    """The row of the multi-scale momentum that is updated at every `period`-th step."""
+
+    def code(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+        return average_formats(config.momentum_scales, shape)[period]
+
+    return State(
+        momentum_name(period),
+        f"momentum of every {period} steps",
+        code,
+        always_coded=True,
+        counter=f"momentum_count_{period}",
+    )
+
+
+def momentum_name(period: int) -> str:
+    """The name of the momentum that is updated at every `period`-th step."""
+    return f"{MOMENTUM_PREFIX}scale_{period}"
+
+
+# What the keys of all that belongs to multi-scale momenta begin with.
+MOMENTUM_PREFIX = "momentum_"
+
+# For readers of a checkpoint; `state_dict` computes them from the rest, and loading ignores them.
+DERIVED = {
+    "avg_lr": "mean of lr_mask",
+    "lr_max": "largest learning rate that the group has had",
+    "row_scaling": "ALLoRA's factor of each row, of LoRA factors",
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Which states an optimizer codes.
+
+    Attributes:
+        codes_all: whether every state is coded, as in the 8-bit optimizers; else only those that always are.
+        codes_none: whether nothing is, for measurements of what codes cost.
+    """
+
+    codes_all: bool = False
+    codes_none: bool = False
+
+    def format(self, state: State, shape: torch.Size, config: OptimizerConfig) -> Format:
+        """The format of a state of a parameter of `shape` under a group's options."""
+        count = shape.numel()
+        if self.codes_none or count < SMALLEST_CODED or not (self.codes_all or state.always_coded):
+            return state.full
+        block = block_of(count, config.blocksize)
+        if block is None and not state.always_coded:
+            return state.full
+        return state.code(config, shape, block or count)
+
+
+THIRTY_TWO_BITS = Precision()
+EIGHT_BITS = Precision(codes_all=True)
+
+
+def bytes_of(
+    shape: torch.Size, phase: Phase, config: OptimizerConfig, precision: Precision, periods: Collection[int] = ()
+) -> int:
+    """What the states of one parameter take, as `optimizer.state[p]` holds them.
+
+    Args:
+        shape: the parameter's.
+        phase: the phase that it is in.
+        config: its group's options.
+        precision: which states are coded.
+        periods: those of its multi-scale momenta; none in the plain optimizers.
+    """
+    rows = [row for row in TABLE if row.lives(phase, config.came)] + [momentum(period) for period in periods]
+    return sum(precision.format(row, shape, config).bytes(shape) for row in rows)
+
+
+def to_full(state: State, saved: Mapping[str, Any], written: Format, shape: torch.Size) -> Tensor:
+    """One parameter's state in float32 (or bool), of the parameter's shape; a copy.
+
+    Args:
+        state: which.
+        saved: the parameter's states, by key.
+        written: the format that this one is in.
+        shape: the parameter's.
+    """
+    tensors = [saved[key].detach().contiguous().unsqueeze(0) for key in written.keys(state.name)]
+    return written.over(tensors, shape).read().view(shape).clone()
+
+
+def in_format(
+    state: State, values: Tensor, wanted: Format, shape: torch.Size, position: int, step: int
+) -> dict[str, Tensor]:
+    """One parameter's state in a format, by key.
+
+    Args:
+        state: which.
+        values: its elements, on the device on which to code them.
+        wanted: the format.
+        shape: the parameter's.
+        position, step: the parameter's place in the optimizer, and its next step, on which rounding may depend.
+    """
+    number = torch.tensor([position], dtype=torch.int32, device=values.device)
+    stored = wanted.new(1, shape, values.device)
+    stored.write(values.clone().view(1, stored.rows, stored.columns), Dither(number, step))
+    return {key: tensor[0] for key, tensor in zip(wanted.keys(state.name), stored.tensors)}
+
+
+def _checked(saved: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    if key not in saved:
+        raise ValueError(f"the state '{key}' is missing")
+    value = saved[key]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the state '{key}' is {type(value).__name__}, not a tensor")
+    if value.dtype != dtype:
+        raise ValueError(f"the state '{key}' is {value.dtype}, not {dtype}")
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise ValueError(f"the state '{key}' has elements that are not finite")
+    return value
