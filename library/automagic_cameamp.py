@@ -1,4 +1,4 @@
-"""The Automagic_CameAMP optimizers: learning rates found element by element, for fine-tuning diffusion models.
+"""The import path of the Automagic_CameAMP optimizers in a checkout.
 
     from library.automagic_cameamp import Automagic_CameAMP
     optimizer = Automagic_CameAMP(network.parameters(), warmup_steps=300)
@@ -6,13 +6,14 @@
 In sd-scripts: `--optimizer_type library.automagic_cameamp.Automagic_CameAMP`.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from .cameamp.config import OptimizerConfig
-from .cameamp.optimizer import CameAMP
-from .cameamp.storage.choice import eight_bit, require_bitsandbytes
+from .cameamp import (
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_COptim,
+    Automagic_CameAMP_COptim8bit,
+    OptimizerConfig,
+    report_loss,
+)
 
 __all__ = [
     "Automagic_CameAMP",
@@ -22,56 +23,3 @@ __all__ = [
     "OptimizerConfig",
     "report_loss",
 ]
-
-
-class Automagic_CameAMP(CameAMP):
-    """All states in 32 bits: 21 bytes a parameter in the warm-up, 16 after it."""
-
-
-class Automagic_CameAMP8bit(CameAMP):
-    """States in 8 bits: a quarter of the memory. Parameters of fewer than 4,096 elements keep theirs in 32 bits.
-
-    Raises:
-        RuntimeError: bitsandbytes is missing or broken.
-    """
-
-    _choose_storage = staticmethod(eight_bit)
-
-    def __init__(self, params: Any, config: OptimizerConfig | None = None, **options: Any) -> None:
-        require_bitsandbytes()
-        super().__init__(params, config, **options)
-
-
-class Automagic_CameAMP_COptim(Automagic_CameAMP):
-    """`Automagic_CameAMP` with a context, `c_optim`, that finds the learning rate for the whole optimizer.
-
-    Call `report_loss(loss)` before each step, or give `step` a closure; without a loss the gradients alone decide.
-    """
-
-    _contextual = True
-
-
-class Automagic_CameAMP_COptim8bit(Automagic_CameAMP8bit):
-    """`Automagic_CameAMP_COptim` with states in 8 bits.
-
-    Raises:
-        RuntimeError: bitsandbytes is missing or broken.
-    """
-
-    _contextual = True
-
-
-def report_loss(optimizer: Any, loss: Any) -> None:
-    """Tell an optimizer the loss that its next step's gradients come from, whatever it is wrapped in.
-
-    Args:
-        optimizer: a contextual optimizer, or a wrapper such as accelerate's that holds it as `optimizer`. Every other
-            object is left alone.
-        loss: a number or a tensor; see `CameAMP.report_loss`.
-    """
-    while not isinstance(optimizer, CameAMP):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None or inner is optimizer:
-            return
-        optimizer = inner
-    optimizer.report_loss(loss)

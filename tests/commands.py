@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from sd_scripts.options import check_arguments
 
 import bootstrap
+from library.cameamp.sd_scripts.main import _parser
 from library.cameamp_demo.options import is_embedded, parse
-from library.cameamp_host.main import _parser
 
 # Words that stand for whatever the user writes there.
 PLACEHOLDERS = ("OPTIONS",)

@@ -25,8 +25,8 @@ from sd_scripts.data import make_data
 
 import library
 from library.automagic_cameamp import OptimizerConfig
+from library.cameamp.command_line import OWN_OPTIMIZERS
 from library.cameamp.config import OPTION_NAMES
-from library.cameamp_cli import OWN_OPTIMIZERS
 
 SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR", "")
 MISSING = [name for name in ("cv2", "torchvision", "voluptuous") if importlib.util.find_spec(name) is None]
@@ -63,8 +63,8 @@ def common(tmp_path_factory):
 @pytest.fixture(scope="module")
 def train_util():
     """sd-scripts' own, with the plugin in it."""
-    from library.cameamp_host.packages import join
-    from library.cameamp_host.plugin import Plugin
+    from library.cameamp.sd_scripts.packages import join
+    from library.cameamp.sd_scripts.plugin import Plugin
 
     join(Path(SD_SCRIPTS).resolve())
     module = importlib.import_module("library.train_util")
