@@ -1,7 +1,7 @@
-"""Set up this project on a fresh machine and run it. Needs nothing but Python 3.10 to 3.13 itself.
+"""Set up this project on a fresh machine and run it. Needs nothing but Python 3.10 to 3.14 itself.
 
-python bootstrap.py demo    make .venv, install requirements.txt, train the embedded LoRA
-python bootstrap.py test    make .venv, install requirements-dev.txt, run the checks and tests
+python bootstrap.py demo    make .venv, install what the demo needs, train the embedded LoRA
+python bootstrap.py test    make .venv, install what the tests need, run the checks and tests
 
 What follows the command goes to it: `python bootstrap.py demo --max_train_steps 100`.
 """
@@ -19,6 +19,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 DEMO = ["train_network_patch.py", "--config_file", "configs/embedded_lora.toml"]
+NEEDED_BY_DEMO = ["requirements.txt", "requirements-demo.txt"]
+NEEDED_BY_TESTS = [*NEEDED_BY_DEMO, "requirements-dev.txt"]
 CHECKS = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."], ["-m", "mypy"]]
 TESTS = ["-m", "pytest"]
 
@@ -34,10 +36,10 @@ def main(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     try:
         if command == "demo":
-            install("requirements.txt")
+            install(NEEDED_BY_DEMO)
             run([*DEMO, *rest])
         else:
-            install("requirements-dev.txt")
+            install(NEEDED_BY_TESTS)
             for check in CHECKS:
                 run(check)
             run([*TESTS, *rest])
@@ -46,19 +48,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def install(requirements: str) -> None:
-    """Make the virtual environment and install what a file lists, once for each content of the requirements."""
+def install(files: list[str]) -> None:
+    """Make the virtual environment and install what the files list; again only when a file of requirements changes."""
     if not runs("-m", "pip", "--version"):
         print(f"making {VENV}")
-        # One that lacks nothing but pip, as other tools make them, only gets that; one that does not run is made anew.
+        # An environment that other tools made may only lack pip, which is added; one that does not run is made anew.
         clear = [] if runs("-c", "") else ["--clear"]
         subprocess.run([sys.executable, "-m", "venv", *clear, str(VENV)], check=True)
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(ROOT.glob("requirements*.txt")))).hexdigest()
-    stamp = VENV / f"{requirements}.installed"
+    stamp = VENV / f"{files[-1]}.installed"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         return
-    print(f"installing {requirements}; the first time this downloads PyTorch, which takes a while")
-    run(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", requirements])
+    print(f"installing {', '.join(files)}; the first time this downloads PyTorch, which takes a while")
+    options = [word for name in files for word in ("-r", name)]
+    run(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options])
     stamp.write_text(wanted, encoding="utf-8")
 
 
@@ -76,7 +79,7 @@ def run(arguments: list[str]) -> None:
                 raise subprocess.CalledProcessError(process.returncode, arguments)
             return
         except KeyboardInterrupt:
-            # The child got it too, and may want to save what it has; it ends by itself.
+            # The child got it too. It may be saving its state, and ends by itself.
             continue
 
 

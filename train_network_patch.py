@@ -1,7 +1,7 @@
 """Train with the Automagic_CameAMP optimizers.
 
 python train_network_patch.py --sd_scripts DIR [--train_script sdxl_train_network.py] <options of that script>
-    trains in sd-scripts; DIR may be left out where it is SD_SCRIPTS_DIR, the current folder, ./sd-scripts or
+    trains in sd-scripts; DIR may be left out if it is SD_SCRIPTS_DIR, the current folder, ./sd-scripts or
     ../sd-scripts.
     --print_optimizer_config prints the optimizer's resolved options as TOML, and exits.
 
@@ -22,29 +22,24 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0, 2 for a mistake in the options or files, 130 after Ctrl-C.
     """
     try:
-        from library.cameamp_cli import UserError, print_any_name
-        from library.cameamp_demo.options import is_embedded
+        from library.cameamp.command_line import run
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("library"):
             raise
         print(f"error: {error}. Start this script where it is, in the folder of its project", file=sys.stderr)
         return 2
-    print_any_name()
-    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
-    try:
-        if asks_for_help:
-            print(__doc__)
-        if is_embedded(arguments):
-            from library.cameamp_demo.main import main as train
-        else:
-            from library.cameamp_host.main import main as train
-        return train(arguments)
-    except UserError as error:
-        if asks_for_help:
-            print(f"The script's own options cannot be shown: {error}")
-            return 0
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(train, arguments, __doc__)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train in the embedded trainer if the arguments or their file ask for it, else in sd-scripts."""
+    from library.cameamp_demo.options import is_embedded
+
+    if is_embedded(arguments):
+        from library.cameamp_demo.main import main as train_with
+    else:
+        from library.cameamp.sd_scripts.main import main as train_with
+    return train_with(arguments)
 
 
 if __name__ == "__main__":

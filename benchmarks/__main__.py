@@ -2,7 +2,7 @@
 
     python -m benchmarks [--models sd15_lora16 ...] [--rounds 9] [--fused] [--output output/benchmarks]
 
-Prints a table for each model, and writes steps.json and steps.png. Needs requirements-benchmarks.txt. `sdxl_full` is
+Prints a table for each model, and writes steps.json and steps.png. Needs the extra `benchmarks`. `sdxl_full` is
 cut at 100 M parameters. `--fused` measures the compiled optimizers too, which takes minutes more to compile.
 """
 

@@ -34,7 +34,7 @@ _BOXES: dict[str, tuple[tuple[float, float, float, float], str, str, str]] = {
     "host": ((0, 8.4, 3.8, 1.2), _HOST, "sd-scripts", "its training scripts, unchanged"),
     "demo": ((4.2, 8.4, 3.6, 1.2), _OURS, "embedded trainer", "cameamp_demo/: a small LoRA, on a CPU"),
     "own": ((8.2, 8.4, 3.8, 1.2), _HOST, "your own loop", "loss.backward(), optimizer.step()"),
-    "plugin": ((0, 6.5, 3.8, 1.2), _OURS, "train_network_patch.py", "cameamp_host/: options, names, loss, logs"),
+    "plugin": ((0, 6.5, 3.8, 1.2), _OURS, "train_network_patch.py", "sd_scripts/: options, names, loss, logs"),
     "family": ((4.2, 6.5, 7.8, 1.2), _OURS, "automagic_cameamp.py",
                "the four optimizers, OptimizerConfig, report_loss"),
     "optimizer": ((0, 4.6, 12, 1.2), _CORE, "cameamp/optimizer.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +14,14 @@ from packaging.requirements import Requirement
 from sd_scripts.options import check_arguments
 
 import bootstrap
+from library.cameamp.sd_scripts.main import _parser
 from library.cameamp_demo.options import is_embedded, parse
-from library.cameamp_host.main import _parser
 
 # Words that stand for whatever the user writes there.
 PLACEHOLDERS = ("OPTIONS",)
+
+# The project's own, which `pip install ".[demo]"` names.
+EXTRAS = ("demo", "benchmarks", "dev")
 
 
 class ParsedError(Exception):
@@ -46,8 +50,12 @@ def _check_python(words, monkeypatch):
     if words[0] == "-m" and words[1] == "pytest":
         for path in (word for word in words[2:] if word.startswith("tests/")):
             assert (ROOT / path).exists(), path
+    elif words[:2] == ["-m", "automagic_cameamp.sd_scripts"]:
+        _check_training(words[1:], monkeypatch)
     elif words[0] == "-m":
-        _check_module(words[1], words[2:], monkeypatch)
+        # What pip installs under the first name lies here under the second.
+        name = re.sub(r"^automagic_cameamp\b", "library.cameamp", words[1])
+        _check_module(name, words[2:], monkeypatch)
     elif words[0] == "bootstrap.py":
         _check_bootstrap(words[1:], monkeypatch)
     elif "train" in words[0]:
@@ -86,7 +94,7 @@ def _check_bootstrap(words, monkeypatch):
     """What bootstrap.py would run, without installing or running it."""
     ran = []
     with monkeypatch.context() as patched:
-        patched.setattr(bootstrap, "install", lambda requirements: None)
+        patched.setattr(bootstrap, "install", lambda files: None)
         patched.setattr(bootstrap, "run", ran.append)
         assert bootstrap.main(words) == 0
     for arguments in ran[-1:]:
@@ -94,7 +102,7 @@ def _check_bootstrap(words, monkeypatch):
 
 
 def _launched(words):
-    """The script and its arguments that accelerate would launch."""
+    """The script or module, and its arguments, that accelerate would launch."""
     from accelerate.commands.launch import launch_command_parser
 
     assert words[0] == "launch"
@@ -104,9 +112,9 @@ def _launched(words):
 
 def _check_training(words, monkeypatch):
     script, *arguments = words
-    if script != "train_network_patch.py":
+    if script not in ("train_network_patch.py", "automagic_cameamp.sd_scripts"):
         check_arguments(script.removesuffix(".py"), arguments, monkeypatch)
-    elif is_embedded(arguments):
+    elif script == "train_network_patch.py" and is_embedded(arguments):
         resumed = [value for option, value in pairwise(arguments) if option == "--resume"]
         for folder in resumed:
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -122,5 +130,7 @@ def _check_packages(words):
         if word == "-r":
             path = next(names)
             assert (ROOT / path).is_file(), path
+        elif found := re.fullmatch(r"\.(?:\[(.+)\])?", word):
+            assert found[1] in (None, *EXTRAS), f"no extra {found[1]!r}"
         else:
             Requirement(word)

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import packaged
 import pytest
 import torch
 from hypothesis import settings
@@ -21,3 +22,16 @@ def seeded():
     """Every test starts from the same random numbers, and on the same number of threads."""
     torch.manual_seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The path of the wheel."""
+    pytest.importorskip("setuptools", minversion="77.0.3")
+    return packaged.build(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def site(wheel):
+    """A folder in which the wheel is installed, and nothing else."""
+    return packaged.install(wheel, wheel.parent / "site")

@@ -9,7 +9,7 @@ import pytest
 import toml
 from sd_scripts.options import HAS_PARSERS, check_document, check_optimizer, flat
 
-from library.cameamp_cli import optimizer_name
+from library.cameamp.command_line import optimizer_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.toml") if not path.name.startswith("embedded"))

@@ -79,6 +79,9 @@ def test_commands_are_understood(place, command, tmp_path, monkeypatch):
             "warmup_step",
         ),
         ("pip install -r requirement.txt", "requirement.txt"),
+        ('pip install ".[benchmark]"', "benchmark"),
+        ("python -m automagic_cameamp.sd_scripts --sd_scripts DIR --optimizer_type Automagic_CameAMP9", "CameAMP9"),
+        ("accelerate launch -m automagic_cameamp.sd_scripts --optimizer_type Automagic_CameAMP9", "CameAMP9"),
     ],
 )
 def test_a_wrong_command_would_be_found(command, word, tmp_path, monkeypatch, capsys):

@@ -15,10 +15,10 @@ import torch
 from logs import read_scalars
 
 from library.automagic_cameamp import Automagic_CameAMP, OptimizerConfig
-from library.cameamp_cli import UserError
-from library.cameamp_host.checkout import find_sd_scripts, find_training_script
-from library.cameamp_host.monitor import Monitor
-from library.cameamp_host.settings import as_toml, resolve
+from library.cameamp.command_line import UserError
+from library.cameamp.sd_scripts.checkout import find_sd_scripts, find_training_script
+from library.cameamp.sd_scripts.monitor import Monitor
+from library.cameamp.sd_scripts.settings import as_toml, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 STAND_IN = ROOT / "tests" / "stand_in"
@@ -381,7 +381,7 @@ class Tracker:
 def monitored(monkeypatch):
     """A monitor of an optimizer, and the list that each of its readings adds to."""
     readings = []
-    from library.cameamp_host import monitor as module
+    from library.cameamp.sd_scripts import monitor as module
 
     read = module.read
     monkeypatch.setattr(module, "read", lambda optimizers: readings.append(1) or read(optimizers))

@@ -15,10 +15,10 @@ from accelerate.state import AcceleratorState
 from documents import ROOT
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim
+from library.cameamp.command_line import UserError
+from library.cameamp.sd_scripts.settings import resolve
 from library.cameamp.step import measure
 from library.cameamp.storage.blockwise import Blockwise
-from library.cameamp_cli import UserError
-from library.cameamp_host.settings import resolve
 from train_network_patch import main
 
 QUOTING = ("docs/troubleshooting.md", "docs/migration.md", "docs/techniques/allora.md")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.cameamp_cli import UserError, optimizer_name
+from library.cameamp.command_line import UserError, optimizer_name
 from library.cameamp_demo.options import Options, is_embedded, parse
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import pytest
 from matplotlib import image
 from torch.utils.tensorboard import SummaryWriter
 
-from library.cameamp_cli import UserError
-from library.cameamp_host.report import main, read_logs
+from library.cameamp.command_line import UserError
+from library.cameamp.sd_scripts.report import main, read_logs
 
 
 def write_logs(folder, context="context", steps=5):

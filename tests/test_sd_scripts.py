@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,37 +20,31 @@ from logs import read_scalars
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sd_scripts.data import make_data
+from sd_scripts.runs import (
+    ROOT,
+    SD15,
+    SD_SCRIPTS,
+    TINY,
+    needs_sd15,
+    ours,
+    run,
+    sd15_arguments,
+    skip_without_sd_scripts,
+    start,
+)
 
 import library
 from library.automagic_cameamp import OptimizerConfig
+from library.cameamp.command_line import OWN_OPTIMIZERS
 from library.cameamp.config import OPTION_NAMES
-from library.cameamp_cli import OWN_OPTIMIZERS
 
-SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR", "")
-MISSING = [name for name in ("cv2", "torchvision", "voluptuous") if importlib.util.find_spec(name) is None]
+skip_without_sd_scripts()
 
-if not SD_SCRIPTS:
-    pytest.skip("SD_SCRIPTS_DIR is not set: no sd-scripts to run in", allow_module_level=True)
-if MISSING:
-    pytest.skip(f"sd-scripts' requirements are not installed: {', '.join(MISSING)}", allow_module_level=True)
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = str(ROOT / "tests" / "sd_scripts" / "tiny_network.py")
 NETWORK_SCRIPTS = [
     "train_network", "sdxl_train_network", "sd3_train_network", "flux_train_network", "lumina_train_network",
     "anima_train_network", "hunyuan_image_train_network",
 ]  # fmt: skip
 FULL_SCRIPTS = ["fine_tune", "sdxl_train", "sd3_train", "flux_train"]
-
-
-def run(*arguments, program=None, **environment):
-    """Run the command line in a process of its own, on the CPU."""
-    command = [*(program or [sys.executable]), str(ROOT / "train_network_patch.py"), *arguments]
-    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1800)
-    # The host's log breaks its lines.
-    done.log = re.sub(r"\s+", " ", done.stderr)
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +55,8 @@ def common(tmp_path_factory):
 @pytest.fixture(scope="module")
 def train_util():
     """sd-scripts' own, with the plugin in it."""
-    from library.cameamp_host.packages import join
-    from library.cameamp_host.plugin import Plugin
+    from library.cameamp.sd_scripts.packages import join
+    from library.cameamp.sd_scripts.plugin import Plugin
 
     join(Path(SD_SCRIPTS).resolve())
     module = importlib.import_module("library.train_util")
@@ -251,17 +243,7 @@ def many(folder, common, runs, **environment):
     """Several runs of the small models in one process."""
     file = folder / "runs.json"
     file.write_text(json.dumps([[*common, *more] for more in runs]), "utf-8")
-    done = run("--train_script", TINY, "--runs", str(file), **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def ours(output, name="Automagic_CameAMP", steps=4, *more, options=()):
-    return [
-        "--output_dir", str(output), "--optimizer_type", name, "--max_train_steps", str(steps),
-        "--learning_rate", "1e-4", "--network_module", "networks.lora",
-        *(["--optimizer_args", *options] if options else []), *more,
-    ]  # fmt: skip
+    return run("--train_script", TINY, "--runs", str(file), **environment)
 
 
 @pytest.mark.parametrize("name", OWN_OPTIMIZERS)
@@ -330,9 +312,8 @@ def test_the_hosts_options_work(tmp_path, common):
 def test_two_processes_keep_the_same_weights(name, tmp_path, common):
     done = run(
         "--train_script", TINY, *common, *ours(tmp_path, name, 6, options=["warmup_steps=4"]),
-        program=[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+        program=["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     ends = dict(re.findall(r"rank (\d) ends with (\w+)", done.stdout))
     assert set(ends) == {"0", "1"}
     assert ends["0"] == ends["1"]
@@ -341,7 +322,6 @@ def test_two_processes_keep_the_same_weights(name, tmp_path, common):
 def test_spawned_workers_load_the_data(tmp_path, common):
     words = ours(tmp_path, steps=2, options=["warmup_steps=2"])
     done = run("--train_script", TINY, *common, *words, "--max_data_loader_n_workers", "2", "--spawn_workers")
-    assert done.returncode == 0, done.stderr[-3000:]
     assert "rank 0 ends with" in done.stdout
     assert "workers were spawned" in done.stdout
 
@@ -358,12 +338,8 @@ def test_an_unpatched_host_takes_the_copied_files(tmp_path, common):
                  ROOT / "library" / "cameamp"]:  # fmt: skip
         (host / "library" / item.name).symlink_to(item)
     (host / "tiny_network.py").write_text(Path(TINY).read_text("utf-8"), "utf-8")
-    done = subprocess.run(
-        [sys.executable, "tiny_network.py", *common,
-         *ours(tmp_path / "o", "library.automagic_cameamp.Automagic_CameAMP", 2, options=["warmup_steps=2"])],
-        cwd=host, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = ours(tmp_path / "o", "library.automagic_cameamp.Automagic_CameAMP", 2, options=["warmup_steps=2"])
+    start("tiny_network.py", *common, *words, folder=host)
     with safe_open(str(tmp_path / "o" / "a.safetensors"), "pt") as file:
         name = "library.automagic_cameamp.Automagic_CameAMP(warmup_steps=2)"
         assert file.metadata()["ss_optimizer"] == name
@@ -371,30 +347,17 @@ def test_an_unpatched_host_takes_the_copied_files(tmp_path, common):
 
 # Whole scripts, with a full-size model --------------------------------------------------------------------------------
 
-SD15 = os.environ.get("SD15_DIR", "")
-needs_sd15 = pytest.mark.skipif(not SD15, reason="SD15_DIR is not set: no full-size model to train")
-
-
-def sd15_arguments(output):
-    return [
-        "--pretrained_model_name_or_path", f"{SD15}/model", "--tokenizer_cache_dir", f"{SD15}/tokenizers",
-        "--resolution", "64,64", "--output_dir", str(output), "--output_name", "a", "--learning_rate", "1e-4",
-        "--mixed_precision", "no", "--cache_latents", "--max_data_loader_n_workers", "0", "--save_state", "--seed", "1",
-        "--logging_dir", str(output / "logs"),
-    ]  # fmt: skip
-
 
 @needs_sd15
 def test_a_lora_of_sd15_under_accelerate_launch(tmp_path):
     network = ["--network_module", "networks.lora", "--network_dim", "4", "--network_train_unet_only"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     resume = ("--resume", str(tmp_path / "a-state"), "--skip_until_initial_step")
     for steps, more in ((3, ()), (5, resume)):
-        done = run(
+        run(
             "--train_data_dir", f"{SD15}/data", *sd15_arguments(tmp_path), *network, "--max_train_steps", str(steps),
             "--optimizer_type", OWN_OPTIMIZERS[-1], "--optimizer_args", "warmup_steps=2", *more, program=launch,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
     saved = torch.load(tmp_path / "a-state" / "optimizer.bin", weights_only=True)
     assert {state["step"] for state in saved["state"].values()} == {5}
     with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:
@@ -411,6 +374,5 @@ def test_all_of_sd15_with_8bit_states(tmp_path):
         *(word for word in sd15_arguments(tmp_path) if word != "--save_state"), "--max_train_steps", "2",
         "--optimizer_type", "Automagic_CameAMP8bit", "--optimizer_args", "warmup_steps=1",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
     assert "none of 686 parameters is a LoRA factor" in done.log
     assert len(read_scalars(tmp_path / "logs")["effective_lr/group0/mean"]) == 2

@@ -14,16 +14,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bootstrap import NEEDED_BY_TESTS  # noqa: E402 - it lies in the folder above
+
 SHOWN = ("torch", "accelerate", "bitsandbytes", "diffusers", "transformers", "numpy")
 NAMES = ("oldest", "newest")
 
 
 def requirements(oldest: bool) -> list[str]:
     """What to install: every lower bound itself, or whatever is newest."""
-    files = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    # The tools that check the code are no part of what the code runs with.
-    wanted = [line for line in lines if line and not line.startswith(("#", "-r", "ruff", "mypy"))]
+    lines = [line for name in NEEDED_BY_TESTS for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    # The code runs without the tools that check it.
+    wanted = [line for line in lines if line and not line.startswith(("#", "ruff", "mypy"))]
     return [re.sub(r">=(\S+)", r"==\1" if oldest else "", line) for line in wanted]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import PUBLIC_MODULE
 from .config import OptimizerConfig
 from .context.controller import ContextualOptimizationModule
 from .context.driver import Context
@@ -15,6 +16,8 @@ from .storage.blockwise import require_bitsandbytes
 class Automagic_CameAMP(CameAMP):
     """All states in 32 bits: 21 bytes a parameter in the warm-up, 16 after it."""
 
+    __module__ = PUBLIC_MODULE
+
 
 class Automagic_CameAMP8bit(CameAMP):
     """States in 8 bits: a quarter of the memory. Parameters of fewer than 4,096 elements have theirs in 32 bits.
@@ -23,6 +26,7 @@ class Automagic_CameAMP8bit(CameAMP):
         RuntimeError: bitsandbytes is missing or broken.
     """
 
+    __module__ = PUBLIC_MODULE
     _precision = EIGHT_BITS
 
     def __init__(self, params: Any, config: OptimizerConfig | None = None, **options: Any) -> None:
@@ -48,6 +52,8 @@ class Automagic_CameAMP_COptim(_Contextual, Automagic_CameAMP):
     Call `report_loss(loss)` before each step, or give `step` a closure; without a loss the gradients alone decide.
     """
 
+    __module__ = PUBLIC_MODULE
+
 
 class Automagic_CameAMP_COptim8bit(_Contextual, Automagic_CameAMP8bit):
     """`Automagic_CameAMP_COptim` with states in 8 bits.
@@ -55,6 +61,8 @@ class Automagic_CameAMP_COptim8bit(_Contextual, Automagic_CameAMP8bit):
     Raises:
         RuntimeError: bitsandbytes is missing or broken.
     """
+
+    __module__ = PUBLIC_MODULE
 
 
 def report_loss(optimizer: Any, loss: Any) -> None:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cameamp.command_line import OWN_OPTIMIZERS, UserError, config_path, flattened, optimizer_name, read_toml
 from ..cameamp.config import OptimizerConfig, nearest_name, parse_optimizer_args
-from ..cameamp_cli import OWN_OPTIMIZERS, UserError, config_path, flattened, optimizer_name, read_toml
 from .files import find_folder
 
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from library.automagic_cameamp import OptimizerConfig
+from library.cameamp.command_line import config_path, optimizer_name, read_toml
 from library.cameamp.config import parse_optimizer_args
-from library.cameamp_cli import config_path, optimizer_name, read_toml
 
 CHECKOUT = os.environ.get("SD_SCRIPTS_DIR", "")
 # Its parsers can be had: there is a checkout, and what it imports is installed.
@@ -23,7 +23,7 @@ OTHER_OPTIMIZERS = ("AdamW", "AdamW8bit", "Prodigy")
 
 def parser_of(script):
     """The real parser of a training script, which is named without its suffix."""
-    from library.cameamp_host.packages import join
+    from library.cameamp.sd_scripts.packages import join
 
     join(Path(CHECKOUT).resolve())
     return importlib.import_module(script).setup_parser()

@@ -66,7 +66,6 @@ class Numbers(torch.utils.data.Dataset):
         return 64
 
     def __getitem__(self, index):
-        import library.automagic_cameamp
-
-        found = [library.automagic_cameamp.__file__, sys.modules[__name__].__file__, str(os.getpid())]
+        optimizers = importlib.import_module(os.environ.get("WORKERS_IMPORT", "library.automagic_cameamp"))
+        found = [optimizers.__file__, sys.modules[__name__].__file__, str(os.getpid())]
         return torch.randn(6, generator=torch.Generator().manual_seed(index)), found

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..cameamp_cli import UserError
+from ..command_line import UserError
 
-# What every checkout has, and nothing else is likely to.
+# Every checkout has both files, and no other folder is likely to.
 _MARKS = ("library/train_util.py", "train_network.py")
 
 
@@ -16,14 +16,14 @@ def find_sd_scripts(given: str | None, environment: Mapping[str, str], folder: P
 
     Args:
         given: the value of `--sd_scripts`, if any.
-        environment: where `SD_SCRIPTS_DIR` may stand, which counts where `given` is None.
-        folder: the current folder; without either it is tried itself, then `sd-scripts` in it and beside it.
+        environment: the environment variables; `SD_SCRIPTS_DIR` counts if `given` is None.
+        folder: the current folder. Without `given` and the variable it is tried, then `sd-scripts` in it and beside it.
 
     Returns:
         The checkout's absolute path.
 
     Raises:
-        UserError: what was looked for, and where.
+        UserError: no checkout is there; with the files looked for and the folders tried.
     """
     if given is not None:
         places = {"--sd_scripts": folder / given}
@@ -41,8 +41,7 @@ def find_sd_scripts(given: str | None, environment: Mapping[str, str], folder: P
     tried = "; ".join(f"{name}, {place}: {_what_is_wrong(place)}" for name, place in places.items())
     raise UserError(
         f"sd-scripts not found. Looked for a folder with {' and '.join(_MARKS)} in: {tried}. "
-        "Name it with --sd_scripts or in the environment variable SD_SCRIPTS_DIR, "
-        "or train without it: --embedded"
+        "Name it with --sd_scripts or in the environment variable SD_SCRIPTS_DIR"
     )
 
 

@@ -1,6 +1,7 @@
-"""One picture of a run from its tensorboard logs: loss, learning rates, context.
+"""Draw one picture of a run from its tensorboard logs: loss, learning rates, context.
 
-python -m library.cameamp_host.report LOGDIR [--output PNG]
+python -m automagic_cameamp.sd_scripts.report LOGDIR [--output PNG]
+    In a checkout the module is library.cameamp.sd_scripts.report.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cameamp_cli import UserError, print_any_name
+from ..command_line import UserError, print_any_name
 
 _Scalars = dict[str, tuple[list[int], list[float]]]
 
@@ -43,7 +44,7 @@ def read_logs(folder: Path) -> _Scalars:
 
 
 def draw(scalars: _Scalars, path: Path) -> None:
-    """Write the picture as PNG; parts that the logs say nothing of are left out.
+    """Write the picture as PNG; parts for which the logs have no values are left out.
 
     Raises:
         UserError: matplotlib is missing.
@@ -74,12 +75,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0, or 2 where there is nothing to draw.
+        The exit code: 0, or 2 if there is nothing to draw.
     """
     print_any_name()
-    parser = argparse.ArgumentParser(prog="python -m library.cameamp_host.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.report", description=__doc__.splitlines()[0])
     parser.add_argument("logdir", type=Path, help="folder of the logs; the newest run in it is taken")
-    parser.add_argument("--output", type=Path, help="the picture; report.png in LOGDIR where not given")
+    parser.add_argument("--output", type=Path, help="the picture; by default report.png in LOGDIR")
     options = parser.parse_args(arguments)
     path = options.output or options.logdir / "report.png"
     try:
@@ -92,13 +93,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _of_section(tags: Iterable[str], section: str) -> list[str]:
-    """The tags of a section, which is numbered where a run has several optimizers."""
+    """The tags of a section, whose name ends in a number if the run has several optimizers."""
     return [tag for tag in tags if re.fullmatch(rf"{section}\d*(/.*)?", tag)]
 
 
 def _draw_loss(axis: Any, scalars: _Scalars, tags: list[str]) -> None:
     for tag in tags:
-        # A value an epoch is counted in epochs, not in steps.
+        # The steps of a tag of epochs are epochs.
         if "epoch" not in tag:
             noisy = tag in ("loss", "loss/current")
             axis.plot(*scalars[tag], label=tag, color="0.8" if noisy else None, linewidth=0.8 if noisy else 1.6)

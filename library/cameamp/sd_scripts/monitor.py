@@ -1,4 +1,4 @@
-"""What the trackers and the progress bar show of the optimizers, at no more than one read-back per shown step."""
+"""The values that trackers and progress bar show: read from the device at most once per step that is shown."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
-from ..cameamp.optimizer import CameAMP
-from ..cameamp.readings import named, read
+from ..optimizer import CameAMP
+from ..readings import named, read
 
-# Without a tracker, which reads the values at each step, the progress bar reads them anew this often.
+# A tracker reads the values at each step that it logs. Without one the progress bar reads them every so many steps.
 _BAR_EVERY = 10
 
 
 class Monitor:
-    """The values of a run's optimizers, read when somebody shows them and kept until the next optimizer step.
+    """The values of a run's optimizers, read when they are first shown, and reused until the next optimizer step.
 
     Args:
-        optimizers: those of the run; more than one where each steps during the backward pass.
+        optimizers: those of the run; several if each steps during the backward pass.
     """
 
     def __init__(self, optimizers: Sequence[CameAMP]) -> None:
@@ -27,11 +27,11 @@ class Monitor:
         self._values: dict[str, float] = {}
 
     def step_ends(self) -> None:
-        """Tell that the optimizers are about to step: values read before are old then."""
+        """Note that the optimizers are about to step, after which values read before are outdated."""
         self._steps += 1
 
     def values(self) -> dict[str, float]:
-        """Names, as trackers group them, and values."""
+        """Values by the names under which trackers group them."""
         if self._read_at != self._steps:
             self._read_at = self._steps
             self._values = named(read(self._optimizers))
@@ -46,11 +46,11 @@ class Monitor:
         return sum(means) / len(means)
 
     def add_to_tracker(self, tracker: Any) -> None:
-        """Make a tracker of accelerate's log our values wherever it logs learning rates."""
+        """Make a tracker of accelerate log these values whenever it logs learning rates."""
         tracker.log = self._with_values(tracker.log)
 
     def add_to_progress_bars(self, bar_class: Any) -> None:
-        """Make the host's progress bar, the one that shows the average loss, show our learning rate as well."""
+        """Make sd-scripts' progress bar, which shows the average loss, show the mean effective learning rate too."""
         original = bar_class.set_postfix
 
         @wraps(original)

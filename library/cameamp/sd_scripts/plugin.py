@@ -1,6 +1,6 @@
-"""Our three footholds in sd-scripts: where it reads its options, makes its accelerator, and builds its optimizer.
+"""Wraps three functions of sd-scripts: those that read options, prepare accelerate and build optimizers.
 
-All its training scripts go through these functions of `library.train_util`, and look them up there when they need them.
+All training scripts of sd-scripts call them in `library.train_util`, and look them up there at each call.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from accelerate import DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
-from ..automagic_cameamp import report_loss
-from ..cameamp.optimizer import CameAMP
-from ..cameamp_cli import OWN_OPTIMIZERS, UserError, config_path, read_toml
+from .. import report_loss
+from ..command_line import OWN_OPTIMIZERS, UserError, config_path, read_toml
+from ..optimizer import CameAMP
 from .monitor import Monitor
 from .settings import as_toml, refuse_what_the_host_drops, resolve
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Plugin:
-    """Serves our optimizers in an sd-scripts run; every other optimizer is left as it is.
+    """Serves the optimizers of this family in an sd-scripts run; every other optimizer is left as it is.
 
     Args:
         print_config: print the resolved configuration instead of training.
@@ -40,7 +40,7 @@ class Plugin:
         self._monitor = Monitor(self._optimizers)
 
     def install(self, train_util: ModuleType) -> None:
-        """Put our functions around those of sd-scripts' `library.train_util`."""
+        """Wrap the three functions of sd-scripts' `library.train_util`, and the progress bar."""
         for name, wrapper in (
             ("read_config_from_file", self._reading_config),
             ("prepare_accelerator", self._preparing_accelerator),
@@ -55,7 +55,7 @@ class Plugin:
     def _reading_config(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def read_config_from_file(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
             path = config_path(args.config_file) if args.config_file else None
-            writes = getattr(args, "output_config", False)  # The file need not be there yet, and the host exits.
+            writes = getattr(args, "output_config", False)  # The host writes the file and exits.
             document = read_toml(path, marked=False) if path and not writes else {}
             args = original(args, parser)
             table = document.get("optimizer_config")
@@ -106,7 +106,7 @@ class Plugin:
         return prepare_accelerator
 
     def _preparing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        """Tell optimizers the names of the parameters of the models that pass through accelerate."""
+        """Give the optimizers the names of the parameters of every model that passes through accelerate."""
 
         @wraps(prepare)
         def prepare_and_name(*objects: Any, **options: Any) -> Any:
@@ -120,7 +120,7 @@ class Plugin:
         return prepare_and_name
 
     def _going_backward(self, accelerator: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
-        """Report the loss before the backward pass, in which some optimizers step already."""
+        """Report the loss before the backward pass, during which some optimizers already step."""
 
         @wraps(backward)
         def report_and_go_backward(loss: Tensor, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the command lines share: mistakes shown as one line, TOML files, the names of our optimizers.
+"""What the command lines share: mistakes shown as one line, TOML files, the names of the optimizers.
 
 Imports no slow package, so that a mistake is reported at once.
 """
@@ -8,34 +8,57 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import toml
+from . import __all__ as _public_names
 
-OWN_OPTIMIZERS = (
-    "Automagic_CameAMP",
-    "Automagic_CameAMP8bit",
-    "Automagic_CameAMP_COptim",
-    "Automagic_CameAMP_COptim8bit",
-)
+OWN_OPTIMIZERS = tuple(name for name in _public_names if name.startswith("Automagic_CameAMP"))
+
+# The modules that hold them: in a checkout, and as pip installs them. A path of either means the classes at hand.
+_OWN_MODULES = ("library.automagic_cameamp", "automagic_cameamp")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; shown as one line, without a traceback."""
+    """A mistake that the user can correct; shown as one line, without a traceback."""
+
+
+def run(train: Callable[[Sequence[str]], int], arguments: Sequence[str], usage: str) -> int:
+    """Run a command line, and show its user's mistakes as one line.
+
+    Args:
+        train: what to run with the arguments; returns the exit code.
+        arguments: the words of the command line.
+        usage: what to print before `train` shows its own help.
+
+    Returns:
+        The exit code, 2 for a mistake.
+    """
+    print_any_name()
+    asks_for_help = not {"-h", "--help"}.isdisjoint(arguments)
+    if asks_for_help:
+        print(usage)
+    try:
+        return train(arguments)
+    except UserError as error:
+        if asks_for_help:
+            print(f"The script's own options cannot be shown: {error}")
+            return 0
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def print_any_name() -> None:
-    """Let prints show names that the console's encoding lacks, as Windows' often does, in place of failing at them."""
+    """Let prints escape the characters that the console's encoding lacks, which many Windows consoles do."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def optimizer_name(optimizer_type: str) -> str | None:
-    """The name of our optimizer that `optimizer_type` means, in any letter case or as a dotted path; else None."""
+    """The optimizer of this family that `optimizer_type` names, in any letter case or by a dotted path; else None."""
     module, _, short = optimizer_type.lower().rpartition(".")
-    if module not in ("", "library.automagic_cameamp"):
+    if module not in ("", *_OWN_MODULES):
         return None
     return next((name for name in OWN_OPTIMIZERS if name.lower() == short), None)
 
@@ -61,11 +84,15 @@ def read_toml(path: str, marked: bool = True) -> dict[str, Any]:
 
     Args:
         path: the file.
-        marked: whether a byte-order mark may stand before it, as Windows editors put it there.
+        marked: whether the file may begin with a byte-order mark, which some Windows editors write.
 
     Raises:
-        UserError: it cannot be read, or is not valid TOML; with the line and its key.
+        UserError: it cannot be read, or is not valid TOML; with the line and its key. Or the package toml is missing.
     """
+    try:
+        import toml
+    except ImportError as error:
+        raise UserError(f"{path}: reading it needs toml: pip install toml ({error})") from None
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -91,5 +118,5 @@ def read_toml(path: str, marked: bool = True) -> dict[str, Any]:
             hint = " A list has square brackets: [1, 5]."
         raise UserError(f"{where}: {reason}.{hint}") from None
     except Exception:
-        # Of some mistakes, such as a table where its name has a value already, the parser itself makes another error.
+        # For some mistakes, such as a table with the name of a key, the parser itself fails with another error.
         raise UserError(f"{path}: is not valid TOML") from None

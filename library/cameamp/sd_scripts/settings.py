@@ -1,4 +1,4 @@
-"""From sd-scripts' options to ours: which optimizer, which options of it, and what cannot go together."""
+"""Reads the optimizer and its options from those of sd-scripts, and refuses what cannot go together."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-import toml
-
-from ..cameamp.config import OPTION_NAMES, OptimizerConfig, parse_optimizer_args
-from ..cameamp_cli import UserError, flattened, optimizer_name
+from .. import PUBLIC_MODULE
+from ..command_line import UserError, flattened, optimizer_name
+from ..config import OPTION_NAMES, OptimizerConfig, parse_optimizer_args
 
 
 def resolve(args: argparse.Namespace, table: Any = None, source: str = "the command line") -> OptimizerConfig | None:
-    """Check the options of a run with one of our optimizers, and write them the way sd-scripts resolves them.
+    """Check the options of a run with one of these optimizers, and write them as sd-scripts will resolve them.
 
     Afterwards `args.optimizer_type` is the dotted path that sd-scripts imports, and `args.optimizer_args` holds all
     options, so that sd-scripts builds, logs and saves them like those of any other optimizer. Doing it twice changes
@@ -26,7 +25,7 @@ def resolve(args: argparse.Namespace, table: Any = None, source: str = "the comm
         source: the TOML file, for messages.
 
     Returns:
-        The resolved configuration, or None where the optimizer is not one of ours; then nothing has changed.
+        The resolved configuration, or None for an optimizer of another family; then nothing has changed.
 
     Raises:
         UserError: a mistake, or an option of sd-scripts that these optimizers cannot serve.
@@ -48,13 +47,13 @@ def resolve(args: argparse.Namespace, table: Any = None, source: str = "the comm
         config = OptimizerConfig.from_toml(table, source, arguments, lr=args.learning_rate)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
-    args.optimizer_type = f"library.automagic_cameamp.{name}"
+    args.optimizer_type = f"{PUBLIC_MODULE}.{name}"
     args.optimizer_args = [f"{key}={value!r}" for key, value in {**table, **arguments}.items()]
     return config
 
 
 def refuse_what_the_host_drops(document: Mapping[str, Any], known: Collection[str], source: str) -> None:
-    """Refuse options of the optimizer that stand where sd-scripts takes them in and never uses them.
+    """Refuse options of the optimizer in places from which sd-scripts reads them and never uses them.
 
     Args:
         document: the TOML file.
@@ -74,7 +73,9 @@ def refuse_what_the_host_drops(document: Mapping[str, Any], known: Collection[st
 
 
 def as_toml(config: OptimizerConfig) -> str:
-    """The configuration as the TOML that gives it."""
+    """The configuration as TOML from which it would be read."""
+    import toml
+
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in config.as_dict().items()}
     lr = options.pop("lr")
     return f"learning_rate = {lr!r}  # of groups without their own\n\n" + toml.dumps({"optimizer_config": options})
@@ -99,7 +100,7 @@ def _refuse_what_does_not_fit(args: argparse.Namespace, name: str) -> None:
             "use --fused_optimizer_groups or --blockwise_fused_optimizers where the script has them"
         )
     if name.endswith("8bit"):
-        from ..cameamp.storage.choice import require_bitsandbytes
+        from ..storage.blockwise import require_bitsandbytes
 
         try:
             require_bitsandbytes()

@@ -10,16 +10,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..cameamp_cli import UserError
+from ..command_line import UserError
 from .checkout import find_sd_scripts, find_training_script
 from .packages import join
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a training script of sd-scripts, as if started by itself, with our optimizers known to it.
+    """Run a training script of sd-scripts as if it had been started directly, with these optimizers known to it.
 
     Args:
-        arguments: our options (`--sd_scripts`, `--train_script`, `--print_optimizer_config`) and all of the script's.
+        arguments: the plugin's options (`--sd_scripts`, `--train_script`, `--print_optimizer_config`) and the script's.
 
     Returns:
         0. A script that exits by itself raises SystemExit.
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     from .plugin import Plugin
 
     Plugin(print_config=own.print_optimizer_config).install(train_util)
-    # What the script reads with argparse, and what spawned workers inherit.
+    # The script reads them with argparse, and spawned workers inherit them.
     sys.argv = [str(script), *theirs]
     runpy.run_path(str(script), run_name="__main__")
     return 0

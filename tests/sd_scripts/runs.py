@@ -1,0 +1,64 @@
+"""Training runs inside the real sd-scripts, each in a process of its own, on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TINY = str(ROOT / "tests" / "sd_scripts" / "tiny_network.py")
+
+SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR", "")
+SD15 = os.environ.get("SD15_DIR", "")
+MISSING = [name for name in ("cv2", "torchvision", "voluptuous") if importlib.util.find_spec(name) is None]
+
+needs_sd15 = pytest.mark.skipif(not SD15, reason="SD15_DIR is not set: no full-size model to train")
+
+
+def skip_without_sd_scripts():
+    """Skip a whole module of tests if there is no sd-scripts to run in."""
+    if not SD_SCRIPTS:
+        pytest.skip("SD_SCRIPTS_DIR is not set: no sd-scripts to run in", allow_module_level=True)
+    if MISSING:
+        pytest.skip(f"sd-scripts' requirements are not installed: {', '.join(MISSING)}", allow_module_level=True)
+
+
+def start(*command, folder=ROOT, **environment):
+    """Run Python with a command line; it must end well."""
+    variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # sd-scripts breaks the lines of its log.
+    done.log = re.sub(r"\s+", " ", done.stderr)
+    return done
+
+
+def run(*arguments, program=(), **environment):
+    """Run the plugin of this checkout; `program` is what starts it in place of Python alone."""
+    return start(*program, ROOT / "train_network_patch.py", *arguments, **environment)
+
+
+def ours(output, name="Automagic_CameAMP", steps=4, *more, options=()):
+    """The options of a run with one of these optimizers."""
+    return [
+        "--output_dir", str(output), "--optimizer_type", name, "--max_train_steps", str(steps),
+        "--learning_rate", "1e-4", "--network_module", "networks.lora",
+        *(["--optimizer_args", *options] if options else []), *more,
+    ]  # fmt: skip
+
+
+def sd15_arguments(output):
+    """The options of a run with the full-size model."""
+    return [
+        "--pretrained_model_name_or_path", f"{SD15}/model", "--tokenizer_cache_dir", f"{SD15}/tokenizers",
+        "--resolution", "64,64", "--output_dir", str(output), "--output_name", "a", "--learning_rate", "1e-4",
+        "--mixed_precision", "no", "--cache_latents", "--max_data_loader_n_workers", "0", "--save_state", "--seed", "1",
+        "--logging_dir", str(output / "logs"),
+    ]  # fmt: skip
