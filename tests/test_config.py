@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from library.automagic_cameamp import Automagic_CameAMP, OptimizerConfig
-from library.cameamp.config import parse_optimizer_args
+from library.cameamp.options import parse_optimizer_args
 
 
 def one_parameter():

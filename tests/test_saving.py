@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from reliability.interrupted import Saver, full_disk, killed
 
-from library.cameamp.config import parse_optimizer_args
+from library.cameamp.options import parse_optimizer_args
 from library.cameamp_demo import files
 from library.cameamp_demo.options import UserError, parse
 

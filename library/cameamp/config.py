@@ -6,14 +6,13 @@ TOML table. All four ways end in the same constructor, so all four get the same 
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .options import check_names
 from .values import Check, number, three_numbers, truth, whole_number, whole_numbers
 
 # A floor smaller than this vanishes in float32 once it is multiplied by 1 - beta.
@@ -118,7 +117,7 @@ class OptimizerConfig:
             TypeError: an unknown option, with the nearest known name, or a value of the wrong type.
             ValueError: a value out of range.
         """
-        check_names(options)
+        check_names(options, OPTION_NAMES)
         return cls(**options)
 
     @classmethod
@@ -141,7 +140,7 @@ class OptimizerConfig:
                     "it comes from learning_rate and from the parameter groups."
                 )
             try:
-                check_names(options)
+                check_names(options, OPTION_NAMES)
                 for name, value in options.items():
                     checked(name, value)
             except (TypeError, ValueError) as error:
@@ -160,7 +159,7 @@ class OptimizerConfig:
 
     def replace(self, **options: Any) -> OptimizerConfig:
         """A copy with some options changed, checked as a whole again."""
-        check_names(options)
+        check_names(options, OPTION_NAMES)
         return dataclasses.replace(self, **options)
 
     def as_dict(self) -> dict[str, Any]:
@@ -181,54 +180,6 @@ def checked(name: str, value: Any) -> Any:
     """
     field = _FIELDS[name]
     return field.metadata["check"](name, value, field.default)
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """The words `, did you mean 'x'?` for the known name nearest to `name`, or nothing when none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""
-
-
-def check_names(options: Iterable[str]) -> None:
-    """Raise TypeError for the first option that does not exist, naming the nearest one and all that do."""
-    for name in options:
-        if name not in OPTION_NAMES:
-            known = ", ".join(OPTION_NAMES)
-            raise TypeError(f"unknown option '{name}'{nearest_name(name, OPTION_NAMES)} Known options: {known}.")
-
-
-def check_group_names(group: Iterable[str]) -> None:
-    """Raise TypeError for a key of a parameter group that looks like a misspelt option.
-
-    Groups also carry what others put there (`params`, `initial_lr`, a label), so a key is refused only where an option
-    of nearly the same name exists.
-    """
-    for name in group:
-        if name not in OPTION_NAMES and name not in ("params", "param_names", "initial_lr"):
-            close = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.8)
-            if close:
-                raise TypeError(f"unknown option '{name}', did you mean '{close[0]}'?")
-
-
-def parse_optimizer_args(words: Iterable[str]) -> dict[str, Any]:
-    """Read sd-scripts' `--optimizer_args key=value ...`: Python literals, as the host itself reads them.
-
-    Raises:
-        ValueError: a word without `=`, or a value that is not a Python literal.
-    """
-    options: dict[str, Any] = {}
-    for word in words:
-        name, equals, text = word.partition("=")
-        if not equals:
-            raise ValueError(f"optimizer_args: '{word}' has no '='; options are written key=value")
-        try:
-            options[name] = ast.literal_eval(text)
-        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-            raise ValueError(
-                f"optimizer_args: the value of '{name}' is {text!r}; "
-                "allowed: a Python literal such as 0.5, True or (0.8, 0.99, 0.999)"
-            ) from None
-    return options
 
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:

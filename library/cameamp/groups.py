@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import OPTION_NAMES, OptimizerConfig, check_group_names, checked
+from .config import OPTION_NAMES, OptimizerConfig, checked
+from .options import check_group_names
 from .parameters import Parameters
 from .phase import Phase
 from .stacks.layout import Layout
@@ -54,7 +55,7 @@ class GroupOptions:
         try:
             if not isinstance(param_group, dict):
                 raise TypeError(f"it is a {type(param_group).__name__}; allowed: a dictionary with 'params'")
-            check_group_names(param_group)
+            check_group_names(param_group, OPTION_NAMES)
             given = {name: param_group[name] for name in OPTION_NAMES if name in param_group}
             if "lr" not in given:
                 config = defaults.replace(**given)

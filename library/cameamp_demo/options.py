@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cameamp.command_line import OWN_OPTIMIZERS, UserError, config_path, flattened, optimizer_name, read_toml
-from ..cameamp.config import OptimizerConfig, nearest_name, parse_optimizer_args
+from ..cameamp.config import OptimizerConfig
+from ..cameamp.options import nearest_name, parse_optimizer_args
 from .files import find_folder
 
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 import library.automagic_cameamp as family
 
 from ..cameamp.command_line import OWN_OPTIMIZERS, UserError, optimizer_name
-from ..cameamp.config import parse_optimizer_args
 from ..cameamp.optimizer import CameAMP
+from ..cameamp.options import parse_optimizer_args
 from ..cameamp.readings import Readings, named, read
 from . import files
 from .data import NEW_DIGITS, NoisyBatch, held_out_batches, load, training_batch

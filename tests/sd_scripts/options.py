@@ -11,7 +11,7 @@ from pathlib import Path
 
 from library.automagic_cameamp import OptimizerConfig
 from library.cameamp.command_line import config_path, optimizer_name, read_toml
-from library.cameamp.config import parse_optimizer_args
+from library.cameamp.options import parse_optimizer_args
 
 CHECKOUT = os.environ.get("SD_SCRIPTS_DIR", "")
 # Its parsers can be had: there is a checkout, and what it imports is installed.

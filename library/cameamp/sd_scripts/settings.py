@@ -9,7 +9,8 @@ from typing import Any
 
 from .. import PUBLIC_MODULE
 from ..command_line import UserError, flattened, optimizer_name
-from ..config import OPTION_NAMES, OptimizerConfig, parse_optimizer_args
+from ..config import OPTION_NAMES, OptimizerConfig
+from ..options import parse_optimizer_args
 
 
 def resolve(args: argparse.Namespace, table: Any = None, source: str = "the command line") -> OptimizerConfig | None:
