@@ -1,8 +1,8 @@
-"""Checksums of a checkpoint: what it was saved with, so that damage is seen before it trains on.
+"""Checksums that are saved in a checkpoint, so that damage is noticed before training continues from it.
 
-torch checks none when it loads a file. A tensor's checksum is a weighted sum of its elements' bit patterns modulo 2^64.
-That is exact in any order of adding, so it is the same on every device and for any layout in memory, and it is computed
-where the states are: nothing but one number a tensor crosses to the host.
+torch itself checks nothing when it loads a file. The checksum of a tensor is a weighted sum of the bit patterns of its
+elements, modulo 2^64. This sum is exact in any order of adding, so it is the same on every device and for every layout
+in memory. It is computed on the device of the states; only one number per tensor is transferred to the host.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The integers whose bits an element of so many bytes is read as.
+# The integer type that the bits of an element are read as, by the size of the element in bytes.
 _PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Elements that are weighted at a time; each takes 16 bytes meanwhile.
+# How many elements are weighted at a time. Each needs 16 bytes of temporary memory.
 _PART = 1024 * 1024
 
-# What a sum is made of, by state key; None where the value is not a tensor.
+# Tensor sums by the key of the state.
 Sums = Mapping[str, int]
 
 
 def tensor_sums(stack: Tensor) -> Tensor:
     """The checksum of each tensor of a stack.
 
-    Element i has the weight 2 i + 1. Weights are odd, so no change of a single element is lost; two elements that
-    trade places change the sum by the product of their differences, which 2^64 never divides.
+    Element i has the weight 2 i + 1. Weights are odd, so every change of a single element changes the sum. Swapping two
+    elements changes it by the difference of their weights times that of their values, which 2^64 never divides.
 
     Args:
-        stack: (tensors, ...) of any dtype but complex.
+        stack: (tensors, ...), of any dtype that is not complex.
 
     Returns:
         (tensors,) int64, on the stack's device.
@@ -47,21 +47,24 @@ def tensor_sums(stack: Tensor) -> Tensor:
 
 
 def checksum(value: Any, sums: Sums | None = None) -> int:
-    """The checksum of what a checkpoint holds: a state of a parameter, or the options of a group.
+    """The checksum of a part of a checkpoint: the state of a parameter, or the options of a group.
 
     Args:
         value: tensors, numbers, strings, lists and dictionaries of them.
-        sums: for a dictionary, what `tensor_sums` gave for its tensors, where known.
+        sums: if `value` is a dictionary, the results of `tensor_sums` for its tensors, as far as they are known.
 
     Returns:
-        A whole number from 0 to 2^63 - 1: torch.distributed.checkpoint carries it wherever it carries a step.
+        A whole number from 0 to 2^63 - 1. torch.distributed.checkpoint handles it in the same way as a step.
     """
     text = repr(_plain(value, sums or {}))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _plain(value: Any, sums: Sums) -> Any:
-    """`value` with a tensor as its dtype, shape and sum; the same for a list and a tuple, and for any order of keys."""
+    """`value` with each tensor replaced by its dtype, shape and sum.
+
+    The result is the same for a list and a tuple, and for any order of keys.
+    """
     if isinstance(value, Tensor):
         return _plain_tensor(value, int(tensor_sums(value.detach().unsqueeze(0)).item()))
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Where tensors are: no device is waited for, and no autocast of its changes our arithmetic."""
+"""Devices: transfers that do not wait for them, and arithmetic that autocast does not change."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, without waiting for it; a copy to the CPU is waited for, or it would be read too early."""
+    """The tensor on a device. Only a transfer to the CPU is waited for, or the tensor would be read too early."""
     return x if x.device == device else x.to(device, non_blocking=device.type != "cpu")
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Around products of matrices on a device: autocast, in which a training loop may call them, leaves them alone."""
+    """A context in which matrix products on a device are not autocast, even if the training loop uses autocast."""
     kind = device.type
     autocasts = _can_autocast(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if autocasts else nullcontext()

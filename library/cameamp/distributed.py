@@ -6,7 +6,7 @@ from torch import Tensor, distributed
 
 
 def average(values: Tensor) -> Tensor:
-    """The mean over all ranks, the same bits on every one; `values` itself where there is a single rank."""
+    """The mean of `values` over all ranks, with the same bits on each. With a single rank this is `values` itself."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.all_reduce(values)
         values /= distributed.get_world_size()

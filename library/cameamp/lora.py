@@ -1,4 +1,4 @@
-"""Which parameters are LoRA factors: by name where names are known, else by structure."""
+"""Which parameters are LoRA factors: decided by their names if these are known, otherwise by their shapes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def is_factor_name(name: str) -> bool:
 def find_factors(groups: Sequence[Sequence[Tensor]], names: Mapping[Tensor, str]) -> set[Tensor]:
     """The LoRA factors among an optimizer's parameters.
 
-    Parameters with a name are judged by it. Those without are judged together by their shapes: they are LoRA factors
-    when every one of them is a matrix and all form low-rank pairs.
+    If the name of a parameter is known, it decides. The parameters without a known name are judged together, by their
+    shapes: they are LoRA factors if all of them are matrices and form low-rank pairs.
 
     Args:
         groups: the parameters of each group, in order.
-        names: the names of those parameters whose names are known.
+        names: the names of the parameters, as far as they are known.
 
     Returns:
-        The factors that ALLoRA applies to: matrices, and convolution kernels seen as matrices.
+        The factors to which ALLoRA applies: matrices, and convolution kernels seen as matrices.
     """
     named = {p for group in groups for p in group if p in names and p.ndim >= 2 and is_factor_name(names[p])}
     nameless = [[p for p in group if p not in names] for group in groups]
@@ -39,11 +39,12 @@ def find_factors(groups: Sequence[Sequence[Tensor]], names: Mapping[Tensor, str]
 def _all_in_pairs(groups: Sequence[Sequence[Tensor]]) -> bool:
     """Whether all parameters form low-rank pairs: a down (r x in) and an up (out x r) with r below in and out.
 
-    Pairs are neighbours within a group, as every LoRA library registers them, or, with LoRA+, the n-th down of the
-    groups that hold downs and the n-th up of the groups that hold ups. A bottleneck of r features is no pair when it
-    stands the wrong way around, as in a transformer's feed-forward layer; nor is anything beside a bias. What shapes
-    cannot tell apart is a bias-free autoencoder that narrows and widens again: name its parameters, or set
-    full_finetune.
+    The two factors of a pair follow each other in a group, as every LoRA library registers them. With LoRA+ they are
+    the n-th down of the groups of downs and the n-th up of the groups of ups.
+
+    The two matrices of a transformer's feed-forward layer are no pair, because they widen first and narrow then; and
+    nothing is a pair if there is a bias among the parameters. One model that is no LoRA has the shapes of one: an
+    autoencoder without biases that narrows and then widens. For such a model, name the parameters or set full_finetune.
     """
     shapes = [[_as_matrix(p) for p in group] for group in groups if len(group) > 0]
     matrices = [shape for group in shapes for shape in group]
@@ -63,7 +64,7 @@ def _by_neighbours(matrices: list) -> _Pairs:
 
 
 def _by_order(groups: list) -> _Pairs:
-    """Downs and ups of LoRA+, whose groups hold only the ones or only the others."""
+    """Pairs of LoRA+, whose groups have either only downs or only ups."""
     wide = [shape for group in groups if all(rows <= columns for rows, columns in group) for shape in group]
     tall = [shape for group in groups if not all(rows <= columns for rows, columns in group) for shape in group]
     if len(wide) != len(tall):
@@ -72,9 +73,10 @@ def _by_order(groups: list) -> _Pairs:
 
 
 def _paired(pairs: _Pairs) -> bool:
-    """Whether each pair shares its rank, and the rank is low.
+    """Whether the two factors of each pair have the same rank, and most ranks are low.
 
-    A thin layer (the 4 channels of a latent, say) can be narrower than the rank, so a few pairs may not be low.
+    A thin layer, such as one with the 4 channels of a latent, can be narrower than the rank, so a few pairs need not be
+    of low rank.
     """
     if not pairs or any(down[0] != up[1] for down, up in pairs):
         return False

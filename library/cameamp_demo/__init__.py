@@ -1,4 +1,4 @@
-"""The embedded trainer: a small diffusion model, real images and a LoRA, to try an optimizer in minutes anywhere.
+"""The embedded trainer: a small diffusion model, real images and a LoRA, to try an optimizer within minutes.
 
-It is a stand-in for sd-scripts that keeps its option names, its LoRA format and its loop over accelerate.
+It stands in for sd-scripts: option names, LoRA format and the training loop on accelerate are the same.
 """

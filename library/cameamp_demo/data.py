@@ -1,4 +1,4 @@
-"""Real images: scikit-learn's handwritten digits, upscaled. A batch depends on nothing but a seed and its number."""
+"""Real images: the handwritten digits of scikit-learn, upscaled. A batch depends on a seed and its number alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ HELD_OUT_SHARE = 0.2
 BASE_DIGITS = (0, 1, 2, 3, 4)
 NEW_DIGITS = (5, 6, 7, 8, 9)
 
-# One split for everybody, or a base model could have seen what a LoRA is tested on.
+# The same split in every run; otherwise a base model could have seen the images on which a LoRA is tested.
 _SPLIT_SEED = 20240607
 
 
 class NoisyBatch(NamedTuple):
-    """What one training step needs.
+    """The inputs of one training step.
 
     Attributes:
         images: (batch, 1, 16, 16) in [-1, 1].
@@ -62,14 +62,14 @@ def load(digits: tuple[int, ...], held_out: bool) -> Digits:
 
 
 def training_batch(data: Digits, size: int, timesteps: int, seed: int, number: int) -> NoisyBatch:
-    """Batch `number` of the run with this seed: the same whenever and wherever it is asked for, as resuming needs."""
+    """Batch `number` of the run with this seed: the same at every call and in every process, as resuming needs."""
     generator = torch.Generator().manual_seed(_stream(seed, number))
     chosen = torch.randint(len(data), (size,), generator=generator)
     return _with_noise(data.images[chosen], data.digits[chosen], timesteps, generator)
 
 
 def held_out_batches(data: Digits, timesteps: int, repeats: int) -> list[NoisyBatch]:
-    """All images `repeats` times, with the same noise and timesteps at every call; timesteps are spread evenly."""
+    """All images, `repeats` times, with the same noise and timesteps at every call. Timesteps are spread evenly."""
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     batches = []
     for _ in range(repeats):

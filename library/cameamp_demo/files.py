@@ -1,7 +1,8 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, and only then renamed.
+"""Files that are either complete or not there: written under another name, flushed to the disk, and only then renamed.
 
-A process may be killed between any two lines here. Before the renaming the earlier file stands; after it the new one. A
-folder can't be renamed over another one, so the earlier one steps aside first, and is found there.
+A process may be killed between any two lines here. Before the renaming the earlier file is in place, after it the new
+one. A folder cannot be renamed to the name of an existing one, so the earlier folder is renamed first; if the process
+is killed in between, `find_folder` finds it under that name.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _DIGESTS = "digests.json"
 
 
 def beside(path: Path) -> Path:
-    """Where a file or folder is written before it takes its place."""
+    """The path under which a file or folder is written before it takes its place."""
     return path.with_name(path.name + ".partial")
 
 
@@ -26,19 +27,19 @@ def _earlier(folder: Path) -> Path:
 
 
 def find_folder(folder: Path) -> Path | None:
-    """The folder, or the one before it where a process was killed while replacing it; None where there is neither."""
+    """The folder, or the earlier one if a process was killed while replacing it; None if neither exists."""
     return next((place for place in (folder, _earlier(folder)) if place.is_dir()), None)
 
 
 def take_place_of_file(path: Path) -> None:
-    """Put the file that was written beside `path` in its place."""
+    """Put the file that was written to `beside(path)` in its place."""
     _flush(beside(path))
     os.replace(beside(path), path)
     _flush(path.parent)
 
 
 def begin_folder(folder: Path) -> Path:
-    """Make an empty folder to write in, beside the place it will take; what a killed process left there goes."""
+    """Make the empty folder `beside(folder)` to write in. Whatever a killed process left there is deleted."""
     partial = beside(folder)
     if partial.exists():
         shutil.rmtree(partial)
@@ -47,7 +48,7 @@ def begin_folder(folder: Path) -> Path:
 
 
 def take_place_of_folder(folder: Path) -> None:
-    """Put the folder that was written beside `folder` in its place, with a digest of each of its files."""
+    """Put the folder that was written to `beside(folder)` in its place, with a digest of each of its files."""
     partial, earlier = beside(folder), _earlier(folder)
     for path in _files(partial):
         _check_archive(path)
@@ -69,7 +70,7 @@ def check_folder(folder: Path) -> None:
     """Check that every file is as it was written.
 
     Raises:
-        ValueError, OSError: a file is missing, damaged or was added; with its name.
+        ValueError, OSError: a file is missing, damaged or was added; the message names it.
     """
     expected = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
     found = _digests(folder)
@@ -85,7 +86,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_archive(path: Path) -> None:
-    """Check that an archive has its end: torch 2.4 says nothing where that no longer fitted on the disk."""
+    """Check that an archive has its end: torch 2.4 reports no error if the end did not fit on the disk."""
     with path.open("rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     if is_archive and not zipfile.is_zipfile(path):
@@ -109,7 +110,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk keep it before anything that depends on it; Windows can't do so for a folder."""
+    """Flush a file or folder to the disk, before anything that depends on it. Windows cannot do this for a folder."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -9,7 +9,7 @@ from .options import parse
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as the arguments say.
+    """Run the training that the arguments describe.
 
     Returns:
         The exit code: 0, or 130 after Ctrl-C.
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> int:
         UserError: a mistake in the options or files.
     """
     run = parse(arguments)
-    # Only now, so that a mistake is reported before seconds of imports.
+    # Imported here, so that a mistake in the options is reported before this import, which takes seconds.
     from .trainer import Trainer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     if losses is None:
         return 130
     before, after = losses
-    print(f"written to {trainer.output}: the LoRA, its samples, its course" + (", its state" * run.options.save_state))
+    state = ", the state to resume from" if run.options.save_state else ""
+    print(f"written to {trainer.output}: the LoRA, two pictures{state}")
     print(f"held-out loss before {before:.5f}, after {after:.5f}")
     return 0

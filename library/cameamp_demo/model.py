@@ -1,4 +1,4 @@
-"""The base model: a small U-Net with cross-attention, conditioned on the digit, that predicts noise."""
+"""The base model: a small U-Net that predicts noise, conditioned on the digit through cross-attention."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_prompts(seed: int) -> Tensor:
-    """A made-up embedding for each of the ten digits, (10, tokens, width); it stands for a frozen text encoder."""
+    """A random embedding for each of the ten digits, (10, tokens, width). It stands in for a frozen text encoder."""
     return torch.randn(10, _PROMPT_TOKENS, _PROMPT_WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,7 +46,7 @@ def noise_scheduler() -> DDPMScheduler:
 
 
 class NoisePredictor(nn.Module):
-    """The U-Net with its prompts: predicts the noise in images of given digits.
+    """The U-Net with its prompts. It predicts the noise in images of given digits.
 
     Args:
         unet: the U-Net.
@@ -81,7 +81,7 @@ def load_base(path: Path = BASE_WEIGHTS) -> NoisePredictor:
     """The trained base model, in float32, frozen.
 
     Raises:
-        FileNotFoundError: the weights are not there.
+        FileNotFoundError: the file of the weights does not exist.
     """
     if not path.is_file():
         raise FileNotFoundError(f"the base model's weights are missing: {path}")

@@ -1,4 +1,4 @@
-"""A LoRA as kohya writes it: down and up factors beside the attention layers, keys and metadata that its tools read."""
+"""A LoRA in kohya's format: down and up factors beside the attention layers, with the keys that its tools expect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LoRAModule(nn.Module):
     """The low-rank change of one linear or convolution layer.
 
     Args:
-        layer: the layer; its forward adds this module's output from `apply_to` on.
+        layer: the layer; once `apply_to` is called, its forward adds the output of this module.
         rank: rank of the change.
         alpha: the change is scaled by alpha / rank.
     """
@@ -51,7 +51,7 @@ class LoRAModule(nn.Module):
 
 
 class LoRANetwork(nn.Module):
-    """A LoRA of the base model. Its own parameters are the factors alone; the base model stays frozen and outside.
+    """A LoRA of the base model. Its parameters are the factors alone; the base model is frozen and not a part of it.
 
     Args:
         base: the base model; its attention layers are changed.
@@ -61,7 +61,7 @@ class LoRANetwork(nn.Module):
 
     def __init__(self, base: NoisePredictor, rank: int, alpha: float) -> None:
         super().__init__()
-        # In a tuple, so that the base model's weights do not become this module's.
+        # In a tuple, so that the weights of the base model do not become parameters of this module.
         self._base = (base,)
         for name, layer in _target_layers(base.unet):
             module = LoRAModule(layer, rank, alpha)
@@ -73,7 +73,7 @@ class LoRANetwork(nn.Module):
         return self._base[0].loss(batch)
 
     def parameter_groups(self) -> list[dict]:
-        """What to train, as an optimizer takes it."""
+        """The parameters to train, as an optimizer takes them."""
         return [{"params": list(self.parameters())}]
 
 

@@ -1,6 +1,6 @@
-"""Options of a training run: from a TOML file and the command line, checked before anything is loaded.
+"""The options of a training run, from a TOML file and the command line. They are checked before anything is loaded.
 
-The names are sd-scripts' own. This module imports neither torch nor any other slow package, so that a mistake is
+The names are those of sd-scripts. This module imports neither torch nor any other slow package, so that a mistake is
 reported at once.
 """
 
@@ -29,7 +29,9 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 class Options:
     """A run of the embedded trainer. The help texts say what each option means."""
 
-    optimizer_type: str = _option("Automagic_CameAMP", "one of ours in any letter case, or a class of torch.optim")
+    optimizer_type: str = _option(
+        "Automagic_CameAMP", "one of the Automagic_CameAMP classes, in any letter case, or a class of torch.optim"
+    )
     optimizer_args: tuple[str, ...] = _option(
         (), "options of the optimizer, key=value; they win over [optimizer_config]"
     )
@@ -49,13 +51,14 @@ class Options:
     save_every_n_steps: int = _option(0, "also save the LoRA, and the state with --save_state, every so many steps")
     save_state: bool = _option(False, "save what --resume needs, at the end and with every save")
     resume: str = _option("", "state folder to continue from")
-    logging_dir: str = _option("", "folder of the tensorboard logs; logs in the output folder where not given")
+    logging_dir: str = _option("", "folder of the tensorboard logs; if not given, logs in the output folder")
     validate_every_n_steps: int = _option(50, "measure the held-out loss every so many steps")
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Options)}
 
-# How a file gives an option: for the type of its default, what it is called, and what the TOML parser makes of it.
+# How a file gives an option. For each type of default: what an error message calls it, and the types that the TOML
+# parser makes of it.
 _IN_FILES: dict[type, tuple[str, tuple[type, ...]]] = {
     str: ("text", (str,)),
     int: ("a whole number", (int,)),
@@ -67,11 +70,11 @@ _IN_FILES: dict[type, tuple[str, tuple[type, ...]]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """What to train, fully resolved.
+    """A training run with all its options resolved.
 
     Attributes:
         options: the trainer's own options.
-        optimizer_config: the optimizer's, where it is one of ours; else None.
+        optimizer_config: the options of the optimizer if it is one of this project's, else None.
     """
 
     options: Options
@@ -79,12 +82,12 @@ class Run:
 
 
 def is_embedded(arguments: Sequence[str]) -> bool:
-    """Whether the command line, or the file that it names, asks for the embedded trainer.
+    """Whether the command line, or the TOML file that it names, asks for the embedded trainer.
 
     Raises:
         UserError: the file cannot be read.
     """
-    # Not the trainer's own parser: sd-scripts' options of the same names may take values that it refuses.
+    # Not `_parser`: options of sd-scripts that have the same names may take values that it refuses.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--embedded", action="store_true")
     parser.add_argument("--output_config", action="store_true")
@@ -99,7 +102,7 @@ def parse(arguments: Sequence[str]) -> Run:
     """Read the command line and the TOML file it names; the command line wins.
 
     Raises:
-        UserError: whatever is wrong, with the key, the file and what is allowed.
+        UserError: an option is wrong; the message has the option, the file and what is allowed.
     """
     known, unknown = _parser().parse_known_args(arguments)
     if unknown:
@@ -145,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _about_unknown(words: Sequence[str]) -> str:
-    """What to say of words that no option takes: never a value, which may be a token meant for sd-scripts."""
+    """The message about words that no option takes. It never has a value, which may be a token meant for sd-scripts."""
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
     if not names:
         return f"{len(words)} words of the command line belong to no option"

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: samples before and after, and the course of the training."""
+"""The pictures of a run: samples before and after, and the loss and learning rates over the steps."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _SEED = 11
 
 @dataclass
 class History:
-    """The numbers of a run, step by step; resumed with it.
+    """The numbers of a run, step by step. They are saved with its state and continue when it is resumed.
 
     Attributes:
         loss: training loss of each step.
         learning_rates: for each step, (mean, smallest, largest) effective learning rate of each group.
         held_out: (step, held-out loss).
-        context: for each step of a contextual optimizer, what drives it, by name.
+        context: for each step of a contextual optimizer, the values that explain its multiplier, by name.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -41,7 +41,7 @@ class History:
 
 @torch.no_grad()
 def sample_digits(model: NoisePredictor, device: torch.device) -> Tensor:
-    """Images of the new digits, a row each, from the same noise at every call: (rows, columns, 16, 16) in [-1, 1]."""
+    """Images of the new digits, one row per digit, (rows, columns, 16, 16) in [-1, 1]. The noise is always the same."""
     generator = torch.Generator().manual_seed(_SEED)
     digits = torch.tensor(NEW_DIGITS).repeat_interleave(_COLUMNS)
     images = torch.randn(len(digits), 1, RESOLUTION, RESOLUTION, generator=generator).to(device)
@@ -54,7 +54,7 @@ def sample_digits(model: NoisePredictor, device: torch.device) -> Tensor:
 
 
 def save_samples(before: Tensor, after: Tensor, path: Path) -> None:
-    """Two pictures side by side, as PNG."""
+    """Write the samples before and after, side by side, as PNG."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
     for axis, images, title in zip(axes, (before, after), ("before", "after")):
         rows = [torch.cat(list(row), dim=1) for row in images]
@@ -67,7 +67,7 @@ def save_samples(before: Tensor, after: Tensor, path: Path) -> None:
 
 
 def save_course(history: History, title: str, path: Path) -> None:
-    """Loss and effective learning rate over the steps, and the context where there is one, as PNG."""
+    """Write loss and effective learning rate over the steps, and the context if there is one, as PNG."""
     rows = 3 if history.context else 2
     figure, (top, bottom, *more) = plt.subplots(rows, 1, figsize=(8, 3 * rows), sharex=True)
     steps = range(1, len(history.loss) + 1)
@@ -93,7 +93,7 @@ def save_course(history: History, title: str, path: Path) -> None:
 
 
 def _draw_context(axis: Any, context: list[dict[str, float]], last: int) -> None:
-    """The multiplier and the consistency of a contextual optimizer, and a line at each edge case."""
+    """Draw the multiplier and the consistency of a contextual optimizer, and a line at each edge case."""
     multipliers, consistencies, counts = (
         [values[name] for values in context] for name in ("multiplier", "consistency", "edge_cases")
     )

@@ -1,4 +1,4 @@
-"""Train the base model on the digits 0 to 4 and write its weights; about a quarter of an hour on two cores.
+"""Train the base model on the digits 0 to 4 and write its weights. It takes a quarter of an hour on two cores.
 
 python -m library.cameamp_demo.train_base
 """

@@ -1,4 +1,4 @@
-"""The training run: accelerate's loop, as sd-scripts writes it, around a small model."""
+"""The training run: a loop on accelerate like that of sd-scripts, with a small model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PROGRESS_FILE = "progress.json"
 
 
 class Trainer:
-    """One run, from loading to the last file.
+    """One training run, from loading the model to writing the last file.
 
     Args:
         run: resolved options.
@@ -82,10 +82,10 @@ class Trainer:
         self.held_out = [self._on_device(batch) for batch in held_out]
 
     def train(self) -> tuple[float, float] | None:
-        """Train and write everything.
+        """Train, and write the LoRA, its pictures and, if asked for, its state.
 
         Returns:
-            The held-out loss before and after; None if the user interrupted the run, whose state is saved then.
+            The held-out loss before and after. None if the user interrupted the run; its state has been saved then.
         """
         options = self.options
         samples_before = sample_digits(self.base, self.accelerator.device)
@@ -239,7 +239,7 @@ class Trainer:
         return {key: str(value) for key, value in facts.items()}
 
     def _save_state(self, suffix: str) -> Path:
-        """Save what resuming needs; a save that breaks off leaves the one before it."""
+        """Save what resuming needs. If saving fails or is killed, the state saved before is still there."""
         folder = self.output / f"{self.options.output_name}{suffix}-state"
         with _saving(folder):
             if self.accelerator.is_main_process:
@@ -261,7 +261,7 @@ class Trainer:
             progress = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
             step, history = progress["step"], History(**progress["history"])
             self.accelerator.load_state(str(folder))
-        except Exception as error:  # Whatever a damaged file makes a reader raise.
+        except Exception as error:  # A damaged file can make the readers raise anything.
             raise UserError(f"cannot resume from {folder}: {_one_line(error)}") from None
         if step >= self.options.max_train_steps:
             raise UserError(
@@ -273,10 +273,10 @@ class Trainer:
 
 @contextmanager
 def _saving(path: Path) -> Iterator[None]:
-    """Turn what a writer raises, on a full disk above all, into one line, and leave no half of a file behind."""
+    """Turn any error of a writer, such as a full disk, into one line, and delete the incomplete file."""
     try:
         yield
-    except Exception as error:  # Whatever the writers of torch, safetensors and this module raise.
+    except Exception as error:  # The writers of torch and safetensors have many kinds of errors.
         partial = files.beside(path)
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
@@ -305,7 +305,7 @@ def _torch_optimizer(name: str) -> Any:
 
 
 def _wants_closure(optimizer_class: type[torch.optim.Optimizer]) -> bool:
-    """Whether its step evaluates the model by itself, as LBFGS's does; this trainer does that only before a step."""
+    """Whether a step evaluates the model itself, as with LBFGS. This trainer evaluates it only before a step."""
     closure = inspect.signature(optimizer_class.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
@@ -321,7 +321,7 @@ def _require_writable(folder: Path) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[list[Any]]:
-    """Gather a first Ctrl-C in the list it gives, so that the step under way is finished; a second one interrupts."""
+    """Yield a list that a first Ctrl-C is put into, so that the current step is finished; a second one interrupts."""
     received: list[Any] = []
 
     def remember(number: int, _frame: Any) -> None:

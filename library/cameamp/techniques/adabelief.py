@@ -1,4 +1,4 @@
-"""AdaBelief (arXiv 2010.07468): long steps where the gradient is as predicted, short ones where it surprises."""
+"""AdaBelief (arXiv 2010.07468): long steps if the gradient is as predicted, short ones if it is a surprise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from torch import Tensor
 
 
 def bias_correction(beta3: float, step: int) -> float:
-    """The root of what a mean squared residual that started at 0 has seen by a step: sqrt(1 - beta3^step)."""
+    """The factor that corrects the update for the residual's start at 0: sqrt(1 - beta3^t) at step t, counted from 1.
+
+    A running mean that starts at 0 has gathered weights of only 1 - beta3^t after t steps.
+
+    Example:
+        >>> [round(bias_correction(0.999, step), 3) for step in (1, 1000)]
+        [0.032, 0.795]
+    """
     return math.sqrt(1 - beta3**step)
 
 
@@ -23,16 +30,38 @@ def divide_by_belief_(
 ) -> Tensor:
     """Update the mean squared residual and divide the momentum by its root.
 
+    In the paper, with the gradient g, the momentum m and the belief s:
+
+        s = b * s + (1 - b) * (g - m)^2 + eps
+        u = (m / (1 - b1^t)) / (sqrt(s / (1 - b^t)) + eps)
+
+    What differs here: g is the scaled gradient, which CAME has divided once already; eps enters inside the average
+    alone; the residual g - m is taken from what the momentum predicts (see `tam.py` and `consistency.py`); and no bias
+    is corrected unless `correction` is given.
+
+        exp_avg_res = b3 * exp_avg_res + (1 - b3) * (residual^2 + eps)
+        u           = exp_avg / sqrt(exp_avg_res) * correction
+
     Args:
-        exp_avg: momentum, (tensors, rows, columns).
-        exp_avg_res: running mean of the squared residual + eps; updated.
-        residual: how far the gradient lies from what was predicted; overwritten by the result.
-        beta3: decay rate of the residual.
-        eps: its floor.
-        correction: from `bias_correction`; None for none, which makes the first steps longer.
+        exp_avg: momentum m, (tensors, rows, columns).
+        exp_avg_res: mean squared residual s; updated.
+        residual: difference between the scaled gradient and its prediction; overwritten by the result.
+        beta3: decay rate b3 of the mean squared residual.
+        eps: floor of the mean squared residual.
+        correction: from `bias_correction`; None for no correction, which makes the first steps longer.
 
     Returns:
-        The update.
+        The update u, a plain number.
+
+    Example:
+        The momentum is the same for both elements; the second one's gradient was the larger surprise.
+
+        >>> momentum, mean = torch.ones(1, 1, 2), torch.full((1, 1, 2), 0.25)
+        >>> u = divide_by_belief_(momentum, mean, torch.tensor([[[0.5, 1.5]]]), beta3=0.5, eps=0.0)
+        >>> [round(x, 3) for x in mean.flatten().tolist()]
+        [0.25, 1.25]
+        >>> [round(x, 3) for x in u.flatten().tolist()]
+        [2.0, 0.894]
     """
     # Towards the floor, then the square on top: one pass over memory less than scaling and adding a number.
     exp_avg_res.lerp_(exp_avg_res.new_full((), eps), 1 - beta3).addcmul_(residual, residual, value=1 - beta3)

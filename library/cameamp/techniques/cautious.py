@@ -1,4 +1,4 @@
-"""Cautious Optimizers (arXiv 2411.16085): move only where the update and the gradient agree."""
+"""Cautious Optimizers (arXiv 2411.16085): change only the weights whose update and gradient agree."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ from torch import Tensor
 
 
 def mask_disagreement_(update: Tensor, direction: Tensor) -> Tensor:
-    """Zero the elements whose update opposes the gradient, and scale the rest up for what was lost.
+    """Set the elements whose update opposes the gradient to 0, and scale up the others in return.
+
+    As in the paper, with the update u and the gradient g of a tensor of n elements:
+
+        agrees = 1 if u * g > 0 else 0
+        u      = u * agrees * n / (sum(agrees) + 1)
+
+    Nothing differs here: only the sign of g matters, so its sign is what the function takes.
 
     Args:
-        update: the update, (tensors, rows, columns); overwritten by the result.
-        direction: sign of the gradient.
+        update: the update u, (tensors, rows, columns); overwritten by the result.
+        direction: sign of the gradient, of the same shape: -1, 0 or 1.
 
     Returns:
-        update * agrees * n / (number that agree + 1), per tensor of n elements, as the paper rescales.
+        The masked update, in the unit of `update`.
+
+    Example:
+        >>> import torch
+        >>> update, direction = torch.tensor([[[1.0, 2.0, -3.0]]]), torch.tensor([[[1.0, 1.0, 1.0]]])
+        >>> mask_disagreement_(update, direction).abs().tolist()
+        [[[1.0, 2.0, 0.0]]]
     """
     agrees = (update * direction > 0).to(update.dtype)
     count = agrees.sum(dim=(1, 2), keepdim=True)

@@ -1,4 +1,7 @@
-"""Automagic's learning-rate mask (ostris/ai-toolkit): every element finds its own learning rate in the warm-up."""
+"""The learning-rate mask of Automagic (no paper; ostris/ai-toolkit): every element finds its own learning rate.
+
+The mask is adjusted in the warm-up, by one bump a step, and applied in every step.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,51 @@ from torch import Tensor
 
 
 def positive(direction: Tensor) -> Tensor:
-    """The polarity of a gradient, bool. LoRA downs have gradients of exactly 0 at first; they count as negative."""
+    """The polarity of a gradient: whether it is above 0.
+
+    A gradient of exactly 0, as the down factors of a fresh LoRA have at first, counts as negative. It so agrees with
+    the 0 of the step before.
+
+    Args:
+        direction: the gradient or its sign, of any shape.
+
+    Returns:
+        Bool, of the same shape.
+
+    Example:
+        >>> positive(torch.tensor([1.0, 0.0, -1.0])).tolist()
+        [True, False, False]
+    """
     return direction > 0
 
 
 def bump_(
     lr_mask: Tensor, polarity: Tensor, last_polarity: Tensor, lr_bump: float, min_lr: float, max_lr: float
 ) -> None:
-    """Raise the rate of elements whose gradient kept its sign since the step before, lower the others.
+    """Raise the learning rate of elements whose gradient has the sign of the step before, and lower the others.
+
+    As in ai-toolkit:
+
+        mask = mask + lr_bump   if the polarity is that of the step before
+               mask - lr_bump   if it is not
+        mask = max(min_lr, min(mask, max_lr))
+
+    What differs here: it is called in the warm-up alone, and the default bump is 3e-6 instead of 1e-6.
 
     Args:
-        lr_mask: learning rates, (tensors, rows, columns); updated, and kept in [min_lr, max_lr].
-        polarity: bool, whether the gradient is positive.
-        last_polarity: bool, whether it was at the step before.
-        lr_bump: how far a rate moves.
-        min_lr: lower bound.
-        max_lr: upper bound.
+        lr_mask: learning rates, change of a weight per unit of the update, (tensors, rows, columns); updated.
+        polarity: polarity of this step's gradient, bool, from `positive`.
+        last_polarity: polarity of the gradient at the step before, bool.
+        lr_bump: size of one adjustment.
+        min_lr: lower bound of the mask.
+        max_lr: upper bound of the mask.
+
+    Example:
+        >>> mask = torch.tensor([[[5e-4, 5e-4, 1e-3]]])
+        >>> now, before = torch.tensor([[[True, False, False]]]), torch.tensor([[[True, True, False]]])
+        >>> bump_(mask, now, before, lr_bump=1e-4, min_lr=1e-7, max_lr=1e-3)
+        >>> [round(x, 7) for x in mask.flatten().tolist()]
+        [0.0006, 0.0004, 0.001]
     """
     if torch.compiler.is_compiling():  # In numbers: code generated for bools in memory takes many times as long.
         differs = (polarity.to(lr_mask.dtype) - last_polarity.to(lr_mask.dtype)).abs()
@@ -32,13 +64,25 @@ def bump_(
 
 
 def scaled(lr_mask: Tensor, multiplier: Tensor, min_lr: float, max_lr: float, out: Tensor | None = None) -> Tensor:
-    """The mask times a factor of the whole optimizer, kept in the mask's bounds.
+    """Multiply the mask by a factor of the whole optimizer, within the mask's bounds.
+
+        rate = max(min_lr, min(mask * multiplier, max_lr))
+
+    The factor is the multiplier of the contextual optimizers, which is this project's own.
 
     Args:
-        lr_mask: learning rates, (tensors, rows, columns); left as they are.
+        lr_mask: learning rates, (tensors, rows, columns); not changed.
         multiplier: the factor, 0-d.
-        min_lr: lower bound.
-        max_lr: upper bound.
-        out: memory for the result, of lr_mask's shape; allocated where None.
+        min_lr: lower bound of the result.
+        max_lr: upper bound of the result.
+        out: memory for the result, of lr_mask's shape; allocated if None.
+
+    Returns:
+        Learning rates, of lr_mask's shape.
+
+    Example:
+        >>> rates = scaled(torch.tensor([[[1e-6, 5e-4]]]), torch.tensor(10.0), min_lr=1e-7, max_lr=1e-3)
+        >>> [round(x, 7) for x in rates.flatten().tolist()]
+        [1e-05, 0.001]
     """
     return torch.mul(lr_mask, multiplier, out=out).clamp_(min_lr, max_lr)

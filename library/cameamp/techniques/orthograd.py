@@ -1,4 +1,4 @@
-"""Orthogonal gradient (arXiv 2501.04697): no step along the weights, which only scales them."""
+"""Orthogonal gradient, OrthoGrad (arXiv 2501.04697): no step along the weights, which would only scale them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,34 @@ _SMALLEST_NORM = 1e-30
 
 
 def remove_part_along_weights_(update: Tensor, p: Tensor, eps: float, scratch: Tensor | None = None) -> Tensor:
-    """Take from each tensor's update the part along its weights, and give the rest the whole one's norm.
+    """Remove from each tensor's update the part along its weights, and scale the rest to the norm of the whole.
+
+    In the paper, with the gradient g and the weights p of a layer as vectors:
+
+        g = g - p * (p . g) / (p . p)
+
+    What differs here: the finished update u is projected instead of the gradient, and it gets its norm back, which the
+    authors' code does as well.
+
+        v = u - p * (p . u) / (p . p)
+        u = v * |u| / max(|v|, eps)
 
     Args:
-        update: the update, (tensors, rows, columns); overwritten by the result.
+        update: the update u, (tensors, rows, columns); overwritten by the result.
         p: the weights, of the same shape.
-        eps: floor of the norm of what is left, so that an update along the weights is not blown up from rounding.
-        scratch: memory to compute in, of p's shape; allocated where None.
+        eps: floor of |v|, so that an update along the weights does not become amplified rounding errors.
+        scratch: memory to compute in, of p's shape; allocated if None.
 
     Returns:
-        The orthogonal update; unchanged for weights with a norm of at most 1e-30 and for single elements.
+        The orthogonal update, in the unit of `update`. It is unchanged for tensors of a single element and for weights
+        with a norm of at most 1e-30.
+
+    Example:
+        The part (3, 0) lies along the weights; what is left, (0, 4), gets the norm 5 of the whole.
+
+        >>> u = remove_part_along_weights_(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0, 0.0]]]), eps=1e-8)
+        >>> [round(x, 3) for x in u.flatten().tolist()]
+        [0.0, 5.0]
     """
     if p[0].numel() == 1:
         return update

@@ -1,4 +1,4 @@
-"""Torque-Aware Momentum (arXiv 2412.18790): a gradient that turns away from the momentum moves it less."""
+"""Torque-Aware Momentum, TAM (arXiv 2412.18790): the more a gradient turns from the momentum, the less it counts."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The paper's decay, of the momentum and of the smoothed correlation alike.
+# The paper's decay rate, both of the momentum and of the smoothed correlation.
 DECAY = 0.9
 
 _SMALLEST_NORM = 1e-12
 
-# Of a larger stack, which is a single tensor, so many elements at a time: what lies in between takes less memory so.
+# A larger stack is always a single tensor. It is processed in parts of this many elements, which bounds the memory for
+# intermediate results.
 _PART = 8 * 1024 * 1024
 
 
@@ -25,18 +26,42 @@ def torque_aware_momentum_(
     scratch: Tensor | None = None,
     drive: Tensor | None = None,
 ) -> Tensor:
-    """Update the momentum by the gradient, damped where the two disagree.
+    """Update the momentum with a damped gradient: damped more, the more the two have disagreed lately.
+
+    In the paper, with the gradient g, the momentum m, and one smoothed correlation s for a whole parameter:
+
+        s = gamma * s + (1 - gamma) * cos(g, m)
+        d = (1 + s) / 2
+        m = beta * m + (eps + d) * g
+
+    What differs here: s has one entry per element instead of one per parameter, each the element's own share of the
+    cosine of its column. With colnorm the norm of a column, over its rows, 1e-12 at least, and both rates 0.9:
+
+        s       = 0.9 * s + 0.1 * (exp_avg / colnorm(exp_avg)) * (drive / colnorm(drive))
+        exp_avg = 0.9 * exp_avg + ((1 + s) / 2 + eps) * drive
 
     Args:
-        exp_avg: momentum, (tensors, rows, columns); updated.
-        s: smoothed correlation of momentum and gradient; updated.
-        scaled_grad: scaled gradient; overwritten by the result.
-        eps: floor of the damping.
-        scratch: memory to compute in, of s's shape; allocated where None.
-        drive: what moves the momentum, where that is not the scaled gradient itself.
+        exp_avg: momentum m, (tensors, rows, columns); updated.
+        s: smoothed correlation of momentum and drive, a share of a cosine, so from -1 to 1; updated.
+        scaled_grad: scaled gradient sg; overwritten by the result.
+        eps: smallest weight of the gradient.
+        scratch: memory to compute in, of s's shape; allocated if None.
+        drive: what the momentum averages; the scaled gradient if None.
 
     Returns:
-        The residual: how far the scaled gradient lies from the new momentum.
+        The residual sg - exp_avg: how far the scaled gradient lies from the new momentum.
+
+    Example:
+        The first column agrees with its momentum and gets more than half of its gradient, the second disagrees.
+
+        >>> momentum, s = torch.ones(1, 1, 2), torch.zeros(1, 1, 2)
+        >>> residual = torque_aware_momentum_(momentum, s, torch.tensor([[[1.0, -1.0]]]), eps=0.0)
+        >>> [round(x, 3) for x in s.flatten().tolist()]
+        [0.1, -0.1]
+        >>> [round(x, 3) for x in momentum.flatten().tolist()]
+        [1.45, 0.45]
+        >>> [round(x, 3) for x in residual.flatten().tolist()]
+        [-0.45, -1.45]
     """
     drive = scaled_grad if drive is None else drive
     norms = _column_norms(exp_avg, scratch).mul_(_column_norms(drive, scratch))
@@ -55,7 +80,7 @@ def _column_norms(x: Tensor, scratch: Tensor | None) -> Tensor:
 
 
 def _by_rows(first: Tensor, *others: Tensor | None) -> list[tuple[Any, ...]]:
-    """Stacks, (tensors, rows, columns), by some rows at a time where they are large; None stays None in each part."""
+    """Split stacks (tensors, rows, columns) into parts of some rows each if they are large; None stays None."""
     stacks = (first, *others)
     if first.numel() <= _PART:
         return [stacks]

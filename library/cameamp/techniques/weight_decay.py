@@ -1,4 +1,4 @@
-"""Adaptive Weight Decay (arXiv 1907.08931): tensors with large gradients decay more, quiet ones less."""
+"""Adaptive Weight Decay (arXiv 1907.08931): tensors with large gradients decay more, those with small ones less."""
 
 from __future__ import annotations
 
@@ -7,21 +7,37 @@ from torch import Tensor
 
 _ALPHA = 4.0
 
-# Past this float32 rounds the sigmoid to 0 or 1, and the strength out of its open interval.
+# Beyond this float32 rounds the sigmoid to 0 or 1, and the strength out of its open interval.
 _SATURATION = 16.0
 
 
 def decay_strengths(means: Tensor, deviations: Tensor, counts: Tensor) -> Tensor:
-    """Strength of the decay of each tensor of a parameter group.
+    """How strongly each tensor of a parameter group decays.
+
+    In the paper, with the magnitude |g| of each gradient element, standardized within its layer:
+
+        z     = (|g| - mean of |g|) / standard deviation of |g|
+        theta = 2 / (1 + exp(-alpha * z))
+
+    What differs here: z compares the mean |g| of a tensor with its parameter group instead of an element with its
+    layer, so that a tensor has one theta. alpha is 4, as in the paper. z is 0 if all magnitudes are equal.
 
     Args:
-        means: mean |g| of each tensor of the group, 1-d.
-        deviations: sum of squared deviations of |g| from that mean, 1-d.
-        counts: number of elements of each tensor, 1-d.
+        means: mean |g| of each tensor of the group, (tensors,).
+        deviations: sum of squared deviations of |g| from that mean, (tensors,).
+        counts: number of elements of each tensor, (tensors,).
 
     Returns:
-        theta = 2 / (1 + exp(-4 z)) in (0, 2), 1-d, where z is how many standard deviations of the group's |g| the
-        tensor's mean lies above the group's; 0 where all magnitudes are equal.
+        theta, (tensors,), a plain number between 0 and 2.
+
+    Example:
+        Two tensors of one element each, one deviation below and one above the mean of the group:
+
+        >>> theta = decay_strengths(torch.tensor([1.0, 3.0]), torch.zeros(2), torch.ones(2))
+        >>> [round(x, 3) for x in theta.tolist()]
+        [0.036, 1.964]
+        >>> decay_strengths(torch.tensor([2.0, 2.0]), torch.zeros(2), torch.ones(2)).tolist()
+        [1.0, 1.0]
     """
     total = counts.sum()
     mean = (means * counts).sum() / total
@@ -32,15 +48,25 @@ def decay_strengths(means: Tensor, deviations: Tensor, counts: Tensor) -> Tensor
 
 
 def add_decay_(update: Tensor, p: Tensor, strength: Tensor, weight_decay: float) -> Tensor:
-    """Let the update also shrink the weights: p - lr * (u + decay * p) is p * (1 - lr * decay) - lr * u.
+    """Add the decay of the weights to the update.
+
+    With the paper's decay coefficient weight_decay and the strength theta of each tensor:
+
+        u = u + weight_decay * theta * p
+
+    Because p - lr * u follows, this is p * (1 - lr * weight_decay * theta) - lr * u with the u from before.
 
     Args:
-        update: the update, (tensors, rows, columns); updated.
-        p: the weights.
-        strength: theta of each tensor, (tensors,).
+        update: the update u, (tensors, rows, columns); updated.
+        p: the weights, of the same shape.
+        strength: theta of each tensor, (tensors,), from `decay_strengths`.
         weight_decay: the group's weight decay.
 
     Returns:
         `update`.
+
+    Example:
+        >>> add_decay_(torch.zeros(1, 1, 2), torch.tensor([[[1.0, -2.0]]]), torch.tensor([1.5]), 0.5).tolist()
+        [[[0.75, -1.5]]]
     """
     return update.addcmul_(p, strength.view(-1, 1, 1), value=weight_decay)
