@@ -1,17 +1,16 @@
-"""Bytes against fidelity of multi-scale momenta: how far the mean of coded ones is from that of exact ones.
+"""How close do coded multi-scale momenta stay to exact ones, and at how many bytes?
 
-    python -m benchmarks.momentum_codes [--steps 200]
-
-A LoRA of rank 128 of the embedded model is trained, and the scaled gradients of some of its factors are fed to every
-way of keeping the four momenta, beside exact float32 ones. The cosine is that of the weighted means, which is what
-drives the optimizer; its mean over steps and factors, in the first 30 and the last 100 steps, and each momentum's own.
+A LoRA of rank 128 of the embedded model is trained. The scaled gradients of some of its factors are fed to exact
+float32 momenta and to every way of storing the four momenta in fewer bytes. The table has the bytes an element and the
+cosine between the weighted means of the coded and of the exact momenta, which is what drives the optimizer: its mean
+over all steps and factors, over the first 30 steps, over the last 100, for the worst factor, and of each momentum
+by itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import tempfile
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -25,14 +24,40 @@ from library.cameamp.storage.low_rank import LowRank
 from library.cameamp.storage.momenta import momentum_storages
 from library.cameamp.storage.nibbles import Nibbles
 from library.cameamp.techniques import multiscale
-from library.cameamp_demo.options import parse
-from library.cameamp_demo.trainer import Trainer
+
+from .arguments import add_shared
+from .embedded import embedded_trainer
+from .table import Table
 
 PERIODS = (1, 5, 10, 25)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_shared(parser, steps=200)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, code and print."""
+    streams = recorded(args.steps)
+    table = Table(
+        "{:<40}{:>7.2f}{:>8.3f}{:>10.3f}{:>10.3f}{:>14.3f}   {}",
+        "momenta of periods " + ", ".join(map(str, PERIODS)),
+        "bytes", "cosine", "first 30", "last 100", "worst factor", "each momentum",
+    )  # fmt: skip
+    for name, way in ways().items():
+        results = [fidelity(stream, way(*stream.shape[2:])) for stream in streams]
+        size = sum(bytes_an_element(s.shape[2:], way(*s.shape[2:])) for s in streams) / len(streams)
+        means = [sum(c) / len(c) for c, _ in results]
+        first = [sum(c[:30]) / 30 for c, _ in results]
+        last = [sum(c[-100:]) / len(c[-100:]) for c, _ in results]
+        own = [sum(o[place] for _, o in results) / len(results) for place in range(len(PERIODS))]
+        each = "  ".join(f"{value:.2f}" for value in own)
+        table.row(name, size, _mean(means), _mean(first), _mean(last), min(means), each)
+
+
 class Unpacked:
-    """A momentum that is moved by reading and writing it."""
+    """A momentum that is updated by decoding all of it and coding it again."""
 
     def move(
         self,
@@ -56,10 +81,10 @@ class Unpacked:
 
 
 class SignAndRankOne(Unpacked):
-    """One bit an element and a rank-1 magnitude, of row and column means (as SMMF, arXiv 2412.08894)."""
+    """One sign bit an element and a rank-1 magnitude from row and column means, as in SMMF (arXiv 2412.08894)."""
 
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
-        # The signs are counted at a bit each, and kept in bytes for once.
+        # `bytes_an_element` counts one bit for a sign; here each has a byte.
         return {"signs": torch.zeros(n, *shape, dtype=torch.int8), "magnitude": torch.zeros(n, *shape)}
 
     def read(self, name: str, buffers: Buffers, rows: int, columns: int, out: Tensor | None = None) -> Tensor:
@@ -73,7 +98,7 @@ class SignAndRankOne(Unpacked):
 
 
 class Nothing(Unpacked):
-    """No momentum is kept."""
+    """No momentum is stored; it reads as zero."""
 
     def allocate(self, name: str, shape: torch.Size, n: int, fill: float, dither: Dither) -> Buffers:
         return {}
@@ -86,7 +111,7 @@ class Nothing(Unpacked):
 
 
 def ways() -> dict[str, Callable[[int, int], list]]:
-    """For each way of keeping the four momenta, the storages of a (rows, columns) factor."""
+    """For each way of storing the four momenta, the storages of a factor of (rows, columns)."""
     return {
         "sign and rank-1 magnitude, all four": lambda *_: [SignAndRankOne()] * 4,
         "4 bits for period 1, nothing else": lambda *_: [Nibbles(), *[Nothing()] * 3],
@@ -102,8 +127,7 @@ def ways() -> dict[str, Callable[[int, int], list]]:
 
 
 def recorded(steps: int) -> list[Tensor]:
-    """Scaled gradients of some factors of a real run, each (steps, 1, rows, columns)."""
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    """Scaled gradients of some factors over a training run, each (steps, 1, rows, columns)."""
     seen: dict[tuple[int, ...], list[Tensor]] = {}
     original = multiscale.multi_scale_momentum
 
@@ -114,11 +138,7 @@ def recorded(steps: int) -> list[Tensor]:
 
     multiscale.multi_scale_momentum = watch  # type: ignore[assignment]
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(parse([
-                "--optimizer_type", "Automagic_CameAMP_COptim", "--output_dir", folder, "--network_dim", "128",
-                "--network_alpha", "128", "--optimizer_args", f"warmup_steps={steps // 2}",
-            ]))  # fmt: skip
+        with embedded_trainer(128, steps // 2, "--optimizer_type", "Automagic_CameAMP_COptim") as trainer:
             for _ in range(steps):
                 trainer._train_step()
     finally:
@@ -150,11 +170,11 @@ def fidelity(stream: Tensor, storages: list[MovingStorage]) -> tuple[list[float]
         shares = multiscale.shares(PERIODS, [step // period for period in PERIODS])
         coded, true = (sum(share * m for share, m in zip(shares, momenta)) for momenta in (used, exact))
         cosines.append(_cosine(coded, true))  # type: ignore[arg-type]
-    return cosines, [sum(values) / len(values) for values in own]
+    return cosines, [_mean(values) for values in own]
 
 
 def bytes_an_element(shape: torch.Size, storages: list) -> float:
-    """What the momenta of one factor of (rows, columns) take."""
+    """Bytes an element that the momenta of one factor of (rows, columns) take."""
     rows, columns = shape
     total = 0.0
     for storage in storages:
@@ -172,27 +192,5 @@ def _cosine(x: Tensor, y: Tensor) -> float:
     return torch.cosine_similarity(x.flatten(), y.flatten(), dim=0).item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=200, help="steps of the run; the warm-up is half of them")
-    args = parser.parse_args()
-    streams = recorded(args.steps)
-    print(f"{'momenta of periods ' + ', '.join(map(str, PERIODS)):40}{'bytes':>7}{'cosine':>8}{'first 30':>10}"
-          f"{'last 100':>10}{'worst factor':>14}   each momentum")  # fmt: skip
-    for name, way in ways().items():
-        results = [fidelity(stream, way(*stream.shape[2:])) for stream in streams]
-        size = sum(bytes_an_element(s.shape[2:], way(*s.shape[2:])) for s in streams) / len(streams)
-        means = [sum(c) / len(c) for c, _ in results]
-        first = [sum(c[:30]) / 30 for c, _ in results]
-        last = [sum(c[-100:]) / len(c[-100:]) for c, _ in results]
-        own = [sum(o[place] for _, o in results) / len(results) for place in range(len(PERIODS))]
-        print(f"{name:40}{size:7.2f}{_mean(means):8.3f}{_mean(first):10.3f}{_mean(last):10.3f}{min(means):14.3f}   "
-              + "  ".join(f"{value:.2f}" for value in own), flush=True)  # fmt: skip
-
-
 def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-if __name__ == "__main__":
-    main()
+    return sum(values) / len(values) if values else math.nan

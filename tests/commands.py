@@ -59,11 +59,13 @@ def _check_python(words, monkeypatch):
 
 
 def _check_module(name, words, monkeypatch):
-    """A module's own parser, stopped when it has parsed."""
+    """What the module's own parser says; the module is stopped when it has parsed."""
     module = importlib.import_module(name)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{name}.__main__")
-    if "argparse" not in Path(module.__file__).read_text("utf-8"):
+    source = Path(module.__file__).read_text("utf-8")
+    assert "__main__" in source, f"{name} does nothing when it is run"
+    if "argparse" not in source:
         assert not words, f"{name} takes no arguments"
         return
     original = argparse.ArgumentParser.parse_args

@@ -9,7 +9,7 @@ import torch
 
 import library.automagic_cameamp as family
 
-from ..contenders import OURS, REFERENCE, peer
+from ..contenders import FAMILY, REFERENCE, peer
 from .task import Build, Named
 
 # Each rate is twice the one before, and a grid is extended while the best rate is at its edge. Prodigy's rate is a
@@ -26,9 +26,9 @@ PEER_RATES: dict[str, tuple[float, ...]] = {
 
 # The default first; the last is max_lr, beyond which there is nothing to try.
 DEFAULT_RATE = 1e-6
-OUR_RATES = (DEFAULT_RATE, 1e-5, 1e-4, 1e-3)
+FAMILY_RATES = (DEFAULT_RATE, 1e-5, 1e-4, 1e-3)
 # A fifth for the grid, where the plain ones are at their best.
-_OUR_GRID = (DEFAULT_RATE, 1e-5, 1e-4, 3e-4, 1e-3)
+_FAMILY_GRID = (DEFAULT_RATE, 1e-5, 1e-4, 3e-4, 1e-3)
 
 PLAIN, PLAIN_8BIT = "Automagic_CameAMP", "Automagic_CameAMP8bit"
 CONTEXTUAL, CONTEXTUAL_8BIT = "Automagic_CameAMP_COptim", "Automagic_CameAMP_COptim8bit"
@@ -36,12 +36,12 @@ CONTEXTUAL, CONTEXTUAL_8BIT = "Automagic_CameAMP_COptim", "Automagic_CameAMP_COp
 
 def rates(optimizer: str) -> tuple[float, ...]:
     """The grid of an optimizer."""
-    return _OUR_GRID if optimizer in OURS else PEER_RATES[optimizer]
+    return _FAMILY_GRID if optimizer in FAMILY else PEER_RATES[optimizer]
 
 
 def beyond(optimizer: str, tried: Collection[float], best: float) -> float | None:
     """The rate to try next where the best one is the lowest or highest of those tried; None where it is not."""
-    if optimizer in OURS or best not in (min(tried), max(tried)):
+    if optimizer in FAMILY or best not in (min(tried), max(tried)):
         return None
     return best / 2 if best == min(tried) else best * 2
 
@@ -57,7 +57,7 @@ def builder(optimizer: str, lr: float, options: dict[str, Any]) -> Build:
 
     def build(named: Named) -> torch.optim.Optimizer:
         parameters = [p for _, p in named]
-        if optimizer not in OURS:
+        if optimizer not in FAMILY:
             return peer(optimizer, lr=lr, **options)(parameters)
         own = getattr(family, optimizer)(parameters, lr=lr, **options)
         own.set_parameter_names({p: name for name, p in named})

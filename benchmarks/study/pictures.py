@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-from ..contenders import OURS, REFERENCE
+from ..contenders import FAMILY, REFERENCE
 from .optimizers import DEFAULT_RATE
 from .plan import OPTIMIZERS, rates_on_seeds
 from .runs import Runs
@@ -45,9 +45,9 @@ def _curves(runs: Runs, task: str, by_step: Any, by_time: Any) -> None:
                 continue
             means = [statistics.mean(losses) for losses in zip(*(result.losses for result in found))]
             style: dict[str, Any] = {"color": f"C{number}", "label": f"{optimizer}, {lr:g}"}
-            style["linestyle"] = "--" if optimizer in OURS and lr == DEFAULT_RATE else "-"
+            style["linestyle"] = "--" if optimizer in FAMILY and lr == DEFAULT_RATE else "-"
             # 8-bit curves lie on their 32-bit ones: both are to be seen.
-            style["linewidth"] = 1 if optimizer not in OURS or optimizer.endswith("8bit") else 3
+            style["linewidth"] = 1 if optimizer not in FAMILY or optimizer.endswith("8bit") else 3
             steps = found[0].steps
             by_step.plot(steps, means, **style)
             seconds = runs.step_milliseconds(task, optimizer) / 1000
@@ -80,7 +80,7 @@ def _range(runs: Runs, task: str, axis: Any) -> None:
     for place, optimizer in enumerate(known):
         finals = [result.final for result in runs.grid(task, optimizer).values()]
         finite = [loss for loss in finals if math.isfinite(loss)]
-        color = "C1" if optimizer in OURS else "C0"
+        color = "C1" if optimizer in FAMILY else "C0"
         axis.plot([min(finite), max(finite)], [place, place], color=color, linewidth=4, solid_capstyle="butt")
         axis.plot(finite, [place] * len(finite), "|", color="black")
     axis.set_xscale("log")
@@ -99,7 +99,7 @@ def _range(runs: Runs, task: str, axis: Any) -> None:
 def _steps(runs: Runs, task: str, axis: Any) -> None:
     """The share of the run after which tuned AdamW's final loss is reached."""
     bars: list[tuple[str, float]] = []
-    for optimizer in OURS:
+    for optimizer in FAMILY:
         for lr in rates_on_seeds(runs, task, optimizer):
             shares = shares_of_steps(runs, task, runs.seeds(task, optimizer, lr))
             if shares:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..contenders import OURS, REFERENCE
+from ..contenders import FAMILY, REFERENCE
 from .optimizers import (
     CONTEXTUAL,
     CONTEXTUAL_8BIT,
     DEFAULT_RATE,
-    OUR_RATES,
+    FAMILY_RATES,
     PEER_RATES,
     PLAIN,
     beyond,
@@ -18,12 +18,12 @@ from .optimizers import (
 from .runs import Run, Runs
 from .variants import ADVISED, ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, OPTIONS, WARMUPS
 
-OPTIMIZERS = (REFERENCE, *OURS, *(name for name in PEER_RATES if name != REFERENCE))
+OPTIMIZERS = (REFERENCE, *FAMILY, *(name for name in PEER_RATES if name != REFERENCE))
 
 # Where techniques are left out and formulas changed: the plain optimizer at its best rate for the LoRA, at its default,
 # and at one that is too high for the LoRA; the contextual one at its default.
 PLAIN_RATE = 3e-4
-CASES = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE), (PLAIN, DEFAULT_RATE), (PLAIN, OUR_RATES[-1]))
+CASES = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE), (PLAIN, DEFAULT_RATE), (PLAIN, FAMILY_RATES[-1]))
 
 
 # Other options: all in 32 bits, and in 8 bits the one that is advised for short runs.
@@ -56,7 +56,7 @@ def rates_on_seeds(runs: Runs, task: str, optimizer: str) -> list[float]:
     best = runs.best_rate(task, optimizer)
     if best is None:
         return []
-    return [best, DEFAULT_RATE] if optimizer in OURS and best != DEFAULT_RATE else [best]
+    return [best, DEFAULT_RATE] if optimizer in FAMILY and best != DEFAULT_RATE else [best]
 
 
 def ablations(task: str) -> Iterator[Run]:
@@ -77,7 +77,7 @@ def formulas(task: str, seed: int) -> Iterator[Run]:
 
 def options(task: str, seed: int) -> Iterator[Run]:
     """The contextual optimizers with options that promise a lower loss: on the first seed over the learning rates."""
-    for lr in OUR_RATES if seed == 0 else (DEFAULT_RATE,):
+    for lr in FAMILY_RATES if seed == 0 else (DEFAULT_RATE,):
         for optimizer, name in OPTION_CASES:
             yield Run(task, optimizer, lr, seed, name)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..contenders import OURS, REFERENCE
+from ..contenders import FAMILY, REFERENCE
 from .digits import DigitsLoRA
-from .kept import Kept
+from .finished import Finished
 from .optimizers import beyond, builder, rates
 from .task import Task, step_seconds, train
 from .text import Text
@@ -76,17 +76,17 @@ class Runs:
     """Runs that are made once and then known.
 
     Args:
-        kept: where results are kept.
+        finished: the results.
         steps: how many steps a run of each task has.
     """
 
-    def __init__(self, kept: Kept, steps: Mapping[str, int]) -> None:
-        self._kept, self._steps = kept, steps
+    def __init__(self, finished: Finished, steps: Mapping[str, int]) -> None:
+        self._finished, self._steps = finished, steps
 
     def make(self, run: Run) -> Result:
         """The result of a run, which is made if it is not known."""
         known = run in self
-        result = _result(self._kept.get(self.name(run), lambda: _make(run, self._steps[run.task])))
+        result = _result(self._finished.get(self.name(run), lambda: _make(run, self._steps[run.task])))
         if not known:
             print(f"{self.name(run)}: {result.final:.5g}", flush=True)
         return result
@@ -97,10 +97,10 @@ class Runs:
         return f"{run.task}, {self._steps[run.task]} steps, {run.optimizer}, lr {run.lr:g}, seed {run.seed}{variant}"
 
     def __getitem__(self, run: Run) -> Result:
-        return _result(self._kept.results[self.name(run)])
+        return _result(self._finished.results[self.name(run)])
 
     def __contains__(self, run: Run) -> bool:
-        return self.name(run) in self._kept.results
+        return self.name(run) in self._finished.results
 
     def steps(self, task: str) -> int:
         """Steps of a run of a task."""
@@ -131,18 +131,18 @@ class Runs:
         """Measure the time of a step of each optimizer at its best rate, all in turns."""
         rates_of = {optimizer: self.best_rate(task, optimizer) for optimizer in optimizers}
         known = {optimizer: lr for optimizer, lr in rates_of.items() if lr is not None}
-        if all(_time_name(task, optimizer) in self._kept.results for optimizer in known):
+        if all(_time_name(task, optimizer) in self._finished.results for optimizer in known):
             return
         builds = {}
         for optimizer, lr in known.items():
-            options = {"warmup_steps": _TIMED_ROUNDS // 2} if optimizer in OURS else {}
+            options = {"warmup_steps": _TIMED_ROUNDS // 2} if optimizer in FAMILY else {}
             builds[optimizer] = new_task(task, 0), builder(optimizer, lr, options)
         for optimizer, seconds in step_seconds(builds, _TIMED_ROUNDS).items():
-            self._kept.get(_time_name(task, optimizer), partial(dict, milliseconds=round(seconds * 1000, 1)))
+            self._finished.get(_time_name(task, optimizer), partial(dict, milliseconds=round(seconds * 1000, 1)))
 
     def step_milliseconds(self, task: str, optimizer: str) -> float:
         """CPU time of a step of model and optimizer; not a number where it was not measured."""
-        return float(self._kept.results.get(_time_name(task, optimizer), {}).get("milliseconds", math.nan))
+        return float(self._finished.results.get(_time_name(task, optimizer), {}).get("milliseconds", math.nan))
 
     def reference(self, task: str, seed: int) -> Result | None:
         """The tuned AdamW of a seed."""
@@ -164,8 +164,8 @@ def new_task(name: str, seed: int) -> Task:
 
 def _make(run: Run, steps: int) -> dict[str, Any]:
     variant = VARIANTS[run.variant]
-    options = dict(variant.options) if run.optimizer in OURS else {}
-    if run.optimizer in OURS and variant.warmup is not None:
+    options = dict(variant.options) if run.optimizer in FAMILY else {}
+    if run.optimizer in FAMILY and variant.warmup is not None:
         options["warmup_steps"] = round(variant.warmup * steps)
     with active(variant):
         every = max(1, steps // _EVALUATIONS)
@@ -174,11 +174,11 @@ def _make(run: Run, steps: int) -> dict[str, Any]:
     return {"every": every, "steps": steps, "losses": rounded}
 
 
-def _result(kept: Mapping[str, Any]) -> Result:
-    steps = list(range(kept["every"], kept["steps"] + 1, kept["every"]))
-    if steps[-1] != kept["steps"]:
-        steps.append(kept["steps"])
-    return Result(steps, kept["losses"])
+def _result(found: Mapping[str, Any]) -> Result:
+    steps = list(range(found["every"], found["steps"] + 1, found["every"]))
+    if steps[-1] != found["steps"]:
+        steps.append(found["steps"])
+    return Result(steps, found["losses"])
 
 
 def _best(grid: Mapping[float, Result]) -> float:
