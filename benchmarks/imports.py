@@ -48,15 +48,15 @@ def cycles(graph: Mapping[str, Collection[str]]) -> list[list[str]]:
 
 def without_cycles(graph: Mapping[str, Collection[str]]) -> tuple[Graph, list[tuple[str, str]]]:
     """The graph without the imports that close a cycle, and these imports."""
-    kept: Graph = {part: set() for part in graph}
+    acyclic: Graph = {part: set() for part in graph}
     closing = []
     for part in sorted(graph):
         for imported in sorted(graph[part]):
-            if part in _reachable(kept, imported) | {imported}:
+            if part in _reachable(acyclic, imported) | {imported}:
                 closing.append((part, imported))
             else:
-                kept[part].add(imported)
-    return kept, closing
+                acyclic[part].add(imported)
+    return acyclic, closing
 
 
 def shortest(graph: Mapping[str, Collection[str]]) -> Graph:

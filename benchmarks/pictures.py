@@ -53,7 +53,7 @@ def _picture(name: str) -> str:
 def architecture(path: Path) -> None:
     """What imports what in the engine."""
     for a, b in draw(_ENGINE, path):
-        print(f"a cycle is closed where {a} imports {b}", flush=True)
+        print(f"cycle: {a} imports {b}, which imports {a}, directly or through others", flush=True)
 
 
 _WARMUP, _STEPS = 500, 1500
@@ -90,7 +90,7 @@ _TECHNIQUES: dict[str, Callable[[int], float]] = {
     "AdaBelief": _always,
     "Grams": _fading,
     "Orthogonal gradient": _early,
-    "Learning-rate mask moves": _warmup,
+    "Bumps of the learning-rate mask": _warmup,
     "Cautious (if asked for)": _always,
     "Adaptive Weight Decay": _early,
     "ALLoRA (LoRA factors)": _always,

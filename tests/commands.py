@@ -1,4 +1,4 @@
-"""Command lines of the documents, held against the parsers that will read them; nothing is run."""
+"""Command lines of the documents, checked with the parsers that will read them. Nothing is run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PLACEHOLDERS = ("OPTIONS",)
 
 
 class ParsedError(Exception):
-    """What the patched parser raises in place of returning, so that nothing after it runs."""
+    """Raised by the patched parser instead of returning, so that nothing after it runs."""
 
 
 def check(command, monkeypatch):
     """Assert that a command line of a document would be understood.
 
-    The current folder is to be one where what the command names may be looked for.
+    The current folder must hold the files that the command names.
     """
     words = [word for word in shlex.split(command, comments=True) if word not in PLACEHOLDERS]
     while "=" in words[0]:

@@ -1,4 +1,4 @@
-"""The study as tables of text. What has not been run is left out."""
+"""The study as tables of text. Runs that are not finished are left out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _seeds(runs: Runs, task: str) -> Iterator[str]:
 
 
 def _goals(runs: Runs, task: str) -> Iterator[str]:
-    """The goals of the study and what came of them."""
+    """The goals of the study and whether they are met."""
     reference = runs.reference(task, 0)
     if reference is None or not runs.best_rate(task, PLAIN):
         return
@@ -172,7 +172,7 @@ def shares_of_steps(runs: Runs, task: str, found: Mapping[int, Result]) -> list[
 
 
 def _median_share(runs: Runs, task: str, found: Mapping[int, Result]) -> float:
-    """The median, which also has a value where one seed of several never gets there."""
+    """The median, which is finite even if one seed of several never reaches the loss."""
     shares = shares_of_steps(runs, task, found)
     return statistics.median(shares) if shares else math.inf
 
