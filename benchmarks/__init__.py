@@ -1,1 +1,1 @@
-"""Measurements. Every figure is a ratio to a named peer, or a count, of one run."""
+"""Measurements: `python -m benchmarks --help` lists them. Every figure is a count, or a ratio to a named peer."""

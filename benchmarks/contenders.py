@@ -17,7 +17,7 @@ Build = Callable[[Parameters], torch.optim.Optimizer]
 
 REFERENCE = "torch AdamW foreach"
 
-# Name: module, class, options. What users would pick instead; each at a learning rate that does not blow up.
+# Name: module, class, options. What users would pick instead, each at a learning rate at which it does not diverge.
 _PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     REFERENCE: ("torch.optim", "AdamW", {"lr": 1e-6, "foreach": True}),
     "torch AdamW for-loop": ("torch.optim", "AdamW", {"lr": 1e-6, "foreach": False}),
@@ -37,11 +37,11 @@ _PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 PHASES = ("early", "late warm-up", "after")
 
-OURS = tuple(name for name in family.__all__ if name.startswith("Automagic"))
+FAMILY = tuple(name for name in family.__all__ if name.startswith("Automagic"))
 
 
 def peers() -> dict[str, Build]:
-    """Those whose packages are installed; a line is printed for each one that is not."""
+    """The peers whose packages are installed. A line is printed for each one that is left out."""
     found: dict[str, Build] = {}
     for name in _PEERS:
         try:
@@ -52,7 +52,11 @@ def peers() -> dict[str, Build]:
 
 
 def peer(name: str, **options: Any) -> Build:
-    """One of them, with its options or others.
+    """One peer.
+
+    Args:
+        name: which one.
+        options: instead of the options that it has here.
 
     Raises:
         ImportError: its package is not installed.
@@ -61,18 +65,18 @@ def peer(name: str, **options: Any) -> Build:
     return _builder(getattr(importlib.import_module(module), class_name), {**own, **options})
 
 
-def ours(name: str, phases: Sequence[str] = PHASES, **options: Any) -> dict[str, Build]:
-    """One of our optimizers, once for each phase, in which it stays."""
+def in_phases(name: str, phases: Sequence[str] = PHASES, **options: Any) -> dict[str, Build]:
+    """One of the four optimizers, once for each phase; it stays in that phase."""
     suffix = ", fused" if options.get("fused") else ""
     return {f"{name}{suffix}, {phase}": _in_phase(getattr(family, name), phase, options) for phase in phases}
 
 
 class Copy:
-    """What no optimizer can go below: its weights, gradients and states copied once, read and written.
+    """Copies the weights, gradients and states once: a bound that no optimizer's step can go below.
 
     Args:
-        parameters: with their gradients.
-        state: the optimizer's.
+        parameters: the parameters, with their gradients.
+        state: the optimizer's state.
     """
 
     def __init__(self, parameters: Parameters, state: Mapping[Any, Any]) -> None:

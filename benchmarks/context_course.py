@@ -1,29 +1,59 @@
-"""What the multiplier does where it should go down, and where it has nothing to go by.
+"""How does the multiplier behave on a bowl that is too steep, and on pure noise?
 
-    python -m benchmarks.context_course [--embedded]
-
-1. Curvatures so steep that the optimizer without context oscillates at its max_lr: the loss at the end of both.
-2. Pure noise, independent gradients of 65,536 elements: how fast the multiplier drifts, and how far the weights walk.
-3. With --embedded, what that costs: the embedded LoRA fine-tune after 100 steps of nothing but noise, and without.
+1. Quadratic bowls so steep that the optimizer without context oscillates at its max_lr: the final losses with context
+   and without.
+2. Pure noise, independent gradients of 65,536 elements: how far the multiplier drifts and how far the weights walk.
+3. With --embedded, what that walk costs: the final loss of the embedded LoRA fine-tune with and without 100 steps of
+   pure noise before it.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import tempfile
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
-from library.cameamp_demo.options import parse
-from library.cameamp_demo.trainer import Trainer
+
+from .arguments import add_shared
+from .embedded import embedded_trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_shared(parser, seeds=3, steps=300)
+    parser.add_argument("--embedded", action="store_true", help="also train the embedded LoRA, for two minutes")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    for seed in range(args.seeds):
+        without, with_context = (
+            oscillation(c, seed, args.steps) for c in (Automagic_CameAMP, Automagic_CameAMP_COptim)
+        )
+        print(f"oscillation, seed {seed}: without context {without:.3g}, with {with_context:.3g}: "
+              f"{with_context / without - 1:+.1%}", flush=True)  # fmt: skip
+    marks = tuple(m for m in (25, 50, 100, 150, 200, 300) if m <= args.steps)
+    for seed in range(args.seeds):
+        courses = [noise(c, seed, args.steps, marks) for c in (Automagic_CameAMP, Automagic_CameAMP_COptim)]
+        print(f"noise, seed {seed}: " + ", ".join(
+            f"step {m}: multiplier {courses[1][m][0]:.3g}, way {courses[1][m][1]:.2g} (without context "
+            f"{courses[0][m][1]:.2g})" for m in marks
+        ), flush=True)  # fmt: skip
+    if args.embedded:
+        # Second moments and residuals remember the noise too. The optimizer without context shows what they cost.
+        for name, lr in (("Automagic_CameAMP_COptim", 1e-6), ("Automagic_CameAMP", 1e-3)):
+            alone, after = (embedded(name, lr, noise_steps, 200) for noise_steps in (0, 100))
+            print(
+                f"embedded LoRA, {name} from {lr:g}, 200 steps: {alone:.5f}; "
+                f"after 100 steps of noise {after:.5f}: {after / alone - 1:+.2%}",
+                flush=True,
+            )
 
 
 def oscillation(optimizer_class: type, seed: int, steps: int) -> float:
-    """Loss at the end on a quadratic bowl with an optimum that each step of max_lr oversteps."""
+    """Final loss on a quadratic bowl whose optimum every step of max_lr oversteps."""
     generator = torch.Generator().manual_seed(seed)
     curvature = 10 ** (2 * torch.rand(64, 128, generator=generator))
     target = 0.02 * torch.randn(64, 128, generator=generator)
@@ -39,7 +69,7 @@ def oscillation(optimizer_class: type, seed: int, steps: int) -> float:
 
 
 def noise(optimizer_class: type, seed: int, steps: int, marks: tuple[int, ...]) -> dict[int, tuple[float, float]]:
-    """At some steps, the multiplier and the root mean square of the way the weights have gone."""
+    """At each of some steps, the multiplier and the root mean square of the weights' distance from their start."""
     generator = torch.Generator().manual_seed(seed)
     p = torch.nn.Parameter(0.1 * torch.randn(256, 256, generator=generator))
     start = p.detach().clone()
@@ -58,14 +88,9 @@ def noise(optimizer_class: type, seed: int, steps: int, marks: tuple[int, ...]) 
 
 
 def embedded(name: str, lr: float, noise_steps: int, steps: int) -> float:
-    """Held-out loss of the embedded LoRA fine-tune after `steps` steps, with steps of nothing but noise before them."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(parse([
-            "--optimizer_type", name, "--learning_rate", str(lr), "--output_dir", folder, "--network_dim", "16",
-            "--network_alpha", "16", "--seed", "0", "--optimizer_args", f"warmup_steps={noise_steps + steps // 2}",
-        ]))  # fmt: skip
+    """Held-out loss of the embedded LoRA fine-tune after `steps` steps, which follow on `noise_steps` of noise."""
+    arguments = ["--optimizer_type", name, "--learning_rate", str(lr), "--seed", "0"]
+    with embedded_trainer(16, noise_steps + steps // 2, *arguments) as trainer:
         step, generator = trainer.optimizer.optimizer.step, torch.Generator().manual_seed(0)
 
         def noisy(*arguments: Any) -> Any:
@@ -78,37 +103,3 @@ def embedded(name: str, lr: float, noise_steps: int, steps: int) -> float:
         for _ in range(noise_steps + steps):
             trainer._train_step()
         return trainer.held_out_loss()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
-    parser.add_argument("--steps", type=int, default=300, help="steps of a run; the warm-up is half of them")
-    parser.add_argument("--embedded", action="store_true", help="also what noise costs a run; two minutes")
-    args = parser.parse_args()
-    for seed in range(args.seeds):
-        without, with_context = (
-            oscillation(c, seed, args.steps) for c in (Automagic_CameAMP, Automagic_CameAMP_COptim)
-        )
-        print(f"oscillation, seed {seed}: without context {without:.3g}, with {with_context:.3g}: "
-              f"{with_context / without - 1:+.1%}", flush=True)  # fmt: skip
-    marks = tuple(m for m in (25, 50, 100, 150, 200, 300) if m <= args.steps)
-    for seed in range(args.seeds):
-        courses = [noise(c, seed, args.steps, marks) for c in (Automagic_CameAMP, Automagic_CameAMP_COptim)]
-        print(f"noise, seed {seed}: " + ", ".join(
-            f"step {m}: multiplier {courses[1][m][0]:.3g}, way {courses[1][m][1]:.2g} (without context "
-            f"{courses[0][m][1]:.2g})" for m in marks
-        ), flush=True)  # fmt: skip
-    if args.embedded:
-        # The optimizer without context shows what of it second moments and residuals cost, which remember noise too.
-        for name, lr in (("Automagic_CameAMP_COptim", 1e-6), ("Automagic_CameAMP", 1e-3)):
-            alone, after = (embedded(name, lr, noise_steps, 200) for noise_steps in (0, 100))
-            print(
-                f"embedded LoRA, {name} from {lr:g}, 200 steps: {alone:.5f}; "
-                f"after 100 steps of noise {after:.5f}: {after / alone - 1:+.2%}",
-                flush=True,
-            )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What a step costs without a clock: operations launched, read-backs, bytes of state, bytes of temporary memory."""
+"""The costs of a step that need no clock: operations, read-backs, bytes of state, bytes of temporary memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from library.cameamp.optimizer import CameAMP
 from library.cameamp.stacks.workspace import Workspace
 
-# Operations that only make a new view of a tensor, or note something; no kernel is launched.
+# Operations that only make a view of a tensor or mark a place for the profiler. They launch no kernel.
 _NO_KERNEL = {
     "_record_function_enter_new", "_record_function_exit", "_reshape_alias", "_unsafe_view", "alias", "as_strided",
     "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose",
     "unbind", "unsqueeze", "view",
 }  # fmt: skip
 
-# Operations that make the program wait for the device: their result is, or its shape depends on, a value.
+# Operations that make the program wait for the device: the result, or its shape, is a value that the CPU needs.
 _READ_BACK = {
     "_local_scalar_dense", "_unique2", "equal", "is_nonzero", "item", "masked_select", "nonzero", "unique_consecutive",
     "unique_dim",
@@ -27,11 +27,11 @@ _READ_BACK = {
 
 
 class Operations(TorchDispatchMode):
-    """Counts the tensor operations run under it.
+    """Counts the tensor operations that run inside it, used as a context manager.
 
     Attributes:
         counts: how often each operation that launches a kernel was run.
-        read_backs: the operations that read a value back from the device, in order.
+        read_backs: the names of the operations that read a value back from the device, in order.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Operations(TorchDispatchMode):
 
 
 def _selects_by_mask(name: str, args: Any) -> bool:
-    """Whether elements are picked by a bool mask, whose count decides the result's shape."""
+    """Whether elements are selected by a bool mask, so that the result's shape depends on the mask's values."""
     if not name.startswith("index"):
         return False
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
@@ -57,24 +57,24 @@ def _selects_by_mask(name: str, args: Any) -> bool:
 
 
 def _copies_to_host(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor of a device is copied to the CPU."""
+    """Whether a tensor is copied from another device to the CPU."""
     if name != "_to_copy" or "device" not in kwargs:
         return False
     return torch.device(kwargs["device"]).type == "cpu" and args[0].device.type != "cpu"
 
 
 def operations(step: Callable[[], Any]) -> Operations:
-    """Count the operations of one step."""
+    """Take one step and count its operations."""
     with Operations() as counted:
         step()
     return counted
 
 
 def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Largest amount of CPU memory that a step needs beyond the states.
+    """The largest amount of CPU memory that a step allocates beyond what was allocated before it.
 
-    Counted by torch's own allocator, so what the kernels need inside counts too, and so does what the Automagic_CameAMP
-    optimizers keep between steps on a CPU.
+    Torch's allocator is asked, so that memory inside kernels counts. The working memory that the optimizers of this
+    project reuse from step to step is dropped first, so that it counts too.
     """
     if isinstance(optimizer, CameAMP):
         optimizer._workspace = Workspace()
@@ -94,6 +94,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested dictionaries, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):

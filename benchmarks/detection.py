@@ -1,9 +1,8 @@
-"""How often the context of C-Optim sees trouble: where there is none, and where there is.
+"""How often does the context report an edge case, on pure noise and on real trouble?
 
-    python -m benchmarks.detection [--streams 2000]
-
-For each kind of stream and threshold, the share of streams in which an edge case was seen. A window is full at first,
-and its noise is Gaussian (1 + 0.1 x) or log-normal (sigma 0.5); gradients are independent unless they flip.
+For each kind of stream and each threshold, the share of streams in which an edge case is reported. The window is full
+from the start. Losses have Gaussian noise (1 + 0.1 x) or log-normal noise (sigma 0.5). Gradients are independent,
+except in the streams in which they flip.
 """
 
 from __future__ import annotations
@@ -15,8 +14,27 @@ from torch import Tensor
 
 from library.cameamp.context.detection import confidence
 
+from .table import Table
+
 THRESHOLDS = (0.8, 0.9, 0.95, 0.99)
 _ELEMENTS = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--streams", type=int, default=2000, help="streams of each kind (default: %(default)s)")
+    parser.add_argument("--windows", type=int, nargs="*", default=(12, 20, 50, 100), help="lengths of context_window")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    table = Table(
+        "{:>6} {:<11} {:<32}" + "{:>8.1%}" * len(THRESHOLDS), "window", "noise", "share of streams seen", *THRESHOLDS
+    )
+    for window in args.windows:
+        for kind in ("Gaussian", "log-normal"):
+            for name, shares in measure(kind, window, args.streams).items():
+                table.row(window, kind, name, *shares)
 
 
 def noise(kind: str, streams: int, steps: int, generator: torch.Generator) -> tuple[Tensor, float]:
@@ -33,7 +51,7 @@ def cosines(streams: int, steps: int, generator: torch.Generator) -> Tensor:
 
 
 def flipping(streams: int, window: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Cosines of gradients that are independent, and then flip their sign every step, noise of equal size added."""
+    """Cosines of gradients that are independent at first and then flip their sign at every step, with as much noise."""
     signal = torch.randn(streams, 1, _ELEMENTS, generator=generator)
     signs = torch.tensor([(-1.0) ** n for n in range(steps)]).view(1, -1, 1)
     gradients = signal * signs + torch.randn(streams, steps, _ELEMENTS, generator=generator)
@@ -42,7 +60,7 @@ def flipping(streams: int, window: int, steps: int, generator: torch.Generator) 
 
 
 def measure(kind: str, window: int, streams: int) -> dict[str, list[float]]:
-    """For each question, the share of streams for each threshold."""
+    """For each kind of stream, the share in which an edge case is reported, by threshold."""
     generator = torch.Generator().manual_seed(0)
     result: dict[str, list[float]] = {}
 
@@ -64,7 +82,7 @@ def measure(kind: str, window: int, streams: int) -> dict[str, list[float]]:
     long, deviation = noise(kind, streams, 2 * window, generator)
     long[:, window:] += deviation * torch.arange(1, window + 1) / window
     many = cosines(streams, 2 * window, generator)
-    every = max(1, window // 20)  # twenty looks at the rise are fewer than the optimizer takes
+    every = max(1, window // 20)  # the optimizer tests at every step; twenty tests of the rise are enough here
     ends = list(range(window + every, 2 * window + 1, every))
     share("rise by a deviation a window", [confidence(long[:, e - window : e], many[:, e - window : e]) for e in ends])
 
@@ -72,19 +90,3 @@ def measure(kind: str, window: int, streams: int) -> dict[str, list[float]]:
     turning = [flipping(few, window, steps, generator) for steps in range(2, 12)]
     share("flipping gradients, 10 steps", [confidence(losses[:few], window_) for window_ in turning])
     return result
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--streams", type=int, default=2000, help="streams of each kind")
-    parser.add_argument("--windows", type=int, nargs="*", default=(12, 20, 50, 100), help="context_window")
-    args = parser.parse_args()
-    print(f"{'window':>6} {'noise':11} {'share of streams seen':32}" + "".join(f"{t:>8}" for t in THRESHOLDS))
-    for window in args.windows:
-        for kind in ("Gaussian", "log-normal"):
-            for name, shares in measure(kind, window, args.streams).items():
-                print(f"{window:6} {kind:11} {name:32}" + "".join(f"{s:8.1%}" for s in shares), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,12 @@
-"""How the time of a step grows: with the model, with the number of its tensors, and over what the user has now.
+"""How does the time of a step grow with the model and with the number of its tensors?
 
-    python -m benchmarks.growth [--rounds 15]
+For torch's AdamW and for the four optimizers after their warm-up: the time a parameter on an SDXL LoRA, as a ratio to
+that on an SD 1.5 LoRA; and the time on the tensors of an SDXL LoRA, as a ratio to that on a tenth as many tensors, each
+of which holds ten of the originals.
 
-For each of ours and for torch's AdamW, after the warm-up: the time a parameter on an SDXL LoRA, as a ratio to that on
-an SD 1.5 LoRA, and the time of a step with each tensor of an SDXL LoRA alone, as a ratio to that with ten of them, one
-above the other, as one. Then, in each phase, ratios of two optimizers that take their steps in turns: ours to the AdamW
-of the same bits, and the contextual ones to the plain ones, with and without multi-scale momenta.
+Then, for each phase, the time of an optimizer as a ratio to another with which it takes its steps in turns: the plain
+optimizers to the AdamW of the same precision, the contextual ones to the plain ones, with and without multi-scale
+momenta. The ratio is the median of the rounds, with their quartiles.
 """
 
 from __future__ import annotations
@@ -18,18 +19,62 @@ from typing import Any
 
 import torch
 
-from library.cameamp.workspace import keep_freed_memory
-
 from . import contenders
+from .arguments import add_shared
 from .contenders import REFERENCE, Build
-from .models import load, parameters
-from .step_time import interleaved
+from .models import load
+from .step_time import interleaved, started
+from .table import Table
 
 Shapes = list[tuple[int, ...]]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_shared(parser, rounds=15, threads=2)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure and print."""
+    torch.set_num_threads(args.threads)
+    small, large = load("sd15_lora16"), load("sdxl_lora16")
+    _print_growth(small, large, args.rounds)
+    table = Table("{:<36}" + "{:>28}" * len(contenders.PHASES), "in turns", *contenders.PHASES)
+    for bits, adamw in (("", REFERENCE), ("8bit", "bitsandbytes AdamW8bit")):
+        for model, shapes in (("SD 1.5", small), ("SDXL", large)):
+            ratios_of: dict[str, list[str]] = {"plain / AdamW": [], "context / plain": [], "the same, no momenta": []}
+            for phase in contenders.PHASES:
+                contextual = f"Automagic_CameAMP_COptim{bits}"
+                (plain,) = contenders.in_phases(f"Automagic_CameAMP{bits}", (phase,)).values()
+                (whole,) = contenders.in_phases(contextual, (phase,)).values()
+                (without,) = contenders.in_phases(contextual, (phase,), momentum_scales=()).values()
+                pairs = ((contenders.peer(adamw), plain), (plain, whole), (plain, without))
+                for found, (first, second) in zip(ratios_of.values(), pairs):
+                    found.append(in_turns(first, second, shapes, args.rounds))
+            for name, found in ratios_of.items():
+                table.row(f"{'8' if bits else '32'}-bit, {model}: {name}", *found)
+
+
+def _print_growth(small: Shapes, large: Shapes, rounds: int) -> None:
+    few, many = tenths(large)
+    counts = {id(shapes): sum(torch.Size(s).numel() for s in shapes) for shapes in (small, large, many)}
+    larger = counts[id(large)] / counts[id(small)]
+    builds = {REFERENCE: contenders.peer(REFERENCE)}
+    for name in contenders.FAMILY:
+        builds |= contenders.in_phases(name, ("after",))
+    print(f"an SDXL LoRA has {larger:.2f} times the elements of an SD 1.5 LoRA; {len(few)} or {len(many)} tensors of "
+          f"{counts[id(many)] / 1e6:.1f} M elements")  # fmt: skip
+    table = Table(
+        "{:<36}{:>12.1f}{:>28.2f}{:>24.2f}", "", "ms on SDXL", "a parameter, SDXL / SD 1.5", "ten times the tensors"
+    )
+    for name, build in builds.items():
+        milliseconds, growth = ratios(started(build, small), started(build, large), rounds)
+        _, split = ratios(started(build, few), started(build, many), rounds)
+        table.row(name, milliseconds, statistics.median(growth) / larger, statistics.median(split))
+
+
 def tenths(shapes: Shapes) -> tuple[Shapes, Shapes]:
-    """The same elements in few tensors and in ten times as many: those of each shape that there are tens of."""
+    """The same elements in few tensors and in ten times as many. Of each shape, a multiple of ten tensors is used."""
     few: Shapes = []
     many: Shapes = []
     for (rows, *columns), count in Counter(shapes).items():
@@ -49,53 +94,3 @@ def in_turns(first: Build, second: Build, shapes: Shapes, rounds: int) -> str:
     _, found = ratios(started(first, shapes), started(second, shapes), rounds)
     low, middle, high = statistics.quantiles(found, n=4)
     return f"{middle:.2f} ({low:.2f} - {high:.2f})"
-
-
-def started(build: Build, shapes: Shapes) -> Callable[[], Any]:
-    """The step of an optimizer that has taken one."""
-    optimizer = build(parameters(shapes))
-    optimizer.step()
-    return optimizer.step
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="measured steps of each optimizer")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()  # as ours have it, for all alike
-    small, large = load("sd15_lora16"), load("sdxl_lora16")
-    few, many = tenths(large)
-    counts = {id(shapes): sum(torch.Size(s).numel() for s in shapes) for shapes in (small, large, many)}
-    larger = counts[id(large)] / counts[id(small)]
-    builds = {REFERENCE: contenders.peer(REFERENCE)}
-    for name in contenders.OURS:
-        builds |= contenders.ours(name, ("after",))
-    print(f"an SDXL LoRA has {larger:.2f} times the elements of an SD 1.5 LoRA; {len(few)} or {len(many)} tensors of "
-          f"{counts[id(many)] / 1e6:.1f} M elements")  # fmt: skip
-    print(f"{'':36}{'ms on SDXL':>12}{'a parameter, SDXL / SD 1.5':>28}{'ten times the tensors':>24}")
-    for name, build in builds.items():
-        milliseconds, growth = ratios(started(build, small), started(build, large), args.rounds)
-        _, split = ratios(started(build, few), started(build, many), args.rounds)
-        growth_each = statistics.median(growth) / larger
-        print(f"{name:36}{milliseconds:12.1f}{growth_each:28.2f}{statistics.median(split):24.2f}", flush=True)
-    print(f"{'in turns':36}" + "".join(f"{phase:>28}" for phase in contenders.PHASES))
-    for bits, adamw in (("", REFERENCE), ("8bit", "bitsandbytes AdamW8bit")):
-        for model, shapes in (("SD 1.5", small), ("SDXL", large)):
-            table: dict[str, list[str]] = {"plain / AdamW": [], "context / plain": [], "the same, no momenta": []}
-            for phase in contenders.PHASES:
-                contextual = f"Automagic_CameAMP_COptim{bits}"
-                (plain,) = contenders.ours(f"Automagic_CameAMP{bits}", (phase,)).values()
-                (whole,) = contenders.ours(contextual, (phase,)).values()
-                (without,) = contenders.ours(contextual, (phase,), momentum_scales=()).values()
-                pairs = ((contenders.peer(adamw), plain), (plain, whole), (plain, without))
-                for found, (first, second) in zip(table.values(), pairs):
-                    found.append(in_turns(first, second, shapes, args.rounds))
-            for name, found in table.items():
-                row = f"{'8' if bits else '32'}-bit, {model}: {name}"
-                print(f"{row:36}" + "".join(f"{text:>28}" for text in found), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,9 @@
-"""Is there a learning rate to choose? Held-out loss of the embedded LoRA fine-tune from four of them, beside AdamW.
+"""Does it still matter which learning rate a contextual optimizer starts from?
 
-    python -m benchmarks.learning_rate_free [--seeds 3] [--steps 200] [--bits 32 8] [--parts] [--rank 16]
-
-The contextual optimizers start from 1e-6, 1e-5, 1e-4 and 1e-3; torch's AdamW runs at five learning rates of its own,
-and the best one counts. `--parts` switches parts of the contextual optimizer off, one at a time. Finished runs are kept
-in a file, so that the command can be stopped and started again.
+The held-out loss of the embedded LoRA fine-tune. The contextual optimizers start from 1e-6, 1e-5, 1e-4 and 1e-3;
+torch's AdamW runs at five learning rates, of which the best counts. `--parts` also switches parts of the contextual
+optimizer off, one at a time, and starts from 1e-6 and 1e-3. Finished runs are written to a file, so that the
+command can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .contenders import OURS, REFERENCE
+from .arguments import add_shared
+from .contenders import FAMILY, REFERENCE
 from .study.digits import DigitsLoRA
-from .study.kept import Kept
-from .study.optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, OUR_RATES, builder
+from .study.finished import Finished
+from .study.optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, FAMILY_RATES, builder
 from .study.task import train
 from .study.variants import CONTEXT_LEFT_OUT, Variant
 
@@ -25,41 +25,35 @@ ADAMW = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 NAMES = {32: CONTEXTUAL, 8: CONTEXTUAL_8BIT}
 
 
-def run(optimizer: str, lr: float, seed: int, steps: int, rank: int, variant: Variant) -> dict[str, Any]:
-    """Train once: the held-out loss at the end."""
-    own = {"warmup_steps": steps // 2, **variant.options} if optimizer in OURS else {}
-    task = DigitsLoRA(seed, rank, batch_size=32, repeats=4)
-    return {"after": train(task, builder(optimizer, lr, own, variant), steps, steps)[-1]}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
-    parser.add_argument("--steps", type=int, default=200, help="steps of a run; the warm-up is half of them")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_shared(parser, seeds=3, steps=200, results=Path("output/learning_rate_free.json"))
+    parser.add_argument("--rank", type=int, default=16, help="rank of the LoRA (default: %(default)s)")
     parser.add_argument("--bits", type=int, nargs="*", default=(32,), choices=NAMES, help="precision of the states")
-    parser.add_argument("--parts", action="store_true", help="also switch parts off, one at a time, from 1e-6 and 1e-3")
-    parser.add_argument("--kept", default="output/learning_rate_free.json", help="file of finished runs")
-    args = parser.parse_args()
-    kept = Kept(Path(args.kept))
+    parser.add_argument("--parts", action="store_true", help="also switch parts off")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train and print."""
+    finished = Finished(args.results)
 
     def after(optimizer: str, lr: float, seed: int, part: str = "") -> float:
         def make() -> dict[str, Any]:
             variant = CONTEXT_LEFT_OUT[part] if part else Variant()
-            return run(optimizer, lr, seed, args.steps, args.rank, variant)
+            return trained(optimizer, lr, seed, args.steps, args.rank, variant)
 
         name = f"{optimizer} lr {lr:g} seed {seed} steps {args.steps} rank {args.rank} {part or 'as it is'}"
-        return float(kept.get(name, make)["after"])
+        return float(finished.get(name, make)["after"])
 
     for seed in range(args.seeds):
         rivals = {lr: after(REFERENCE, lr, seed) for lr in ADAMW}
         best = min(rivals.values())
         print(f"seed {seed}: AdamW " + "  ".join(f"{lr:g}: {loss:.5f}" for lr, loss in rivals.items()), flush=True)
         for bits in args.bits:
-            ends = [after(NAMES[bits], lr, seed) for lr in OUR_RATES]
+            ends = [after(NAMES[bits], lr, seed) for lr in FAMILY_RATES]
             print(
                 f"   {bits:2} bits, from "
-                + "  ".join(f"{lr:g}: {loss:.5f}" for lr, loss in zip(OUR_RATES, ends))
+                + "  ".join(f"{lr:g}: {loss:.5f}" for lr, loss in zip(FAMILY_RATES, ends))
                 + f"   spread {max(ends) / min(ends) - 1:.2%}, mean {statistics.mean(ends) / best - 1:+.2%}, "
                 f"worst {max(ends) / best - 1:+.2%} to the best AdamW",
                 flush=True,
@@ -70,5 +64,8 @@ def main() -> None:
                 print(f"   {part}: from 1e-6: {ends[0]:.5f}, from 1e-3: {ends[1]:.5f}", flush=True)
 
 
-if __name__ == "__main__":
-    main()
+def trained(optimizer: str, lr: float, seed: int, steps: int, rank: int, variant: Variant) -> dict[str, Any]:
+    """Train once. Returns the held-out loss at the end."""
+    own = {"warmup_steps": steps // 2, **variant.options} if optimizer in FAMILY else {}
+    task = DigitsLoRA(seed, rank, batch_size=32, repeats=4)
+    return {"after": train(task, builder(optimizer, lr, own, variant), steps, steps)[-1]}

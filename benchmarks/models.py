@@ -1,4 +1,4 @@
-"""Parameter shapes of real models, and parameters made of them."""
+"""Tensor shapes of real models, and random parameters of these shapes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NAMES = tuple(sorted(path.stem for path in _FOLDER.glob("*.json")))
 
 
 def load(name: str, limit: int | None = None) -> list[tuple[int, ...]]:
-    """The shapes of a model's trained tensors, in order.
+    """The shapes of the tensors of a model that are trained, in order.
 
     Args:
         name: one of `NAMES`.
-        limit: stop before the tensor that would bring the sum of elements above this.
+        limit: the largest number of elements; the tensor that would exceed it and all after it are left out.
     """
     shapes: list[tuple[int, ...]] = []
     total = 0

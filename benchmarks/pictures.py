@@ -1,15 +1,12 @@
-"""Three pictures of the documents: what calls what, what acts when, and how a run's learning rates spread.
+"""What imports what, which technique acts when, how do learning rates spread? (Draws pictures of the documents.)
 
-    python -m benchmarks.pictures [architecture] [phases] [mask]
-
-The last trains the embedded LoRA twice, a few minutes; the others are drawn at once. All go to docs/images.
+Writes architecture.png, phases.png and mask.png to docs/images. The mask's picture trains the embedded LoRA twice,
+which takes a few minutes; the others are drawn at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,74 +16,44 @@ import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.patches import FancyBboxPatch
 
 from library.cameamp.config import OptimizerConfig
-from library.cameamp.rules import Phase
+from library.cameamp.phase import Phase
 from library.cameamp.techniques import grams
 
-_FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
+from .architecture import draw
+from .embedded import embedded_trainer
 
-_HOST, _OURS, _CORE, _INNER = "#e8e8e8", "#dbe9f6", "#c6dbef", "#e5f2e0"
+_ROOT = Path(__file__).resolve().parent.parent
+_FOLDER = _ROOT / "docs" / "images"
+_ENGINE = _ROOT / "library" / "cameamp"
 
-# What calls what: (left, bottom, width, height), colour, name, what it does.
-_BOXES: dict[str, tuple[tuple[float, float, float, float], str, str, str]] = {
-    "host": ((0, 8.4, 3.8, 1.2), _HOST, "sd-scripts", "its training scripts, unchanged"),
-    "demo": ((4.2, 8.4, 3.6, 1.2), _OURS, "embedded trainer", "cameamp_demo/: a small LoRA, on a CPU"),
-    "own": ((8.2, 8.4, 3.8, 1.2), _HOST, "your own loop", "loss.backward(), optimizer.step()"),
-    "plugin": ((0, 6.5, 3.8, 1.2), _OURS, "train_network_patch.py", "sd_scripts/: options, names, loss, logs"),
-    "family": ((4.2, 6.5, 7.8, 1.2), _OURS, "automagic_cameamp.py",
-               "the four optimizers, OptimizerConfig, report_loss"),
-    "optimizer": ((0, 4.6, 12, 1.2), _CORE, "cameamp/optimizer.py",
-                  "one optimizer: groups, learning rates, the two passes of a step"),
-    "around": ((0, 2.6, 2.8, 1.3), _CORE, "lora, gradients", "which are LoRA factors?\nwhich gradients are usable?"),
-    "batches": ((3.05, 2.6, 2.8, 1.3), _CORE, "batches", "tensors of one shape\nbecome one stack"),
-    "context": ((6.1, 2.6, 2.85, 1.3), _CORE, "context, detection", "contextual: the multiplier,\nedge cases"),
-    "checkpoint": ((9.2, 2.6, 2.8, 1.3), _CORE, "checkpoint, checksum",
-                   "saving; checking and\nconverting what is loaded"),
-    "rules": ((0, 0.4, 3.6, 1.3), _INNER, "rules.py", "one step of one stack,\nthe techniques in their order"),
-    "techniques": ((4.2, 0.4, 3.6, 1.3), _INNER, "techniques/", "one paper a file,\nfunctions of tensors"),
-    "storage": ((8.4, 0.4, 3.6, 1.3), _INNER, "storage/", "how a state is kept: 32 bits,\n8 bits, 4 bits, low rank"),
-}  # fmt: skip
 
-# From the middle of an edge of one box to that of another: where on each, as shares of width and height.
-_ARROWS = (
-    ("plugin", (0.5, 1), "host", (0.5, 0)),
-    ("demo", (0.5, 0), "family", (0.2308, 1)),
-    ("own", (0.5, 0), "family", (0.7564, 1)),
-    ("plugin", (1, 0.5), "family", (0, 0.5)),
-    ("family", (0.5, 0), "optimizer", (0.675, 1)),
-    ("optimizer", (0.1167, 0), "around", (0.5, 1)),
-    ("optimizer", (0.371, 0), "batches", (0.5, 1)),
-    ("optimizer", (0.6271, 0), "context", (0.5, 1)),
-    ("optimizer", (0.883, 0), "checkpoint", (0.5, 1)),
-    ("optimizer", (0.2438, 0), "rules", (0.8125, 1)),
-    ("rules", (1, 0.5), "techniques", (0, 0.5)),
-    ("batches", (0.95, 0), "storage", (0.1, 1)),
-)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "names", nargs="*", type=_picture, metavar="picture", help=f"of {', '.join(_PICTURES)}; all by default"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw and write."""
+    for name in args.names or _PICTURES:
+        path = _FOLDER / f"{name}.png"
+        _PICTURES[name](path)
+        print(f"written: docs/images/{path.name}, {path.stat().st_size // 1024} KiB", flush=True)
+
+
+def _picture(name: str) -> str:
+    if name not in _PICTURES:
+        raise argparse.ArgumentTypeError(f"unknown picture {name!r}; allowed: {', '.join(_PICTURES)}")
+    return name
 
 
 def architecture(path: Path) -> None:
-    """Boxes and arrows of the modules."""
-    figure, axis = plt.subplots(figsize=(9.6, 7))
-    for (left, bottom, width, height), color, name, text in _BOXES.values():
-        style = "round,pad=0,rounding_size=0.12"
-        axis.add_patch(FancyBboxPatch((left, bottom), width, height, boxstyle=style, facecolor=color, edgecolor="0.4"))
-        middle = left + width / 2
-        axis.text(middle, bottom + 0.74 * height, name, ha="center", va="center", fontsize=10, fontweight="bold")
-        axis.text(middle, bottom + 0.34 * height, text, ha="center", va="center", fontsize=8.5)
-    for start, start_at, end, end_at in _ARROWS:
-        arrow = {"arrowstyle": "-|>", "color": "0.3"}
-        axis.annotate("", xy=_point(end, end_at), xytext=_point(start, start_at), arrowprops=arrow)
-    axis.set_xlim(-0.1, 12.1)
-    axis.set_ylim(0.2, 9.8)
-    axis.axis("off")
-    _save(figure, path)
-
-
-def _point(box: str, at: tuple[float, float]) -> tuple[float, float]:
-    (left, bottom, width, height), *_ = _BOXES[box]
-    return left + at[0] * width, bottom + at[1] * height
+    """What imports what in the engine."""
+    for a, b in draw(_ENGINE, path):
+        print(f"cycle: {a} imports {b}, which imports {a}, directly or through others", flush=True)
 
 
 _WARMUP, _STEPS = 500, 1500
@@ -123,7 +90,7 @@ _TECHNIQUES: dict[str, Callable[[int], float]] = {
     "AdaBelief": _always,
     "Grams": _fading,
     "Orthogonal gradient": _early,
-    "Learning-rate mask moves": _warmup,
+    "Bumps of the learning-rate mask": _warmup,
     "Cautious (if asked for)": _always,
     "Adaptive Weight Decay": _early,
     "ALLoRA (LoRA factors)": _always,
@@ -188,21 +155,10 @@ def mask(path: Path) -> None:
 
 
 def mask_course(lr: float) -> tuple[list[int], list[list[float]]]:
-    """Train the embedded LoRA; steps, and for each of the percentiles its values at them."""
-    from accelerate.state import AcceleratorState
-
-    from library.cameamp_demo.options import parse
-    from library.cameamp_demo.trainer import Trainer
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    """Train the embedded LoRA. Returns some steps and, for each percentile, its values at these steps."""
     shares = torch.tensor(_PERCENTILES) / 100
     steps, rows = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(parse([
-            "--output_dir", folder, "--learning_rate", str(lr), "--network_dim", "16", "--network_alpha", "16",
-            "--optimizer_args", f"warmup_steps={_RUN_WARMUP}",
-        ]))  # fmt: skip
+    with embedded_trainer(16, _RUN_WARMUP, "--learning_rate", str(lr)) as trainer:
         optimizer = trainer.optimizer.optimizer
         for step in range(1, _RUN_STEPS + 1):
             trainer._train_step()
@@ -220,20 +176,3 @@ def _save(figure: Any, path: Path) -> None:
 
 
 _PICTURES: dict[str, Callable[[Path], None]] = {"architecture": architecture, "phases": phases, "mask": mask}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pictures", description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="picture", help=f"of {', '.join(_PICTURES)}; all by default")
-    args = parser.parse_args()
-    unknown = [name for name in args.names if name not in _PICTURES]
-    if unknown:
-        parser.error(f"unknown picture '{unknown[0]}'; allowed: {', '.join(_PICTURES)}")
-    for name in args.names or _PICTURES:
-        path = _FOLDER / f"{name}.png"
-        _PICTURES[name](path)
-        print(f"written: docs/images/{path.name}, {path.stat().st_size // 1024} KiB", flush=True)
-
-
-if __name__ == "__main__":
-    main()

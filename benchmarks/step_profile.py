@@ -1,6 +1,7 @@
-"""Where the time of a step goes: the share of each kind of operation, in each phase.
+"""Which operations take the time of a step, phase by phase?
 
-python -m benchmarks.step_profile [--model sd15_lora16] [--optimizer Automagic_CameAMP]
+For each phase the twelve operations with the largest shares of the time of all operations; in parentheses, how often a
+step runs each.
 """
 
 from __future__ import annotations
@@ -11,7 +12,25 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from . import contenders
-from .models import NAMES, load, parameters
+from .arguments import add_shared
+from .models import load, parameters
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_shared(parser, model="sd15_lora16", rounds=10, threads=2)
+    parser.add_argument(
+        "--optimizer", choices=contenders.FAMILY, default=contenders.FAMILY[0], help="the optimizer to profile"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Profile and print."""
+    torch.set_num_threads(args.threads)
+    for name, build in contenders.in_phases(args.optimizer).items():
+        found = shares(build(parameters(load(args.model))), args.rounds)
+        largest = sorted(found.items(), key=lambda item: -item[1][0])[:12]
+        print(f"{name}: " + ", ".join(f"{op} {share:.0%} ({count:.0f})" for op, (share, count) in largest), flush=True)
 
 
 def shares(optimizer: torch.optim.Optimizer, steps: int) -> dict[str, tuple[float, float]]:
@@ -23,21 +42,3 @@ def shares(optimizer: torch.optim.Optimizer, steps: int) -> dict[str, tuple[floa
     events = [event for event in recorded.key_averages() if event.key.startswith("aten::")]
     total = sum(event.self_cpu_time_total for event in events)
     return {event.key[6:]: (event.self_cpu_time_total / total, event.count / steps) for event in events}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=NAMES, default="sd15_lora16", help="whose shapes")
-    parser.add_argument("--optimizer", choices=contenders.OURS, default=contenders.OURS[0], help="which of ours")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps of each phase")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    for name, build in contenders.ours(args.optimizer).items():
-        found = shares(build(parameters(load(args.model))), args.steps)
-        largest = sorted(found.items(), key=lambda item: -item[1][0])[:12]
-        print(f"{name}: " + ", ".join(f"{op} {share:.0%} ({count:.0f})" for op, (share, count) in largest), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""Time of a step in each phase, as a ratio to torch's AdamW; operations, bytes of state and of temporary memory.
+"""Times of steps as ratios to torch's AdamW, with the operations and the bytes of each optimizer.
 
-Steps of all optimizers of a set are interleaved, so that a slow moment of the machine hits all of them; the median is
-reported, with the quartiles. A set is as many optimizers as memory holds; AdamW runs in every set.
+The optimizers of a set take their steps in turns, so that a slow moment of the machine hits all of them. The median is
+reported, with the quartiles. A set holds as many optimizers as fit into memory; AdamW is in every set.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Row:
     """One optimizer on one model.
 
     Attributes:
-        name: the optimizer, and its phase.
+        name: the optimizer and its phase.
         ratio: median time of a step, as a ratio to torch's AdamW in the same set.
         low, high: the quartiles of the same.
         milliseconds: the median itself.
-        operations: kernels launched by a step; 0 for a compiled one, whose kernels cannot be counted so.
+        operations: kernels launched by a step; 0 for a compiled optimizer, whose kernels are not counted.
         read_backs: how often a step waits for the device.
-        state: bytes of state a parameter.
+        state: bytes of state a parameter element.
         temporary: MiB of working memory.
-        first: seconds of the first step in this phase, which makes the states and compiles.
-        graphs: how many graphs it compiled.
+        first: seconds of the first step in this phase, which makes the states and compiles what is compiled.
+        graphs: number of graphs that the first step compiled.
     """
 
     name: str
@@ -50,35 +50,21 @@ class Row:
     graphs: int
 
 
-HEADER = (
-    f"{'':52}{'ratio':>7}{'quartiles':>15}{'ms':>9}{'operations':>12}{'state B/p':>11}{'temp MiB':>10}{'first s':>9}"
-    f"{'graphs':>8}"
-)
-
-
-def line(row: Row) -> str:
-    """A row of the table."""
-    return (
-        f"{row.name:52}{row.ratio:7.2f}{f'{row.low:.2f} - {row.high:.2f}':>15}{row.milliseconds:9.1f}"
-        f"{row.operations:12}{row.state:11.2f}{row.temporary:10.1f}{row.first:9.1f}{row.graphs:8}"
-    )
-
-
 def sets(fused: bool) -> Iterator[dict[str, Build]]:
-    """What to compare, in sets that fit into memory together."""
+    """The optimizers to compare, in sets that fit into memory together."""
     peers = contenders.peers()
     reference = {REFERENCE: peers[REFERENCE]}
     yield peers
-    for name in contenders.OURS:
-        yield {**reference, **contenders.ours(name)}
+    for name in contenders.FAMILY:
+        yield {**reference, **contenders.in_phases(name)}
         if fused:
-            yield {**reference, **contenders.ours(name, fused=True)}
+            yield {**reference, **contenders.in_phases(name, fused=True)}
 
 
 def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: int) -> list[Row]:
-    """Measure one set; all of its optimizers share parameters and gradients.
+    """Measure one set. All of its optimizers share parameters and gradients.
 
-    Where one of ours is in it, so is the time of a plain copy of the bytes that its last phase reads.
+    A set that ends with one of the four also gets the time of a plain copy of the bytes that this optimizer reads.
     """
     shared = parameters(shapes)
     count = sum(p.numel() for p in shared)
@@ -126,6 +112,13 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
             if number >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def started(build: Build, shapes: list[tuple[int, ...]]) -> Callable[[], Any]:
+    """The step of an optimizer that has already taken one."""
+    optimizer = build(parameters(shapes))
+    optimizer.step()
+    return optimizer.step
 
 
 def describe(name: str, shapes: list[tuple[int, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Command lines of the documents, held against the parsers that will read them; nothing is run."""
+"""Command lines of the documents, checked with the parsers that will read them. Nothing is run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ EXTRAS = ("demo", "benchmarks", "dev")
 
 
 class ParsedError(Exception):
-    """What the patched parser raises in place of returning, so that nothing after it runs."""
+    """Raised by the patched parser instead of returning, so that nothing after it runs."""
 
 
 def check(command, monkeypatch):
     """Assert that a command line of a document would be understood.
 
-    The current folder is to be one where what the command names may be looked for.
+    The current folder must hold the files that the command names.
     """
     words = [word for word in shlex.split(command, comments=True) if word not in PLACEHOLDERS]
     while "=" in words[0]:
@@ -67,11 +67,13 @@ def _check_python(words, monkeypatch):
 
 
 def _check_module(name, words, monkeypatch):
-    """A module's own parser, stopped when it has parsed."""
+    """What the module's own parser says; the module is stopped when it has parsed."""
     module = importlib.import_module(name)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{name}.__main__")
-    if "argparse" not in Path(module.__file__).read_text("utf-8"):
+    source = Path(module.__file__).read_text("utf-8")
+    assert "__main__" in source, f"{name} does nothing when it is run"
+    if "argparse" not in source:
         assert not words, f"{name} takes no arguments"
         return
     original = argparse.ArgumentParser.parse_args

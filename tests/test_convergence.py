@@ -1,4 +1,4 @@
-"""The convergence study: its runs repeat themselves, its tables come from kept results, and its patches go away."""
+"""The convergence study: its runs repeat themselves, its tables come from finished results, and its patches go away."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 
-from benchmarks import convergence
+from benchmarks.__main__ import main
 from benchmarks.contenders import REFERENCE
 from benchmarks.study import runs, tables
-from benchmarks.study.kept import Kept
+from benchmarks.study.finished import Finished
 from benchmarks.study.optimizers import CONTEXTUAL, PLAIN, beyond
 from benchmarks.study.runs import DIGITS, TEXT, Result, Run, Runs
 from benchmarks.study.variants import VARIANTS
@@ -20,12 +20,12 @@ from library.cameamp.context.controller import STANDARD_LAW
 from library.cameamp.states import THIRTY_TWO_BITS
 from library.cameamp.step.rules import ALL_TECHNIQUES
 
-KEPT = Path(convergence.__file__).parent / "results" / "convergence.json"
+RESULTS = Path(tables.__file__).parents[1] / "results" / "convergence.json"
 
 
 def make(folder: Path, *wanted: Run) -> list[list[float]]:
     """The losses of runs of a few steps, made anew."""
-    few = Runs(Kept(folder / "results.json"), {DIGITS: 2, TEXT: 3})
+    few = Runs(Finished(folder / "results.json"), {DIGITS: 2, TEXT: 3})
     return [few.make(run).losses for run in wanted]
 
 
@@ -46,10 +46,9 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path) -> None:
         assert make(tmp_path, run) == losses
 
 
-def test_tables_and_pictures_come_from_the_kept_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    arguments = ["convergence", "--kept", str(KEPT), "--pictures", str(tmp_path)]
-    with mock.patch("sys.argv", arguments), mock.patch.object(runs, "train", side_effect=AssertionError("trained")):
-        convergence.main()
+def test_tables_and_pictures_come_from_finished_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with mock.patch.object(runs, "train", side_effect=AssertionError("trained")):
+        main(["convergence", "--print", str(RESULTS), "--pictures", str(tmp_path)])
     printed = capsys.readouterr().out
     for task in (DIGITS, TEXT):
         assert f"{task}: goals" in printed
@@ -62,12 +61,12 @@ def test_tables_and_pictures_come_from_the_kept_results(tmp_path: Path, capsys: 
     ]
 
 
-def test_tables_are_of_the_losses_that_are_kept(tmp_path: Path) -> None:
-    kept = Kept(tmp_path / "results.json")
-    few = Runs(kept, {DIGITS: 20, TEXT: 20})
+def test_tables_show_the_losses_of_the_results(tmp_path: Path) -> None:
+    finished = Finished(tmp_path / "results.json")
+    few = Runs(finished, {DIGITS: 20, TEXT: 20})
     for optimizer, losses in ((REFERENCE, [0.4, 0.2]), (PLAIN, [0.3, 0.1])):
         result = {"every": 10, "steps": 20, "losses": losses}
-        kept.get(few.name(Run(DIGITS, optimizer, 1e-3)), lambda result=result: result)
+        finished.get(few.name(Run(DIGITS, optimizer, 1e-3)), lambda result=result: result)
     line = next(line for line in tables.all_tables(few) if line.startswith(f"    {PLAIN} "))
     assert "0.10000" in line
     printed = list(tables.all_tables(few))

@@ -1,1 +1,1 @@
-"""What the studies of training quality share: tasks, optimizers, variants, kept results, tables and pictures."""
+"""What the studies of training quality share: tasks, optimizers, variants, finished runs, tables and pictures."""

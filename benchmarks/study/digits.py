@@ -19,8 +19,8 @@ class DigitsLoRA:
         seed: of the LoRA's initial weights and of the batches.
         rank: rank of the LoRA, and its alpha.
         batch_size: images in a batch.
-        repeats: how often each held-out image counts, each time with noise of its own.
-        images: how many held-out images count; None for all.
+        repeats: how often each held-out image is used, with different noise each time.
+        images: number of held-out images that are used; None for all.
     """
 
     def __init__(self, seed: int, rank: int, batch_size: int, repeats: int = 1, images: int | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 
-from ..contenders import OURS, REFERENCE
+from ..contenders import FAMILY, REFERENCE
 from .optimizers import DEFAULT_RATE
 from .plan import OPTIMIZERS, rates_on_seeds
 from .runs import Runs
@@ -45,9 +45,9 @@ def _curves(runs: Runs, task: str, by_step: Any, by_time: Any) -> None:
                 continue
             means = [statistics.mean(losses) for losses in zip(*(result.losses for result in found))]
             style: dict[str, Any] = {"color": f"C{number}", "label": f"{optimizer}, {lr:g}"}
-            style["linestyle"] = "--" if optimizer in OURS and lr == DEFAULT_RATE else "-"
-            # 8-bit curves lie on their 32-bit ones: both are to be seen.
-            style["linewidth"] = 1 if optimizer not in OURS or optimizer.endswith("8bit") else 3
+            style["linestyle"] = "--" if optimizer in FAMILY and lr == DEFAULT_RATE else "-"
+            # An 8-bit curve lies on its 32-bit curve; a thin line on a thick one shows both.
+            style["linewidth"] = 1 if optimizer not in FAMILY or optimizer.endswith("8bit") else 3
             steps = found[0].steps
             by_step.plot(steps, means, **style)
             seconds = runs.step_milliseconds(task, optimizer) / 1000
@@ -63,7 +63,7 @@ def _curves(runs: Runs, task: str, by_step: Any, by_time: Any) -> None:
 
 
 def _top(runs: Runs, task: str) -> float:
-    """Where the picture ends, so that a slow start of one does not flatten the rest."""
+    """The upper end of the loss axis, so that one slow start does not flatten the other curves."""
     lr = runs.best_rate(task, REFERENCE)
     losses = runs.grid(task, REFERENCE)[lr].losses if lr is not None else [1.0]
     return 1.6 * losses[0]
@@ -80,7 +80,7 @@ def _range(runs: Runs, task: str, axis: Any) -> None:
     for place, optimizer in enumerate(known):
         finals = [result.final for result in runs.grid(task, optimizer).values()]
         finite = [loss for loss in finals if math.isfinite(loss)]
-        color = "C1" if optimizer in OURS else "C0"
+        color = "C1" if optimizer in FAMILY else "C0"
         axis.plot([min(finite), max(finite)], [place, place], color=color, linewidth=4, solid_capstyle="butt")
         axis.plot(finite, [place] * len(finite), "|", color="black")
     axis.set_xscale("log")
@@ -88,7 +88,7 @@ def _range(runs: Runs, task: str, axis: Any) -> None:
     reference = runs.reference(task, 0)
     if reference is not None:
         axis.axvline(reference.final, color="0.6", linewidth=0.8)
-        # Runs that went astray would leave no room for the others.
+        # Runs that diverged would leave no room for the others.
         axis.set_xlim(right=min(axis.get_xlim()[1], 2.2 * reference.final))
     axis.set_yticks(range(len(known)), known)
     axis.invert_yaxis()
@@ -99,7 +99,7 @@ def _range(runs: Runs, task: str, axis: Any) -> None:
 def _steps(runs: Runs, task: str, axis: Any) -> None:
     """The share of the run after which tuned AdamW's final loss is reached."""
     bars: list[tuple[str, float]] = []
-    for optimizer in OURS:
+    for optimizer in FAMILY:
         for lr in rates_on_seeds(runs, task, optimizer):
             shares = shares_of_steps(runs, task, runs.seeds(task, optimizer, lr))
             if shares:

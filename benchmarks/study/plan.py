@@ -1,15 +1,15 @@
-"""Which runs the study consists of, the most telling first."""
+"""The runs that the study consists of, the most informative first."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..contenders import OURS, REFERENCE
+from ..contenders import FAMILY, REFERENCE
 from .optimizers import (
     CONTEXTUAL,
     CONTEXTUAL_8BIT,
     DEFAULT_RATE,
-    OUR_RATES,
+    FAMILY_RATES,
     PEER_RATES,
     PLAIN,
     beyond,
@@ -18,20 +18,20 @@ from .optimizers import (
 from .runs import Run, Runs
 from .variants import ADVISED, ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, FORMULAS, LEFT_OUT, OPTIONS, WARMUPS
 
-OPTIMIZERS = (REFERENCE, *OURS, *(name for name in PEER_RATES if name != REFERENCE))
+OPTIMIZERS = (REFERENCE, *FAMILY, *(name for name in PEER_RATES if name != REFERENCE))
 
-# Where techniques are left out and formulas changed: the plain optimizer at its best rate for the LoRA, at its default,
-# and at one that is too high for the LoRA; the contextual one at its default.
+# The cases in which techniques are left out and formulas changed: the plain optimizer at its best rate for the LoRA, at
+# its default rate and at a rate that is too high for the LoRA; the contextual optimizer at its default rate.
 PLAIN_RATE = 3e-4
-CASES = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE), (PLAIN, DEFAULT_RATE), (PLAIN, OUR_RATES[-1]))
+CASES = ((PLAIN, PLAIN_RATE), (CONTEXTUAL, DEFAULT_RATE), (PLAIN, DEFAULT_RATE), (PLAIN, FAMILY_RATES[-1]))
 
 
-# Other options: all in 32 bits, and in 8 bits the one that is advised for short runs.
+# The cases with other options: all of them in 32 bits, and in 8 bits the options that are advised for short runs.
 OPTION_CASES = (*((CONTEXTUAL, name) for name in (AS_IT_IS, *OPTIONS)), (CONTEXTUAL_8BIT, ADVISED))
 
 
 def make_grids(runs: Runs, task: str, optimizers: Sequence[str]) -> None:
-    """Optimizers over their learning rates, on one seed; one rate more where the best is at the edge."""
+    """Train optimizers over their learning rates, on one seed, with more rates as long as the best is at the edge."""
     for optimizer in optimizers:
         for lr in rates(optimizer):
             runs.make(Run(task, optimizer, lr))
@@ -44,7 +44,7 @@ def make_grids(runs: Runs, task: str, optimizers: Sequence[str]) -> None:
 
 
 def make_seeds(runs: Runs, task: str, optimizers: Sequence[str], seeds: int) -> None:
-    """Optimizers at their best rate, and ours at the default too, on more seeds."""
+    """Train optimizers at their best rate, the family also at the default rate, on more seeds."""
     for seed in range(1, seeds):
         for optimizer in optimizers:
             for lr in rates_on_seeds(runs, task, optimizer):
@@ -56,7 +56,7 @@ def rates_on_seeds(runs: Runs, task: str, optimizer: str) -> list[float]:
     best = runs.best_rate(task, optimizer)
     if best is None:
         return []
-    return [best, DEFAULT_RATE] if optimizer in OURS and best != DEFAULT_RATE else [best]
+    return [best, DEFAULT_RATE] if optimizer in FAMILY and best != DEFAULT_RATE else [best]
 
 
 def ablations(task: str) -> Iterator[Run]:
@@ -68,7 +68,7 @@ def ablations(task: str) -> Iterator[Run]:
 
 
 def formulas(task: str, seed: int) -> Iterator[Run]:
-    """Other formulas."""
+    """Other formulas, on one seed."""
     for optimizer, lr in CASES:
         yield Run(task, optimizer, lr, seed)
         for name in CONTEXT_FORMULAS if optimizer == CONTEXTUAL else FORMULAS:
@@ -77,13 +77,13 @@ def formulas(task: str, seed: int) -> Iterator[Run]:
 
 def options(task: str, seed: int) -> Iterator[Run]:
     """The contextual optimizers with options that promise a lower loss: on the first seed over the learning rates."""
-    for lr in OUR_RATES if seed == 0 else (DEFAULT_RATE,):
+    for lr in FAMILY_RATES if seed == 0 else (DEFAULT_RATE,):
         for optimizer, name in OPTION_CASES:
             yield Run(task, optimizer, lr, seed, name)
 
 
 def warmups(task: str, seed: int) -> Iterator[Run]:
-    """Lengths of the warm-up."""
+    """Other lengths of the warm-up, on one seed."""
     for optimizer, lr in CASES[:2]:
         yield Run(task, optimizer, lr, seed)
         for name in WARMUPS:

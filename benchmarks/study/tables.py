@@ -1,4 +1,4 @@
-"""The study as tables of text. What has not been run is left out."""
+"""The study as tables of text. Runs that are not finished are left out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Collection, Iterator, Mapping
 
-from ..contenders import OURS
-from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE, OUR_RATES, PLAIN, PLAIN_8BIT
+from ..contenders import FAMILY
+from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, DEFAULT_RATE, FAMILY_RATES, PLAIN, PLAIN_8BIT
 from .plan import CASES, OPTIMIZERS, OPTION_CASES, rates_on_seeds
 from .runs import DIGITS, TEXT, Result, Run, Runs
 from .variants import ALONE, AS_IT_IS, CONTEXT_FORMULAS, CONTEXT_LEFT_OUT, LEFT_OUT, OPTIONS, WARMUPS
@@ -62,7 +62,7 @@ def _seeds(runs: Runs, task: str) -> Iterator[str]:
 
 
 def _goals(runs: Runs, task: str) -> Iterator[str]:
-    """The goals of the study and what came of them."""
+    """The goals of the study and whether they are met."""
     reference = runs.reference(task, 0)
     if reference is None or not runs.best_rate(task, PLAIN):
         return
@@ -70,7 +70,7 @@ def _goals(runs: Runs, task: str) -> Iterator[str]:
     for goal, where, only in ((0.7, "at its best", None), (0.9, "at the default lr", DEFAULT_RATE)):
         candidates = [
             (_median_share(runs, task, found), _mean_to_reference(runs, task, found), name, lr)
-            for name in OURS
+            for name in FAMILY
             for lr in rates_on_seeds(runs, task, name)
             if only in (None, lr) and (found := runs.seeds(task, name, lr))
         ]
@@ -80,9 +80,9 @@ def _goals(runs: Runs, task: str) -> Iterator[str]:
             seeds = _by_seed(runs, task, runs.seeds(task, name, lr))
             verdict = _met(share <= goal)
             yield f"        its loss after at most {goal} of the run, in the median of the seeds: {verdict} ({seeds})"
-    for name in OURS:
+    for name in FAMILY:
         grid = runs.grid(task, name)
-        if set(OUR_RATES) <= grid.keys():
+        if set(FAMILY_RATES) <= grid.keys():
             worst = max(result.final for result in grid.values()) / reference.final - 1
             verdict = _met(worst <= 0.03)
             yield f"    {name}, worst from 1e-6 to 1e-3 to tuned AdamW {worst:+.1%} (at most +3 %): {verdict}"
@@ -122,8 +122,8 @@ def _options(runs: Runs, task: str) -> Iterator[str]:
         found = runs.seeds(task, optimizer, DEFAULT_RATE, name)
         finals = [result.final for result in found.values()]
         mean = statistics.mean(finals)
-        grid = [runs[run].final for lr in OUR_RATES if (run := Run(task, optimizer, lr, 0, name)) in runs]
-        worst = f"{max(grid) / reference.final - 1:+.1%}" if len(grid) == len(OUR_RATES) else ""
+        grid = [runs[run].final for lr in FAMILY_RATES if (run := Run(task, optimizer, lr, 0, name)) in runs]
+        worst = f"{max(grid) / reference.final - 1:+.1%}" if len(grid) == len(FAMILY_RATES) else ""
         label = (name or "as it is") + (", 8-bit" if optimizer == CONTEXTUAL_8BIT else "")
         yield (
             f"    {label:{width}} {len(found):5} {_loss(mean)} {(max(finals) - min(finals)) / mean:7.1%}"
@@ -172,7 +172,7 @@ def shares_of_steps(runs: Runs, task: str, found: Mapping[int, Result]) -> list[
 
 
 def _median_share(runs: Runs, task: str, found: Mapping[int, Result]) -> float:
-    """The median, which also has a value where one seed of several never gets there."""
+    """The median, which is finite even if one seed of several never reaches the loss."""
     shares = shares_of_steps(runs, task, found)
     return statistics.median(shares) if shares else math.inf
 

@@ -22,13 +22,13 @@ class Task(Protocol):
     """A model with its data. Everything in it follows from its seed."""
 
     def named_parameters(self) -> Named:
-        """What is trained."""
+        """The parameters that are trained, with their names."""
 
     def loss(self, number: int) -> Tensor:
         """The loss of a batch of the training data, 0-d."""
 
     def held_out_loss(self) -> float:
-        """The loss on data that is never trained on; the same at every call but for the weights."""
+        """The loss on data that is never trained on. It depends on nothing except the weights."""
 
 
 def train(task: Task, build: Build, steps: int, every: int) -> list[float]:
@@ -41,7 +41,7 @@ def train(task: Task, build: Build, steps: int, every: int) -> list[float]:
         every: steps between two held-out losses.
 
     Returns:
-        The held-out loss every so many steps, and after the last one.
+        The held-out losses, the last of them after the last step.
     """
     named = task.named_parameters()
     optimizer = build(named)
@@ -54,7 +54,7 @@ def train(task: Task, build: Build, steps: int, every: int) -> list[float]:
 
 
 def take_step(task: Task, named: Named, optimizer: torch.optim.Optimizer, number: int) -> None:
-    """One step of training, on the batch of a number."""
+    """Take one step of training on the batch of this number."""
     loss = task.loss(number)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for _, p in named], _MAX_GRAD_NORM)

@@ -1,8 +1,8 @@
 """A small transformer, trained from the start to predict the next character of Python's own help texts.
 
-Of another kind than the LoRA: all weights of a model, from random ones on, with embeddings, norms and biases, and
-almost all of them in tensors that are large enough for 8-bit states. The text is what `help()` prints on Python's
-topics, so it differs a little from one version of Python to the next.
+It differs from the LoRA fine-tune in what is trained: all weights of a model from random initial values, embeddings,
+norms and biases included, most of them in tensors that are large enough for 8-bit states. The text is what
+`help()` prints on Python's topics, so it differs a little from one version of Python to the next.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Predicts the next character.
+    """Predicts the next character of a text.
 
     Args:
-        characters: how many different ones there are.
+        characters: number of different characters.
     """
 
     def __init__(self, characters: int) -> None:
@@ -94,7 +94,7 @@ class Text:
 
 @cache
 def _texts() -> tuple[Tensor, Tensor, int]:
-    """The text to train on and the one held out, as numbers of characters, and how many characters there are."""
+    """The text to train on and the held-out text, as numbers of characters, and the number of different characters."""
     from pydoc_data.topics import topics
 
     names = sorted(topics)

@@ -1,1 +1,1 @@
-"""Long checks of what docs/reliability.md promises: the tests run a few cases, `python -m tests.reliability` all."""
+"""Long checks of what docs/reliability.md promises. `python tests/reliability/full.py` runs all, the tests a few."""

@@ -22,21 +22,21 @@ _ACCUMULATION = 2
 
 
 def ddp(steps: int) -> dict[str, list[str]]:
-    """Train with DDP, gradients accumulated over two batches; save in the middle and resume on every process.
+    """Train with DDP and gradients accumulated over two batches, and resume from the middle on every process.
 
     Returns:
-        For each optimizer the digests of weights and states: each process's of the straight run, then each one's of
-        the resumed run.
+        For each optimizer the digests of weights and states: one for each process after the uninterrupted run, then one
+        for each process after the resumed run.
     """
     results = in_processes(_ddp, steps)
     return {name: [r[name][0] for r in results] + [r[name][1] for r in results] for name in results[0]}
 
 
 def sharded() -> list[dict[str, dict[str, str]]]:
-    """Take a step with parameters that FSDP, in each of its kinds, has sharded.
+    """Take a step with parameters that each kind of FSDP has sharded.
 
     Returns:
-        For each process, kind and optimizer, the message of the RuntimeError; empty where there was none.
+        For each process, kind and optimizer, the message of the RuntimeError; empty if there was none.
     """
     return in_processes(_sharded)
 
@@ -45,13 +45,13 @@ def built_too_early() -> list[dict[str, dict[str, str]]]:
     """Take a step with an optimizer that was built before FSDP sharded its parameters.
 
     Returns:
-        For each process, kind and optimizer, the message of the error or of the warning; empty where there was none.
+        For each process, kind and optimizer, the message of the error or of the warning; empty if there was none.
     """
     return in_processes(_built_too_early)
 
 
 def in_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run a function in two processes that can talk to each other; what each returned."""
+    """Run a function in two processes of one group. Returns what each process returned."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_process, (work, folder, arguments), nprocs=PROCESSES)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]

@@ -1,4 +1,4 @@
-"""Gradients and options at their extremes: nothing that is not finite ever gets into a weight or a state."""
+"""Gradients and options at their extremes: every weight and state stays finite."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .runs import states_are_finite
 
 SCALES = (0.0, 1e-45, 1e-38, 1e-30, 1e-12, 1.0, 1e12, 9e17, 1e38)
-# A group of each; between them every option that a rule computes with is at both of its ends.
+# One parameter group has each of these. Together they put every option that a rule computes with at both of its ends.
 EXTREME_OPTIONS: tuple[dict[str, Any], ...] = (
     {"lr": 1e-7, "eps": (1e-35, 1e-35, 1e-35), "betas": (0.0, 0.0, 0.0)},
     {
@@ -29,35 +29,36 @@ EXTREME_OPTIONS: tuple[dict[str, Any], ...] = (
         "full_finetune": True,
     },
 )  # fmt: skip
-# One context serves all groups: one that tests losses and gradients, or one that never has enough to test.
+# All groups share one context. The first has enough history to test losses and gradients, the second never has.
 _OF_THE_CONTEXT: tuple[dict[str, Any], ...] = (
     {"context_window": 20, "edge_threshold": 1.0, "adaptation_rate": 1.0},
     {"context_window": 2, "edge_threshold": 1e-6, "adaptation_rate": 0.0},
 )
-# Every group has a large one, whose states 8-bit classes quantize; one of them also a small one, whose states they do
-# not. More would tell no more in a long run, whose time goes by the number of stacks. The 1-d one skips steps.
+# Every group has a large parameter, whose states the 8-bit classes quantize. One group also has a small one, whose
+# states they do not quantize, and an empty one. More parameters would make long runs slower and show nothing else. The
+# 1-d parameter has no gradient in some steps.
 _LARGE = (64, 64)
 _SMALL = ((7,), (3, 2, 3, 3), (), (16, 8))
 _EMPTY = (0, 3)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# With as many seeds every group has had every shape, and the large one in every dtype.
+# With this many seeds every group has had every shape, and its large parameter every dtype.
 ARRANGEMENTS = len(EXTREME_OPTIONS) * len(_SMALL)
 
 
 def extreme_steps(optimizer_class: type[Any], steps: int, seed: int = 0) -> int:
     """Train float32, bfloat16 and float16 with gradients of any magnitude, some elements of which are not finite.
 
-    Every matrix is named as a LoRA factor, so that ALLoRA is on wherever full_finetune is not.
+    Every matrix has the name of a LoRA factor, so that ALLoRA is on unless full_finetune is set.
 
     Args:
         optimizer_class: one of the family.
-        steps: how many; the two halves of the warm-up and what follows it get a third each.
-        seed: of everything random, and of which group has which shape in which dtype.
+        steps: number of steps; the early phase, the late warm-up and the time after it get a third each.
+        seed: of everything random; it also decides which group has which shape and dtype.
 
     Returns:
-        How many gradient elements counted as 0.
+        The number of gradient elements that were counted as 0.
     """
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -84,14 +85,14 @@ def extreme_steps(optimizer_class: type[Any], steps: int, seed: int = 0) -> int:
         if step % 10 == 0 or step == steps - 1:
             assert states_are_finite(optimizer), f"not finite after step {step + 1}"
             assert _context_is_finite(optimizer), f"context not finite after step {step + 1}"
-            assert _is_quantized(optimizer, eight_bit="8bit" in optimizer_class.__name__), "not kept in 8 bits"
+            assert _is_quantized(optimizer, eight_bit="8bit" in optimizer_class.__name__), "not stored in 8 bits"
     tally = optimizer.nonfinite_elements()
     assert tally == unusable, f"{tally} elements are tallied, {unusable} were unusable"
     return unusable
 
 
 def _context_is_finite(optimizer: Any) -> bool:
-    """Whether what drives the learning rates is; histories have NaN for what they do not know."""
+    """Whether everything that drives the learning rates is finite. Histories have NaN in place of unknown values."""
     if not hasattr(optimizer, "c_optim"):
         return True
     saved = optimizer.c_optim.state_dict()
@@ -102,7 +103,7 @@ def _context_is_finite(optimizer: Any) -> bool:
 
 
 def _is_quantized(optimizer: Any, eight_bit: bool) -> bool:
-    """Whether the learning rates of the large parameters, and of no others, are kept in 8 bits; of none in 32."""
+    """Whether the masks of the large parameters alone are stored in 8 bits, or none if the class has 32-bit states."""
     return all(("lr_mask_q" in state) == (eight_bit and p.shape == _LARGE) for p, state in optimizer.state.items())
 
 
@@ -129,16 +130,16 @@ def _gradient(p: Tensor, rng: random.Random, generator: torch.Generator) -> Tens
 def long_run(
     optimizer_class: type[Any], steps: int, every: int = 1000, warmup_steps: int = 500
 ) -> list[tuple[int, float, int, float]]:
-    """Train a small model on and on.
+    """Train a small model for many steps.
 
     Args:
         optimizer_class: one of the family.
-        steps: how many.
-        every: how often to look.
+        steps: number of steps.
+        every: number of steps between two measurements.
         warmup_steps: of the optimizer; fewer than `every`.
 
     Returns:
-        At every look: the step, the resident memory of this process in MiB, the bytes of all tensors alive, the loss.
+        At every measurement: the step, the resident memory of this process in MiB, the bytes of all tensors, the loss.
     """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.SiLU(), torch.nn.Linear(96, 64))
@@ -163,7 +164,7 @@ def long_run(
 
 
 def tensor_bytes() -> int:
-    """Bytes of all tensors that Python can reach, each storage once."""
+    """Bytes of all tensors that Python can reach; a storage that tensors share counts once."""
     gc.collect()
     storages = {}
     for value in gc.get_objects():
@@ -174,7 +175,7 @@ def tensor_bytes() -> int:
 
 
 def resident_mebibytes() -> float:
-    """Memory of this process that is in RAM, in MiB; 0 where the system does not say."""
+    """Resident memory of this process in MiB; 0 on systems without /proc."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])

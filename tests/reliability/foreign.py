@@ -1,4 +1,4 @@
-"""Checkpoints of other optimizers, for the parameters of a run: what a user may hand over by mistake."""
+"""Checkpoints of other optimizers for the parameters of a run, as a user may load them by mistake."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sgd_with_momentum(run: Run) -> dict[str, Any]:
 
 
 def bitsandbytes_adamw8bit(run: Run) -> dict[str, Any]:
-    """bitsandbytes' AdamW8bit; where its version has no kernel for this device, its layout with zeros in it."""
+    """bitsandbytes' AdamW8bit, or its layout filled with zeros if it has no kernel for this device."""
     import bitsandbytes
 
     try:
@@ -66,10 +66,10 @@ def older_32bit(run: Run, step: int, dtype: torch.dtype = torch.float32, resumed
     """The older implementation's 32-bit layout, magic_version 1.
 
     Args:
-        run: whose parameters it is for.
+        run: the run whose parameters the checkpoint is for.
         step: steps taken; its warm-up is 8 steps long.
         dtype: of the parameters, and so of the moments.
-        resumed: whether torch has cast masks and polarities to that dtype, too, as it does when such a file is loaded.
+        resumed: whether masks and polarities are of that dtype too, as after torch has loaded such a file.
     """
     state = {}
     for index, p in enumerate(run.params):
@@ -90,7 +90,7 @@ def older_32bit(run: Run, step: int, dtype: torch.dtype = torch.float32, resumed
 
 
 def older_8bit(run: Run, step: int) -> dict[str, Any]:
-    """The older implementation's 8-bit layout, magic8_version 2: scales are objects, and the residual is none."""
+    """The older implementation's 8-bit layout, magic8_version 2: its scales are objects."""
     saved = older_32bit(run, step)
     for state in saved["state"].values():
         for name in ("lr_mask", "exp_avg", "exp_avg_sq", "exp_avg_res", "s", "row_scaling"):

@@ -1,8 +1,8 @@
 """The full counts of the long checks: python tests/reliability/full.py [part ...]
 
-Each part runs in a process of its own, one after the other; about half an hour on one core. The figures are printed,
-and written to output/reliability.txt. A part that fails prints its error, and makes the exit status 1. tests/ runs the
-same functions with small counts.
+Each part runs in its own process, one after the other; all of them take about half an hour on one core. The figures are
+printed and written to output/reliability.txt. A part that fails prints its error, and the exit status is then 1. The
+tests run the same functions with small counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
-# In place of this folder, whose modules are imported as reliability.*.
+# These replace this folder in the path: its modules are imported as reliability.*.
 sys.path[0:1] = [str(_ROOT), str(_ROOT / "tests")]
 
 FUZZ_CASES = 4_000
@@ -119,7 +119,7 @@ def numbers() -> list[str]:
 
 
 def long_run() -> list[str]:
-    """A small model, on and on."""
+    """A small model over many steps."""
     from reliability.extremes import long_run
     from reliability.runs import OPTIMIZERS
 
@@ -164,21 +164,21 @@ def main() -> int:
     report = _ROOT / "output" / "reliability.txt"
     report.parent.mkdir(exist_ok=True)
     report.write_text("", encoding="utf-8")
-    _tell(report, f"Python {platform.python_version()}, {packages}")
+    _report(report, f"Python {platform.python_version()}, {packages}")
     failed = 0
     for name in parts or PARTS:
         start = time.perf_counter()
-        # spawn: a process without threads, which the kills need to fork it, and without another part's memory.
+        # spawn: the process has no threads, so that `kills` can fork it, and no memory of another part.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             try:
                 lines = process.submit(_run, name).result()
             except Exception as error:
                 failed, lines = 1, [f"FAILED: {type(error).__name__}: {error}"]
-        _tell(report, f"{name} ({time.perf_counter() - start:.0f} s)", *(f"  {line}" for line in lines))
+        _report(report, f"{name} ({time.perf_counter() - start:.0f} s)", *(f"  {line}" for line in lines))
     return failed
 
 
-def _tell(report: Path, *lines: str) -> None:
+def _report(report: Path, *lines: str) -> None:
     print(*lines, sep="\n", flush=True)
     with report.open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)

@@ -26,10 +26,10 @@ def fuzz(cases: int, first: int = 0) -> Counter[str]:
     """Run cases `first` to `first + cases - 1`.
 
     Returns:
-        How many cases of each kind had which outcome, as 'kind: outcome'.
+        The number of cases by 'kind: outcome'.
 
     Raises:
-        AssertionError: a case that did neither; with its number.
+        AssertionError: a case did neither; the message has its number.
     """
     outcomes: Counter[str] = Counter()
     for number in range(first, first + cases):
@@ -39,7 +39,7 @@ def fuzz(cases: int, first: int = 0) -> Counter[str]:
 
 
 def one_case(number: int) -> tuple[str, str]:
-    """One case, of a kind that goes round and with everything else drawn from its number."""
+    """Run one case. The kinds take turns; everything else is drawn from the case's number."""
     rng = random.Random(number)
     kinds = [*IN_MEMORY, *IN_FILES, *FOREIGN]
     kind = kinds[number % len(kinds)]
@@ -54,7 +54,7 @@ def one_case(number: int) -> tuple[str, str]:
     elif kind in IN_FILES:
         try:
             saved = from_bytes(IN_FILES[kind](data, rng))
-        except Exception:  # Whatever a damaged file makes torch.load raise; the trainers turn it into one line.
+        except Exception:  # torch.load may raise anything; the trainers turn it into one line.
             return kind, "refused by torch.load"
     else:
         saved = from_bytes(data)
@@ -81,7 +81,7 @@ _loaders: dict[tuple[type[Any], bool], tuple[Run, dict[str, Any]]] = {}
 
 
 def _loader(target: type[Any], named: bool) -> tuple[Run, dict[str, Any]]:
-    """A run in its second step, and what it holds; one that a refused checkpoint has left as it was serves again."""
+    """A run after its second step and all that it holds. It is used again as long as checkpoints are refused."""
     if (target, named) not in _loaders:
         run = copy.deepcopy(_second_step(target, named))
         _loaders[target, named] = run, run.everything()
@@ -97,7 +97,7 @@ def _second_step(target: type[Any], named: bool) -> Run:
 def _all_phases(source: type[Any], named: bool) -> dict[int, bytes]:
     """Checkpoints of one run, by the number of steps taken."""
     run = Run(source, named=named)
-    # A scheduler's work: learning rates that only the checkpoint knows.
+    # What a scheduler does: the learning rates are in the checkpoint alone.
     for group in run.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
         group["lr"] *= 0.75
@@ -268,7 +268,7 @@ def _change_checksum(saved: Saved, rng: random.Random) -> None:
 
 
 def _swap_parameters(saved: Saved, rng: random.Random) -> None:
-    """Two of one shape trade their states; nothing but a checksum can tell."""
+    """Two parameters of one shape exchange their states; only a checksum can detect it."""
     a, b = rng.choice([(0, 2), (1, 3), (4, 5)])
     states = saved["state"]
     states[a], states[b] = states[b], states[a]
@@ -291,7 +291,7 @@ def _swap_names(saved: Saved, rng: random.Random) -> None:
 
 
 def _change_context(saved: Saved, rng: random.Random) -> None:
-    """Of the contextual optimizers; in a checkpoint of the others, a part of one that nobody saved."""
+    """Change a contextual optimizer's context, or add a part of one to another optimizer's checkpoint."""
     group = saved["param_groups"][0]
     name = rng.choice(["c_optim_context", "edge_case_count", "contextual_lr_multiplier"])
     if name not in group or rng.random() < 0.4:
@@ -317,7 +317,7 @@ def _change_context(saved: Saved, rng: random.Random) -> None:
 
 
 def _change_momenta(saved: Saved, rng: random.Random) -> None:
-    """Of the contextual optimizers; in a state of the others, one that nobody saved."""
+    """Change a contextual optimizer's momenta, or add one to another optimizer's state."""
     state = _any_state(saved, rng)
     names = [name for name in state if name.startswith("momentum_")]
     if not names:
@@ -348,11 +348,11 @@ def _wreck(saved: Saved, rng: random.Random) -> None:
 
 
 def _nothing(saved: Saved, rng: random.Random) -> None:
-    """No damage: what loads must load."""
+    """No damage: the checkpoint must load."""
 
 
 def _harmless(saved: Saved, rng: random.Random) -> None:
-    """What is derived or somebody else's may be anything."""
+    """Derived values and keys of other programs may be anything."""
     _any_state(saved, rng)["avg_lr"] = 17.0
     _any_state(saved, rng).pop("lr_max", None)
     _any_group(saved, rng)["label"] = "text encoder"
@@ -431,7 +431,7 @@ IN_FILES: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 
 def _damaged_older(run: Run, rng: random.Random) -> Saved:
-    """The older 32-bit layout with damage that can be seen without a checksum."""
+    """The older 32-bit layout with damage that can be detected without a checksum."""
     saved = foreign.older_32bit(run, rng.choice([3, 6, 11]), rng.choice([torch.float32, torch.bfloat16]))
     state = _any_state(saved, rng)
     choice = rng.randrange(6)

@@ -1,4 +1,4 @@
-"""Saving that breaks off: killed anywhere, or on a full disk. The embedded trainer, with real files."""
+"""Interrupted saving: the embedded trainer, with real files, is killed at any point or runs out of disk space."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from library.cameamp_demo import files
 from library.cameamp_demo.options import UserError, parse
 from library.cameamp_demo.trainer import Trainer
 
-# What Python tells an audit hook of when files change; torch's own writer is met by killing at a random time.
+# The events that Python reports to an audit hook when files change. torch's own writer reports none; killing at random
+# times interrupts it.
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.scandir")
 
 
 class Saver:
-    """A trainer that saves its state in copies of this process, which may be killed.
+    """A trainer that saves its state in forked copies of this process, which may be killed.
 
     Args:
         output: an empty folder.
@@ -40,18 +41,18 @@ class Saver:
         self.trainer._save_state("")
 
     def saved_step(self) -> int:
-        """The step of the state that can be resumed from, which must be whole."""
+        """The step of the saved state, which must be complete."""
         folder = files.find_folder(self.state)
         assert folder is not None, "no state is left"
         files.check_folder(folder)
         return json.loads((folder / "progress.json").read_text())["step"]
 
     def resume(self) -> None:
-        """Load it, as the trainer does."""
+        """Load the saved state as the trainer does."""
         assert _in_copy(lambda: self.trainer._load_state(self.state)) == 0, "the state can't be resumed from"
 
     def count_events(self) -> tuple[int, float]:
-        """How many events a whole save has, and how long it takes."""
+        """The number of events of a complete save, and its seconds."""
         read, write = os.pipe()
 
         def save() -> None:
@@ -73,7 +74,7 @@ class Saver:
         return count, seconds
 
     def killed_at_event(self, number: int) -> None:
-        """Save in a copy of this process that kills itself when an event happens."""
+        """Save in a copy of this process that kills itself at the event of this number."""
 
         def save() -> None:
             count = 0
@@ -97,10 +98,10 @@ class Saver:
         os.waitpid(child, 0)
 
     def on_a_full_disk(self, largest: int) -> str:
-        """Save where no file may grow beyond so many bytes.
+        """Save with a limit to the size of a file, as on a full disk.
 
         Returns:
-            What the user is told.
+            The message to the user.
         """
         import resource
 
@@ -124,10 +125,10 @@ class Saver:
 
 
 def killed(output: Path, cases: int, seed: int = 0) -> Counter[str]:
-    """Kill saving in `cases` places, one after the other, in the same folder; what one left behind meets the next.
+    """Kill saving at `cases` points, one after the other in one folder; each finds what the one before left behind.
 
     Returns:
-        How often the state of the last step was there afterwards, and how often the one before.
+        How often the new state was there afterwards, and how often the state before it.
     """
     saver = Saver(output)
     events, seconds = saver.count_events()
@@ -150,10 +151,10 @@ def killed(output: Path, cases: int, seed: int = 0) -> Counter[str]:
 
 
 def full_disk(output: Path, cases: int, seed: int = 0) -> list[str]:
-    """Save on a disk that is full after so many bytes of a file, from none to just too few.
+    """Save on a disk that is full after some bytes of a file: none, one too few, and random numbers between.
 
     Returns:
-        What the user was told each time.
+        The message to the user, for each case.
     """
     saver = Saver(output)
     largest = max(path.stat().st_size for path in saver.state.iterdir())
@@ -187,6 +188,6 @@ def _start(work: Callable[[], object]) -> int:
 
 
 def _in_copy(work: Callable[[], object]) -> int:
-    """Run something in a copy of this process; its exit status, or minus the signal that ended it."""
+    """Run a function in a copy of this process. Returns its exit status, or minus the signal that ended it."""
     _, status = os.waitpid(_start(work), 0)
     return os.waitstatus_to_exitcode(status)

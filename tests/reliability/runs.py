@@ -1,4 +1,4 @@
-"""A small training run of any optimizer of the family, the same every time, and what is compared of it."""
+"""A small, repeatable training run of any optimizer of the family, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIMIZERS: list[type[Any]] = [
 ]
 PAIRS = [(first, second) for first in OPTIMIZERS for second in OPTIMIZERS]
 
-# Two of one shape that 8-bit classes quantize, two of one shape that they do not, and the odd ones.
+# Pairs of one shape that the 8-bit classes quantize, a pair that they do not quantize, and two single shapes.
 SHAPES = {
     "a.lora_down.weight": (32, 128),
     "a.lora_up.weight": (128, 32),
@@ -39,7 +39,7 @@ class Run:
 
     Args:
         optimizer_class: one of the family.
-        named: whether the optimizer is told the parameters' names.
+        named: whether the optimizer is given the parameters' names.
         dtype: of the parameters.
         options: of the optimizer, beside OPTIONS.
     """
@@ -63,7 +63,7 @@ class Run:
         return sum(0.5 * (p.detach().float() - t).square().sum().item() for p, t in zip(self.params, self.targets))
 
     def run(self, steps: int) -> Run:
-        """Take so many steps; the 0-d parameter gets no gradient in the first four."""
+        """Take some steps. The 0-d parameter has no gradient in the first four of the run."""
         for _ in range(steps):
             generator = torch.Generator().manual_seed(100 + self.taken)
             for p, target in zip(self.params, self.targets):
@@ -76,16 +76,16 @@ class Run:
         return self
 
     def resumed(self, optimizer_class: type[Any], **options: Any) -> Run:
-        """A new run with another optimizer, which goes on from a checkpoint of this one."""
+        """A new run with another optimizer that continues from a checkpoint of this one."""
         return took_over(Run(optimizer_class, **options), self)
 
     def everything(self) -> dict[str, Any]:
-        """All that training depends on, by name; copies."""
+        """Copies of everything that training depends on, by name."""
         return everything(self.optimizer)
 
 
 def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights, states, options and context of an optimizer, by name; copies."""
+    """Copies of an optimizer's weights, states, options and context, by name."""
     found: dict[str, Any] = {}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in enumerate(params):
@@ -104,7 +104,7 @@ def everything(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def difference(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """The first thing that is not bit for bit the same, or None."""
+    """The name of the first value that is not the same bit for bit, or None."""
     if a.keys() != b.keys():
         return f"one has {sorted(a.keys() ^ b.keys())}"
     for name, value in a.items():
@@ -132,7 +132,7 @@ def takes_names() -> bool:
 
 
 def through_torch_save(value: Any) -> Any:
-    """What a file gives back of it."""
+    """What is read back after saving to a file."""
     return from_bytes(to_bytes(value))
 
 
@@ -149,7 +149,7 @@ def from_bytes(data: bytes) -> Any:
 
 
 def states_are_finite(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether every weight and state is."""
+    """Whether every weight and state is finite."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [p.detach() for p in params]
     tensors += [v for p in params for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
@@ -157,7 +157,7 @@ def states_are_finite(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def took_over(second: Any, first: Any) -> Any:
-    """`second` as it goes on where `first` is: its weights, its optimizer's state through a file, its step."""
+    """Let `second` continue from `first`: with its weights, its step and, through a file, its optimizer's state."""
     for p, q in zip(second.params, first.params):
         p.data.copy_(q.data)
     second.optimizer.load_state_dict(through_torch_save(first.optimizer.state_dict()))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 
-class Kept:
-    """Results by name, in a file that is written after each, a result a line.
+class Finished:
+    """Results by name, in a file that is written again after each new result, one result a line.
 
     Args:
         path: the file; it need not exist.
@@ -21,7 +21,7 @@ class Kept:
         self.results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The kept result, or a new one."""
+        """The result of this name, which is made and written if the file does not have it."""
         if name not in self.results:
             self.results[name] = make()
             self.path.parent.mkdir(parents=True, exist_ok=True)
