@@ -1,7 +1,12 @@
 """Multi-scale momentum: averages of the scaled gradient that are updated every so many steps, and so look back further.
 
-Every average has the same decay a update; one that is updated every 25th step remembers 25 times as long. This is the
-project's own technique, after the nested momenta of deep optimizers.
+Every average has the same decay per update; one that is updated every 25th step remembers 25 times as long. This is the
+project's own technique, after the nested momenta of deep optimizers. At step t, with the scaled gradient sg:
+
+    m_K <- 0.9 m_K + 0.1 sg                             for every period K that divides t
+    mean = sum over K of w_K m_K / (1 - 0.9^n_K),       w_K = (1 / K) / (sum over K of 1 / K)
+
+n_K counts the updates of m_K, and only momenta with n_K > 0 take part. The mean drives the momentum in place of sg.
 """
 
 from __future__ import annotations
@@ -54,6 +59,13 @@ def shares(periods: Sequence[int], counts: Sequence[int]) -> tuple[float, ...]:
     Returns:
         For each momentum 1 / period, divided by the sum of these over the momenta updated so far, and by
         1 - 0.9^count, the weights that a momentum has gathered since it was 0; 0 for one that was never updated.
+
+    After five steps of a constant gradient of 1 both momenta are debiased to it, so their mean is 1:
+
+        >>> periods, counts = (1, 5), (5, 1)
+        >>> momenta = [1 - DECAY**count for count in counts]
+        >>> round(sum(share * m for share, m in zip(shares(periods, counts), momenta)), 6)
+        1.0
     """
     total = sum(1 / period for period, count in zip(periods, counts) if count > 0)
     return tuple(
@@ -89,13 +101,13 @@ def multi_scale_momentum(
     Args:
         scaled_grad: scaled gradient, (tensors, rows, columns).
         direction: sign of the gradient.
-        momenta: how the momenta are kept.
+        momenta: the stack that has them.
         scales: the momenta at this step.
-        out: memory for the result, of scaled_grad's shape; allocated where None.
+        out: memory for the result, of scaled_grad's shape; allocated if it is None.
         scratch: memory to compute in, likewise.
 
     Returns:
-        What drives the momentum in place of the scaled gradient; None where no momentum was ever updated. An element
+        What drives the momentum in place of the scaled gradient; None if no momentum was ever updated. An element
         whose gradient is exactly 0 gets 0, as it would of the gradient itself: codes of low rank do not know which
         elements never had a gradient, and those must not drift.
     """
