@@ -39,12 +39,17 @@ def question(name: str) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark that the command line names."""
     words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the optimizers.")
-    benchmarks = parser.add_subparsers(metavar="NAME", required=True)
+    # argparse would break the lines of its own list of names.
+    questions = "\n".join(f"  {name:20}{question(name)}" for name in NAMES)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure the optimizers. `python -m benchmarks NAME --help` explains a benchmark and its options.",
+        epilog=f"benchmarks and the questions that they answer:\n{questions}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmarks = parser.add_subparsers(metavar="NAME", required=True, help="the benchmark to run")
     for name in NAMES:
-        benchmark = benchmarks.add_parser(
-            name, help=question(name), formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        benchmark = benchmarks.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter)
         # Only the benchmark that is asked for is imported: some take seconds, or need more packages.
         if name in words[:1]:
             module = import_module(f"{__package__}.{name}")

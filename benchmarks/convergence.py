@@ -1,4 +1,4 @@
-"""Do these optimizers reach lower held-out losses than six others, each at its best learning rate?
+"""Do these optimizers reach lower held-out losses than six others at their best learning rates?
 
 Two tasks, the embedded LoRA fine-tune and a small text model, are trained on one thread. The whole study takes hours.
 Finished runs are written to a file, so that the command can be stopped and started again. `--print FILE` prints the

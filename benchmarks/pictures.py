@@ -1,7 +1,7 @@
-"""What imports what, which technique acts when, how do learning rates spread? (Draws pictures of the documents.)
+"""What imports what, and which technique acts when? Draws three pictures of the documents.
 
-Writes architecture.png, phases.png and mask.png to docs/images. The mask's picture trains the embedded LoRA twice,
-which takes a few minutes; the others are drawn at once.
+Writes architecture.png, phases.png and mask.png, the learning-rate mask over a run, to docs/images. The mask's picture
+trains the embedded LoRA twice, which takes a few minutes; the others are drawn at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does a step cost in time, operations, bytes of state and temporary memory, beside other optimizers?
+"""What does a step cost in time, operations and bytes, beside other optimizers?
 
 Prints a table for each model and writes steps.json and steps.png to the folder `--output`. The other optimizers are
 those of requirements-benchmarks.txt that are installed. `sdxl_full` and `sd15_full` are cut at 100 M parameters.
