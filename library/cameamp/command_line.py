@@ -104,7 +104,7 @@ def read_toml(path: str, marked: bool = True) -> dict[str, Any]:
         )
     text = text.removeprefix("\ufeff")
     try:
-        return toml.loads(text)
+        document: dict[str, Any] = toml.loads(text)
     except toml.TomlDecodeError as error:
         line = text.splitlines()[error.lineno - 1] if error.lineno <= len(text.splitlines()) else ""
         # Neither the line nor what the parser quotes of it: that may be a token.
@@ -120,3 +120,4 @@ def read_toml(path: str, marked: bool = True) -> dict[str, Any]:
     except Exception:
         # For some mistakes, such as a table with the name of a key, the parser itself fails with another error.
         raise UserError(f"{path}: is not valid TOML") from None
+    return document

@@ -228,6 +228,13 @@ class Group:
                     states[p][row.name] = to_full(row, states[p], code, p.shape)
         self.uncoded.update(params)
 
+    def lr_mask(self, p: Tensor, states: States) -> Tensor:
+        """The mask of one of its parameters, a copy; before its first step, what that will start from."""
+        state = states.get(p, {})
+        if "step" not in state:
+            return torch.full(p.shape, self.starting_lr, dtype=torch.float32, device=p.device)
+        return to_full(LR_MASK, state, self.format(LR_MASK, p), p.shape)
+
     def mask_and_row_scaling(self, stack: Stack, states: States) -> tuple[Tensor, Tensor | None]:
         """The masks of a stack, (tensors, rows, columns), and ALLoRA's factors, (tensors, rows, 1), if it applies."""
         self.bind(stack, states, reading=True)

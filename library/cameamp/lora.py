@@ -46,10 +46,10 @@ def _all_in_pairs(groups: Sequence[Sequence[Tensor]]) -> bool:
     nothing is a pair if there is a bias among the parameters. One model that is no LoRA has the shapes of one: an
     autoencoder without biases that narrows and then widens. For such a model, name the parameters or set full_finetune.
     """
-    shapes = [[_as_matrix(p) for p in group] for group in groups if len(group) > 0]
-    matrices = [shape for group in shapes for shape in group]
-    if not matrices or any(shape is None for shape in matrices):
+    if any(_as_matrix(p) is None for group in groups for p in group):
         return False
+    shapes = [[shape for p in group if (shape := _as_matrix(p)) is not None] for group in groups if group]
+    matrices = [shape for group in shapes for shape in group]
     return _paired(_by_neighbours(matrices)) or _paired(_by_order(shapes))
 
 
@@ -57,13 +57,13 @@ _Shape = tuple[int, int]
 _Pairs = list[tuple[_Shape, _Shape]]
 
 
-def _by_neighbours(matrices: list) -> _Pairs:
+def _by_neighbours(matrices: Sequence[_Shape]) -> _Pairs:
     if len(matrices) % 2:
         return []
     return list(zip(matrices[::2], matrices[1::2]))
 
 
-def _by_order(groups: list) -> _Pairs:
+def _by_order(groups: Sequence[Sequence[_Shape]]) -> _Pairs:
     """Pairs of LoRA+, whose groups have either only downs or only ups."""
     wide = [shape for group in groups if all(rows <= columns for rows, columns in group) for shape in group]
     tall = [shape for group in groups if not all(rows <= columns for rows, columns in group) for shape in group]

@@ -20,7 +20,7 @@ from .groups import Group, GroupOptions
 from .parameters import Parameters
 from .readings import read, summarize
 from .stacks.workspace import Workspace
-from .states import LR_MASK, THIRTY_TWO_BITS, Precision, to_full
+from .states import THIRTY_TWO_BITS, Precision
 from .step import measure
 from .step.passes import Passes
 from .step.rules import ALL_TECHNIQUES, Techniques
@@ -90,11 +90,7 @@ class CameAMP(Optimizer):
         self._forget()
 
     def set_parameter_names(self, names: Mapping[Tensor, str]) -> None:
-        """Give the names of parameters, by which LoRA factors are recognized for certain.
-
-        Args:
-            names: parameter to name; those of other optimizers are ignored.
-        """
+        """Give parameters their names, by which LoRA factors are recognized; those of other optimizers are ignored."""
         own = {p for entry in self.param_groups for p in entry["params"]}
         self._parameters.names.update((p, name) for p, name in names.items() if p in own)
         self._forget()
@@ -208,11 +204,7 @@ class CameAMP(Optimizer):
         """
         for group in self._current_groups():
             if any(p is other for other in group.params):
-                state = self.state.get(p, {})
-                if "step" not in state:
-                    return torch.full(p.shape, group.starting_lr, dtype=torch.float32, device=p.device)
-                written = LR_MASK.full if LR_MASK.name in state else group.format(LR_MASK, p)
-                return to_full(LR_MASK, state, written, p.shape)
+                return group.lr_mask(p, self.state)
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is not one of this optimizer's")
 
     def effective_learning_rates(self) -> list[tuple[float, float, float]]:
@@ -238,9 +230,9 @@ class CameAMP(Optimizer):
         Raises:
             ValueError: `group` is not an entry of `param_groups`.
         """
-        for number, own in enumerate(self.param_groups):
+        for own, rate in zip(self.param_groups, self.get_learning_rates()):
             if own is group:
-                return self.get_learning_rates()[number]
+                return rate
         raise ValueError("the group is not an entry of this optimizer's param_groups")
 
     def get_learning_rates(self) -> list[float]:

@@ -77,7 +77,7 @@ class Plugin:
         return read_config_from_file
 
     def _getting_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_optimizer(args: argparse.Namespace, trainable_params: Any) -> tuple[str, str, Any]:
+        def get_optimizer(args: argparse.Namespace, trainable_params: Any) -> Any:
             if resolve(args) is None:
                 return original(args, trainable_params)
             try:

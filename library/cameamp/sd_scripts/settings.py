@@ -79,7 +79,8 @@ def as_toml(config: OptimizerConfig) -> str:
 
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in config.as_dict().items()}
     lr = options.pop("lr")
-    return f"learning_rate = {lr!r}  # of groups without their own\n\n" + toml.dumps({"optimizer_config": options})
+    table: str = toml.dumps({"optimizer_config": options})
+    return f"learning_rate = {lr!r}  # of groups without their own\n\n{table}"
 
 
 def _is_full_finetuning(args: argparse.Namespace) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ class Layout:
         Returns:
             The stacks, and the parameters that are in none of them but were in a stack that no longer exists.
         """
-        alike: dict[tuple, list[tuple[int, Tensor]]] = {}
+        alike: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
         total = 0
         for position, p, traits in params:
             alike.setdefault((stacked_shape(p.shape), p.dtype, p.device, traits), []).append((position, p))

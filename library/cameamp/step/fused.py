@@ -30,6 +30,10 @@ from .rules import (
 _LARGEST = LARGEST_STACK // 2
 
 
+# The new weights, and what the context sees.
+_Done = tuple[Tensor, Watched | None]
+
+
 def fused_first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:
     """As `measure.first_pass`; `g` may be left as it is."""
     found = compiling.run(_first_pass, g, with_deviations, watch_every) if g.numel() <= _LARGEST else None
@@ -54,14 +58,18 @@ def fused_step(
     in_first = {"magnitude_sum": magnitude_sum}
     in_second = {"decay_strengths": decay_strengths, "multiplier": multiplier}
     own = tuple(state.name for state in TABLE if state.lives(options.phase, options.config.came))
+    done: _Done
     if not scalars.scales:
-        return _run(_take_step_, {"g": g}, states, ("weights", *own), work, scalars, options, **in_first, **in_second)
-    first = tuple(name for name in own if name == "exp_avg_sq")
-    second = ("weights", *(name for name in own if name != "exp_avg_sq"))
-    sg, direction = _run(_scale_gradient_, {"g": g}, states, first, work, scalars, options, **in_first)
-    drive = multiscale.multi_scale_momentum(sg, direction, states, scalars.scales)
-    in_second |= {"direction": direction, "drive": drive}
-    return _run(move_, {"sg": sg}, states, second, work, scalars, options, **in_second)
+        names = ("weights", *own)
+        done = _run(_take_step_, {"g": g}, states, names, work, scalars, options, **in_first, **in_second)
+    else:
+        first = tuple(name for name in own if name == "exp_avg_sq")
+        second = ("weights", *(name for name in own if name != "exp_avg_sq"))
+        sg, direction = _run(_scale_gradient_, {"g": g}, states, first, work, scalars, options, **in_first)
+        drive = multiscale.multi_scale_momentum(sg, direction, states, scalars.scales)
+        in_second |= {"direction": direction, "drive": drive}
+        done = _run(move_, {"sg": sg}, states, second, work, scalars, options, **in_second)
+    return done
 
 
 def _run(

@@ -89,7 +89,8 @@ class StoredBlockwise(Stored):
         tables = _tables(self._signed, codes.device)
         compiled = compiling.run(_decode, codes.view(-1, self._block), scale.view(-1, 1), tables.values, self._root)
         if compiled is not None:
-            return compiled.view(-1, self.rows, self.columns)
+            unpacked: Tensor = compiled.view(-1, self.rows, self.columns)
+            return unpacked
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for part, its_codes in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
             torch.index_select(tables.values, 0, its_codes.int(), out=part)
@@ -167,7 +168,8 @@ def dynamic_map(signed: bool) -> Tensor:
     torch.set_default_dtype(torch.float32)  # Older versions make it of the default dtype,
     try:
         with torch.device("cpu"):  # and on the default device.
-            return create_dynamic_map(signed=signed)
+            values: Tensor = create_dynamic_map(signed=signed)
+            return values
     finally:
         torch.set_default_dtype(before)
 

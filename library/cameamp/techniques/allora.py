@@ -29,4 +29,5 @@ def row_scaling(p: Tensor, eta: float) -> Tensor:
         >>> row_scaling(torch.tensor([[[0.0], [0.75], [15.75]]]), eta=2.0).tolist()
         [[[2.0], [1.0], [0.25]]]
     """
-    return torch.linalg.vector_norm(p, dim=2, keepdim=True).add_(1 / (eta * eta)).rsqrt_()
+    norms: Tensor = torch.linalg.vector_norm(p, dim=2, keepdim=True)
+    return norms.add_(1 / (eta * eta)).rsqrt_()

@@ -68,7 +68,7 @@ def growing_bound(step: int) -> float:
         >>> [growing_bound(step) for step in (1, 16, 81)]
         [1.0, 2.0, 3.0]
     """
-    return step**0.25
+    return float(step**0.25)
 
 
 def clip_elements(grad: Tensor, bound: Any, out: Tensor | None = None) -> Tensor:

@@ -117,4 +117,5 @@ def multi_scale_momentum(
     mean = torch.empty_like(scaled_grad) if out is None else out
     momenta.update_momenta(begun, scaled_grad, mean, scratch)
     # Keeps the mean where the sign is not 0, in one pass: products take two, a mask of bools four times as long.
-    return torch.ops.aten.hardshrink_backward.grad_input(mean, direction, 0.5, grad_input=mean)
+    torch.ops.aten.hardshrink_backward.grad_input(mean, direction, 0.5, grad_input=mean)
+    return mean

@@ -52,4 +52,5 @@ def remove_part_along_weights_(update: Tensor, p: Tensor, eps: float, scratch: T
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norms
