@@ -36,10 +36,16 @@ def train(arguments: Sequence[str]) -> int:
     from library.cameamp_demo.options import is_embedded
 
     if is_embedded(arguments):
-        from library.cameamp_demo.main import main as train_with
-    else:
-        from library.cameamp.sd_scripts.main import main as train_with
-    return train_with(arguments)
+        from library.cameamp_demo.main import main as train_embedded
+
+        return train_embedded(arguments)
+    from library.cameamp.sd_scripts.checkout import SdScriptsNotFoundError
+    from library.cameamp.sd_scripts.main import main as train_in_sd_scripts
+
+    try:
+        return train_in_sd_scripts(arguments)
+    except SdScriptsNotFoundError as error:
+        raise SdScriptsNotFoundError(f"{error}, or train without it: --embedded") from None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,6 +124,10 @@ def _one_bit(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
     return Bits()
 
 
+def _average(period: int, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return average_formats(config.momentum_scales, shape)[period]
+
+
 TABLE = (
     State(
         "lr_mask",
@@ -144,13 +149,10 @@ LR_MASK = TABLE[0]
 def momentum(period: int) -> State:
     """The row of the multi-scale momentum that is updated at every `period`-th step."""
 
-    def code(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
-        return average_formats(config.momentum_scales, shape)[period]
-
     return State(
         momentum_name(period),
         f"momentum of every {period} steps",
-        code,
+        partial(_average, period),
         always_coded=True,
         counter=f"momentum_count_{period}",
     )

@@ -16,7 +16,7 @@ from ..context import memory
 from ..context.driver import Driver
 from ..groups import Group
 from ..phase import Phase
-from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, State, in_format, momentum, to_full
+from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full
 from ..storage import Format
 from ..storage.trial import can_store
 from . import older_layout
@@ -354,7 +354,8 @@ class _Reader:
             written = row.format_of(saved, p.shape, self._config)
             if written is None:
                 of = self._config.warmup_steps
-                raise ValueError(f"the state '{row.name}' is missing, which step {step} of {of} warm-up steps has")
+                key = row.name + THIRTY_TWO_BITS.format(row, p.shape, self._config).suffixes[0]
+                raise ValueError(f"the state '{key}' is missing, which step {step} of {of} warm-up steps has")
             known.update(written.keys(row.name))
             if row.counter:
                 known.add(row.counter)

@@ -11,6 +11,10 @@ from ..command_line import UserError
 _MARKS = ("library/train_util.py", "train_network.py")
 
 
+class SdScriptsNotFoundError(UserError):
+    """There is no sd-scripts in any of the places in which it may be."""
+
+
 def find_sd_scripts(given: str | None, environment: Mapping[str, str], folder: Path) -> Path:
     """The sd-scripts checkout to train with.
 
@@ -39,7 +43,7 @@ def find_sd_scripts(given: str | None, environment: Mapping[str, str], folder: P
         if all((place / mark).is_file() for mark in _MARKS):
             return place.resolve()
     tried = "; ".join(f"{name}, {place}: {_what_is_wrong(place)}" for name, place in places.items())
-    raise UserError(
+    raise SdScriptsNotFoundError(
         f"sd-scripts not found. Looked for a folder with {' and '.join(_MARKS)} in: {tried}. "
         "Name it with --sd_scripts or in the environment variable SD_SCRIPTS_DIR"
     )
