@@ -62,7 +62,7 @@ def test_out_of_range(options, words):
 @pytest.mark.parametrize(
     "options",
     [
-        {"lr": "1e-4"}, {"lr": True}, {"lr": torch.tensor(1e-4)}, {"betas": 0.9}, {"betas": (0.9, 0.99)},
+        {"lr": "1e-4"}, {"lr": True}, {"lr": torch.tensor([1e-4, 1e-4])}, {"betas": 0.9}, {"betas": (0.9, 0.99)},
         {"betas": (0.9, "0.99", 0.999)}, {"warmup_steps": 10.0}, {"warmup_steps": True}, {"came": 1},
         {"verbose": "yes"}, {"momentum_scales": 5}, {"momentum_scales": (1.0, 2.0)},
     ],

@@ -6,7 +6,9 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from reliability.extremes import extreme_steps, long_run
@@ -359,3 +361,74 @@ def test_memory_is_flat(optimizer_class):
     """No step keeps anything once the warm-up is over."""
     looks = long_run(optimizer_class, 90, every=30, warmup_steps=20)
     assert looks[-1][2] == looks[0][2]
+
+
+OFFLOADED = {
+    "every state": lambda optimizer: [v for state in optimizer.state.values() for v in state.values()],
+    "of some parameters": lambda optimizer: [
+        v for state in list(optimizer.state.values())[::2] for v in state.values()
+    ],
+    "of its state_dict": lambda optimizer: [v for s in optimizer.state_dict()["state"].values() for v in s.values()],
+}
+
+
+@pytest.mark.parametrize("at", PHASES.values(), ids=PHASES)
+@pytest.mark.parametrize("which", OFFLOADED)
+def test_states_given_other_memory(optimizer_class, which, at):
+    """`v.data = ...`, as recipes do it that send an optimizer to another device and back."""
+    run, plain = Run(optimizer_class).run(at), Run(optimizer_class).run(at)
+    for _ in range(3):
+        states = [value for value in OFFLOADED[which](run.optimizer) if torch.is_tensor(value)]
+        assert states
+        for value in states:
+            value.data = value.data.clone()
+        run.run(1)
+        plain.run(1)
+    assert difference(run.everything(), plain.everything()) is None
+    for each in (run, plain):
+        each.optimizer.load_state_dict(each.optimizer.state_dict())
+    assert difference(run.run(2).everything(), plain.run(2).everything()) is None
+
+
+def test_memory_that_states_have_left_is_free(optimizer_class):
+    run = Run(optimizer_class).run(3)
+    for p in run.params:
+        for value in run.optimizer.state[p].values():
+            if torch.is_tensor(value):
+                value.data = value.data.clone()
+    del value  # Slices know the tensor that they were made of.
+    left = [weakref.ref(tensor) for stack in stacks_of(run.optimizer) for tensor in stack._tensors.values()]
+    run.run(1)
+    assert left
+    assert all(tensor() is None for tensor in left)
+
+
+def stacks_of(optimizer):
+    return [stack for group in optimizer._groups for stack in group.stacks_with_states(optimizer.state)]
+
+
+def test_a_rate_may_be_a_tensor(optimizer_class):
+    """In the constructor, in a group, under a scheduler, and through a checkpoint: it stays the same tensor."""
+    run, plain = Run(optimizer_class, lr=torch.tensor(1e-3)), Run(optimizer_class)
+    own = torch.tensor([5e-4], dtype=torch.float64)
+    run.optimizer.param_groups[1]["lr"] = own
+    rate = run.optimizer.param_groups[0]["lr"]
+    assert isinstance(rate, torch.Tensor)
+    schedulers = [lr_scheduler.LambdaLR(each.optimizer, lambda step: 1 / (1 + step)) for each in (run, plain)]
+    for _ in range(STEPS):
+        for each, scheduler in zip((run, plain), schedulers):
+            each.run(1)
+            scheduler.step()
+    assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(run.params, plain.params))
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert run.optimizer.param_groups[0]["lr"] is rate
+    assert run.optimizer.param_groups[1]["lr"] is own
+    assert rate.item() == pytest.approx(plain.optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("rate", [np.float32(1e-4), np.array(1e-4), torch.tensor([1e-4])], ids=repr)
+def test_rates_of_one_element(optimizer_class, rate):
+    optimizer = optimizer_class([{"params": [torch.nn.Parameter(torch.ones(3))], "lr": rate}], lr=rate)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert optimizer.config.lr == pytest.approx(1e-4)
+    assert optimizer.get_learning_rates() == [pytest.approx(1e-4)]

@@ -34,6 +34,9 @@ def factors_of(*groups, names=None):
         "lycoris_unet_mid.hada_w1_a",
         "lycoris_unet_mid.lokr_w2",
         "lora_A.3",
+        "lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight",
+        "lycoris_layers_0_self_attn_q_proj.a1.weight",
+        "network.lycoris_unet_mid_block_attn.b2.weight",
     ],
 )
 def test_factor_names(name):

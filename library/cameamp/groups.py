@@ -143,11 +143,19 @@ class Group:
     @property
     def scheduler_factor(self) -> float:
         """By how much a scheduler has changed the learning rate since the start."""
-        lr, initial = self.entry["lr"], self.initial_lr
+        lr, initial = float(self.entry["lr"]), self.initial_lr
         if lr == 0:
             return 0.0
         # A group built with lr 0 and given one later is thawed; there is no ratio to take, and its mask leads.
         return lr / initial if initial != 0 else 1.0
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Set `lr` and `initial_lr`; a rate that is a tensor stays the same tensor."""
+        for name, rate in rates.items():
+            if isinstance(self.entry.get(name), Tensor):
+                self.entry[name].fill_(rate)
+            else:
+                self.entry[name] = rate
 
     # States -----------------------------------------------------------------------------------------------------
 
@@ -210,8 +218,9 @@ class Group:
         try:
             stack.bind(states, self._bindings_of(stack, reading))
         except RuntimeError as error:
-            coded = [row for row in self.states(self.phase(stack)) if not isinstance(self._code(row, stack), Full)]
-            if not coded or can_store([self._code(row, stack) for row in coded], stack.device, error):
+            formats = [self.format(row, stack.params[0]) for row in self.states(self.phase(stack))]
+            coded = [each for each in formats if not isinstance(each, Full)]
+            if not coded or can_store(coded, stack.device, error):
                 raise
             self.leave_uncoded(stack.params, states, error)
             stack.bind(states, self._bindings_of(stack, reading))
@@ -240,9 +249,6 @@ class Group:
         self.bind(stack, states, reading=True)
         rows = allora.row_scaling(stack.weights(), self.config.eta) if stack.traits.row_scaled else None
         return stack.read(LR_MASK.name), rows
-
-    def _code(self, row: State, stack: Stack) -> Format:
-        return self.format(row, stack.params[0])
 
     def _bindings_of(self, stack: Stack, reading: bool) -> dict[str, Binding]:
         """How a stack is to have the states of its phase: for hundreds of steps the same, so it is looked up."""

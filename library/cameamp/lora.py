@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-# kohya; diffusers and peft; LyCORIS.
-_FACTOR_NAME = re.compile(r"(^|[._])(lora_down|lora_up|lora_A|lora_B|hada_\w+|lokr_\w+)([._]|$)")
+# kohya, with the core of a Tucker decomposition; diffusers and peft; LyCORIS, whose GLoRA has very short names.
+_FACTOR_NAME = re.compile(
+    r"(^|[._])(lora_down|lora_mid|lora_up|lora_A|lora_B|hada_\w+|lokr_\w+)([._]|$)"
+    r"|(^|[._])(lycoris|lora)_\w+\.(a1|a2|b1|b2)(\.|$)"
+)
 
 
 def is_factor_name(name: str) -> bool:

@@ -62,7 +62,7 @@ class CameAMP(Optimizer):
         self._driver = self._driver_class(config)
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
         self._forget(states=True)
-        super().__init__(params, config.as_dict())
+        super().__init__(params, config.as_dict() | {"lr": options.get("lr", config.lr)})
 
     # Groups -----------------------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class CameAMP(Optimizer):
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
         for group, rates, (uncoded, error) in zip(groups, restored.learning_rates, restored.uncoded):
-            group.entry.update(rates)
+            group.set_rates(rates)
             if error is not None:
                 group.leave_uncoded(uncoded, restored.state, error)
         self._driver.load(restored.context)

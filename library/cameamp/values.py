@@ -23,8 +23,9 @@ def truth(name: str, value: Any, default: Any) -> bool:
 
 
 def number(name: str, value: Any, default: Any) -> float:
-    """A finite number."""
-    return _number(name, value, "a finite number")
+    """A finite number, also as a tensor of one element or an array of no dimensions."""
+    is_single = getattr(value, "shape", None) == () or (hasattr(value, "numel") and value.numel() == 1)
+    return _number(name, value.item() if is_single else value, "a finite number")
 
 
 def whole_number(name: str, value: Any, default: Any) -> int:

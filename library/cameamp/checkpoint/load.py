@@ -94,9 +94,10 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
                 if carries_checksums and has_state != (expected is not None):
                     raise ValueError("its state is missing" if expected else "it was saved without the state it has")
                 if has_state:
-                    restored.state[p] = reader.read(states[key], p, position)
+                    saved_state = reader.without_leftovers(states[key])
+                    restored.state[p] = reader.read(saved_state, p, position)
                     if carries_checksums:
-                        _check_checksum(states[key], expected, owners)
+                        _check_checksum(saved_state, expected, owners)
             except ValueError as error:
                 raise ValueError(f"{labels[p]}: {error}") from None
             position += 1
@@ -316,6 +317,17 @@ class _Reader:
         self._changes = changes
         self.uncoded: set[Tensor] = set()
         self.error: RuntimeError | None = None
+
+    def without_leftovers(self, saved: Any) -> Any:
+        """A parameter's saved state without states of the warm-up, if that was over.
+
+        To have states to read into, torch.distributed.checkpoint takes a step, which is one of the warm-up. What the
+        checkpoint does not have stays as that step left it.
+        """
+        if not isinstance(saved, Mapping) or _step(saved) < self._config.warmup_steps:
+            return saved
+        leftovers = {row.name + end for row in TABLE if row.warmup_only for end in ("", "_q", "_q_scale")}
+        return {key: value for key, value in saved.items() if key not in leftovers}
 
     def read(self, saved: Any, p: Tensor, position: int) -> dict[str, Any]:
         """The new state of one parameter; in 32 bits if its device cannot code it.

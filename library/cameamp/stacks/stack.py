@@ -87,6 +87,7 @@ class Stack:
         # For each key, the tensor of the whole stack, and the slices of it that the parameters' states hold.
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
+        self._addresses: dict[str, list[int]] = {}
         self._positions_on_device: Tensor | None = None
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class Stack:
         wanted = {key for binding in bindings.values() for key in binding.keys}
         ended = self._tensors.keys() - wanted
         for key in ended:
-            del self._tensors[key], self._slices[key]
+            del self._tensors[key], self._slices[key], self._addresses[key]
         # Only then can a parameter have a state that it should not.
         for state_of_p in own if fresh or ended else ():
             for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
@@ -205,11 +206,16 @@ class Stack:
         return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
 
     def _holds(self, own: Sequence[ParameterState], key: str) -> bool:
-        """Whether a state of each parameter is still the slice of this stack's tensor that it was given."""
+        """Whether a state of each parameter is still the slice of this stack's tensor that it was given.
+
+        Trainers that offload states put other memory into the same tensors (`v.data = ...`): then it is not.
+        """
         slices = self._slices.get(key)
         if slices is None or self._tensors[key].device != self.device:
             return False
-        return all(map(is_, map(dict.get, own, repeat(key)), slices))
+        if not all(map(is_, map(dict.get, own, repeat(key)), slices)):
+            return False
+        return list(map(Tensor.data_ptr, slices)) == self._addresses[key]
 
     def _allocate(self, binding: Binding) -> Stored:
         """New tensors for one state. What this device cannot store fails here, before any value depends on it."""
@@ -230,5 +236,6 @@ class Stack:
             if tensor.shape[1:] == self._shape:  # Values or codes of the elements, in a shape of their parameter's.
                 slices = tuple(part.view(p.shape) for part, p in zip(slices, self.params))
             self._tensors[key], self._slices[key] = tensor, slices
+            self._addresses[key] = list(map(Tensor.data_ptr, slices))
             for state_of_p, part in zip(own, slices):
                 state_of_p[key] = part
