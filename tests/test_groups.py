@@ -240,3 +240,29 @@ def test_groups_removed_by_hand_are_refused():
     optimizer.param_groups.pop(0)
     with pytest.raises(RuntimeError, match="param_groups"):
         step(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("optimum.quanto.tensor.weights.qbytes", "WeightQBytesTensor"), ("torchao.quantization", "Int8Tensor")],
+)
+def test_quantized_weights_cannot_be_trained(module, name):
+    """Their classes are recognized by where they are defined: the packages need not be installed."""
+    kind = type(name, (torch.nn.Parameter,), {"__module__": module})
+    plain, quantized = torch.nn.Parameter(torch.ones(4, 4)), kind(torch.ones(8, 4))
+    with pytest.raises(ValueError, match=rf"group 0: parameter 1 of shape \(8, 4\) is quantized.*{name}.*LoRA"):
+        Automagic_CameAMP([plain, quantized])
+    optimizer = Automagic_CameAMP([{"params": [plain], "param_names": ["v"]}])
+    with pytest.raises(ValueError, match="group 1: parameter 'w'"):
+        optimizer.add_param_group({"params": [quantized], "param_names": ["w"]})
+    assert len(optimizer.param_groups) == 1
+    Automagic_CameAMP([plain, quantized.requires_grad_(False)])  # Frozen, as beside a LoRA.
+
+
+def test_quanto_itself():
+    quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    quanto.quantize(model, weights=quanto.qint8)
+    quanto.freeze(model)
+    with pytest.raises(ValueError, match="optimum's WeightQBytesTensor"):
+        Automagic_CameAMP(model.parameters())

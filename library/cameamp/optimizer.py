@@ -17,7 +17,7 @@ from .compiling import Compiler
 from .config import OptimizerConfig
 from .context.driver import Driver, NoContext
 from .groups import Group, GroupOptions
-from .parameters import Parameters
+from .parameters import Parameters, check_parameters
 from .readings import read, summarize
 from .stacks.workspace import Workspace
 from .states import THIRTY_TWO_BITS, Precision
@@ -77,12 +77,11 @@ class CameAMP(Optimizer):
         self._driver.check_group(number, options.config, self.config)
         super().add_param_group(param_group)
         entry = self.param_groups[-1]
-        if len(set(entry["params"])) < len(entry["params"]):
+        try:
+            check_parameters(entry["params"], entry.get("param_names", ()))
+        except ValueError as error:
             self.param_groups.pop()
-            raise ValueError(
-                f"parameter group {number}: lists a parameter twice, which would be updated twice; "
-                "allowed: each parameter once, also where modules share it"
-            )
+            raise ValueError(f"parameter group {number}: {error}") from None
         entry["max_lr"] = options.config.max_lr
         periods = self._driver.periods(options.config)
         self._groups.append(Group(number, entry, options, self._parameters, self._precision, periods))

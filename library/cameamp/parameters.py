@@ -13,6 +13,33 @@ from . import lora
 logger = logging.getLogger(__name__)
 
 
+# Modules whose tensor classes hold weights as codes: adding a step to one changes nothing. Those that are made for
+# training are elsewhere, in torchao.prototype.
+_QUANTIZED = ("optimum.quanto", "torchao.quantization", "torchao.dtypes", "bitsandbytes.nn")
+
+
+def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError if a group has a parameter twice, or one that is to be trained and cannot be.
+
+    Args:
+        params: the group's parameters.
+        names: their names, or none.
+    """
+    if len(set(params)) < len(params):
+        raise ValueError(
+            "lists a parameter twice, which would be updated twice; allowed: each parameter once, also where modules "
+            "share it"
+        )
+    for number, p in enumerate(params):
+        kind = type(p)
+        if p.requires_grad and kind.__module__.startswith(_QUANTIZED):
+            label = f"parameter '{names[number]}'" if names else f"parameter {number}"
+            raise ValueError(
+                f"{label} of shape {tuple(p.shape)} is quantized ({kind.__module__.partition('.')[0]}'s "
+                f"{kind.__name__}), and no step can change it; train a LoRA beside it, or the weights before quantizing"
+            )
+
+
 class Parameters:
     """What is known of all parameters together, once `locate` has looked.
 
