@@ -216,18 +216,18 @@ class Group:
             reading: make no sign history that is not there; only a step may begin one.
         """
         try:
-            stack.bind(states, self._bindings_of(stack, reading))
+            stack.bind(states, self._bindings_of(stack, reading), self.starting_lr, thorough=reading)
         except RuntimeError as error:
             formats = [self.format(row, stack.params[0]) for row in self.states(self.phase(stack))]
             coded = [each for each in formats if not isinstance(each, Full)]
-            if not coded or can_store(coded, stack.device, error):
+            if not coded or can_store(coded, stack.params[0].shape, stack.device, error):
                 raise
-            self.leave_uncoded(stack.params, states, error)
-            stack.bind(states, self._bindings_of(stack, reading))
+            self.leave_uncoded(stack.params, states, str(error))
+            stack.bind(states, self._bindings_of(stack, reading), self.starting_lr)
 
-    def leave_uncoded(self, params: Collection[Tensor], states: States, error: RuntimeError) -> None:
+    def leave_uncoded(self, params: Collection[Tensor], states: States, reason: str) -> None:
         """Store the states of some parameters in 32 bits from here on, with one warning."""
-        reason = str(error).partition("\n")[0]
+        reason = reason.partition("\n")[0]
         shapes = ", ".join(sorted({str(tuple(p.shape)) for p in params}))
         logger.warning("states of parameters of shape %s stay in 32 bits, quantizing failed: %s", shapes, reason)
         for p in params:
@@ -256,12 +256,11 @@ class Group:
         if reading and not stack.traits.has_polarity:
             phase = phase._replace(warmup=False)
         p = stack.params[0]
-        kind = (phase, p.shape, p in self.uncoded, self.starting_lr)
+        kind = (phase, p.shape, p in self.uncoded)
         if kind not in self._bindings:
             found = {}
             for row in self.states(phase):
                 code = self.format(row, p)
-                start = self.starting_lr if row.starts_at_lr else 0.0
-                found[row.name] = Binding(code, code.keys(row.name), start)
+                found[row.name] = Binding(code, code.keys(row.name), row.starts_at_lr)
             self._bindings[kind] = found
         return self._bindings[kind]

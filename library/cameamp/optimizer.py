@@ -95,14 +95,7 @@ class CameAMP(Optimizer):
         self._forget()
 
     def _current_groups(self) -> list[Group]:
-        """The groups, each with its dictionary of today: trainers may have put another list of them in place.
-
-        Raises:
-            RuntimeError: there are more or fewer groups or parameters than were added.
-        """
-        count, known = sum(len(entry["params"]) for entry in self.param_groups), len(self._parameters)
-        if len(self.param_groups) != len(self._groups) or (known and count != known):
-            raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
+        """The groups, each with its dictionary of today: trainers may have put another list of them in place."""
         for group, entry in zip(self._groups, self.param_groups):
             group.entry = entry
         return self._groups
@@ -110,7 +103,7 @@ class CameAMP(Optimizer):
     def _groups_with_states(self) -> list[Group]:
         """The current groups, whose parameters are located if any of them has states."""
         groups = self._current_groups()
-        if self.state:
+        if any("step" in state for state in self.state.values()):
             self._parameters.locate([group.params for group in groups])
         return groups
 
@@ -148,7 +141,10 @@ class CameAMP(Optimizer):
             if loss is not None:
                 self.report_loss(loss)
         groups = self._current_groups()
-        if not len(self._parameters):
+        count, known = sum(len(group.params) for group in groups), len(self._parameters)
+        if len(self.param_groups) != len(groups) or (known and count != known):
+            raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
+        if not known:
             measure.check_whole(p for group in groups for p in group.params)
         active = [measure.with_gradient(group.params) for group in groups]
         if not self.state and not any(active):
@@ -280,10 +276,10 @@ class CameAMP(Optimizer):
         restored = restore(state_dict, groups, self._parameters.names, self._driver)
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
-        for group, rates, (uncoded, error) in zip(groups, restored.learning_rates, restored.uncoded):
+        for group, rates, (uncoded, reason) in zip(groups, restored.learning_rates, restored.uncoded):
             group.set_rates(rates)
-            if error is not None:
-                group.leave_uncoded(uncoded, restored.state, error)
+            if uncoded:
+                group.leave_uncoded(uncoded, restored.state, reason)
         self._driver.load(restored.context)
         self.__setstate__({"state": defaultdict(dict, restored.state), "param_groups": self.param_groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

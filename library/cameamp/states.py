@@ -91,7 +91,7 @@ class State:
         """
         if self.name in saved:
             found: Format = self.full
-        elif f"{self.name}_q" in saved:
+        elif f"{self.name}_q" in saved and (not self.always_coded or shape.numel() >= SMALLEST_CODED):
             found = self.code(config, shape, SMALLEST_BLOCK)
         else:
             return None
@@ -230,22 +230,19 @@ def to_full(state: State, saved: Mapping[str, Any], written: Format, shape: torc
     return written.over(tensors, shape).read().view(shape).clone()
 
 
-def in_format(
-    state: State, values: Tensor, wanted: Format, shape: torch.Size, position: int, step: int
-) -> dict[str, Tensor]:
+def in_format(name: str, values: Tensor, wanted: Format, shape: torch.Size, dither: Dither) -> dict[str, Tensor]:
     """One parameter's state in a format, by key.
 
     Args:
-        state: which.
+        name: the state's.
         values: its elements, on the device on which to code them.
         wanted: the format.
         shape: the parameter's.
-        position, step: the parameter's place in the optimizer, and its next step, on which rounding may depend.
+        dither: what rounding may depend on: the parameter's position, and its next step.
     """
-    number = torch.tensor([position], dtype=torch.int32, device=values.device)
     stored = wanted.new(1, shape, values.device)
-    stored.write(values.clone().view(1, stored.rows, stored.columns), Dither(number, step))
-    return {key: tensor[0] for key, tensor in zip(wanted.keys(state.name), stored.tensors)}
+    stored.write(values.clone().view(1, stored.rows, stored.columns), dither)
+    return {key: tensor[0] for key, tensor in zip(wanted.keys(name), stored.tensors)}
 
 
 def _checked(saved: Mapping[str, Any], key: str, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checksum import checksum
@@ -16,6 +17,7 @@ from ..context import memory
 from ..context.driver import Driver
 from ..groups import Group
 from ..phase import Phase
+from ..rounding import Dither
 from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full
 from ..storage import Format
 from ..storage.trial import can_store
@@ -34,14 +36,14 @@ class Restored:
         learning_rates: for each group, `lr` and `initial_lr`.
         context: what the context is to take over; None if the checkpoint has none.
         notes: what differs from the checkpoint, a log line each.
-        uncoded: for each group, the parameters whose states could not be coded, and the last error.
+        uncoded: for each group, the parameters whose states could not be coded, and why.
     """
 
     state: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
     learning_rates: list[dict[str, float]] = field(default_factory=list)
     context: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
-    uncoded: list[tuple[set[Tensor], RuntimeError | None]] = field(default_factory=list)
+    uncoded: list[tuple[set[Tensor], str]] = field(default_factory=list)
 
 
 def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Tensor, str], driver: Driver) -> Restored:
@@ -101,7 +103,7 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
             except ValueError as error:
                 raise ValueError(f"{labels[p]}: {error}") from None
             position += 1
-        restored.uncoded.append((reader.uncoded, reader.error))
+        restored.uncoded.append((reader.uncoded, reader.reason))
     unknown = [key for key in states if key not in seen]
     if unknown:
         raise ValueError(f"the checkpoint has states of parameters that no group lists: {unknown[:5]}")
@@ -307,7 +309,7 @@ class _Reader:
 
     Attributes:
         uncoded: parameters whose device cannot code their states.
-        error: why, for the last of them.
+        reason: why, for the last of them.
     """
 
     def __init__(self, group: Group, saved_group: Mapping[str, Any], has_momenta: bool, changes: _Changes) -> None:
@@ -316,7 +318,7 @@ class _Reader:
         self._momenta = [momentum(period) for period in self._config.momentum_scales] if has_momenta else []
         self._changes = changes
         self.uncoded: set[Tensor] = set()
-        self.error: RuntimeError | None = None
+        self.reason = ""
 
     def without_leftovers(self, saved: Any) -> Any:
         """A parameter's saved state without states of the warm-up, if that was over.
@@ -346,15 +348,17 @@ class _Reader:
             return self._read(saved, p, position)
         except RuntimeError as error:
             wanted = self._group.states(Phase.at(_step(saved), self._group.config.warmup_steps))
-            if can_store([self._format(row, p) for row in wanted], p.device, error):
+            if can_store([self._format(row, p) for row in wanted], p.shape, p.device, error):
                 raise
             self.uncoded.add(p)
-            self.error = error
+            self.reason = str(error)
             return self._read(saved, p, position)
 
     def _read(self, saved: Any, p: Tensor, position: int) -> dict[str, Any]:
         if not isinstance(saved, Mapping):
             raise ValueError(f"its state is {type(saved).__name__}, not a dictionary")
+        if p.numel() == 0:
+            raise ValueError("it has no elements, and so no state")
         step = _step(saved)
         owed = self._owed(saved, step)
         wanted = self._group.states(Phase.at(step, self._group.config.warmup_steps))
@@ -365,13 +369,14 @@ class _Reader:
         for row in owed:
             written = row.format_of(saved, p.shape, self._config)
             if written is None:
-                of = self._config.warmup_steps
                 key = row.name + THIRTY_TWO_BITS.format(row, p.shape, self._config).suffixes[0]
-                raise ValueError(f"the state '{key}' is missing, which step {step} of {of} warm-up steps has")
+                when = "" if row.counter else f", which step {step} of {self._config.warmup_steps} warm-up steps has"
+                raise ValueError(f"the state '{key}' is missing{when}")
             known.update(written.keys(row.name))
             if row.counter:
                 known.add(row.counter)
-                restored |= {row.counter: _count(saved, row.counter)} if row.name in names else {}
+                count = _count(saved, row.counter)
+                restored |= {row.counter: count} if row.name in names else {}
             if row.name in names:
                 tensors, was_converted = self._tensors(row, saved, written, p, position, step)
                 restored |= tensors
@@ -409,7 +414,8 @@ class _Reader:
             return {key: saved[key].detach().to(p.device, copy=True) for key in own.keys(row.name)}, False
         value = (to_full(row, saved, written, p.shape) if value is None else value).to(p.device)
         converted = type(written) is not type(own) or bool(row.counter)
-        return in_format(row, value, own, p.shape, position, step + 1), converted
+        dither = Dither(torch.tensor([position], dtype=torch.int32, device=p.device), step + 1)
+        return in_format(row.name, value, own, p.shape, dither), converted
 
     def _format(self, row: State, p: Tensor) -> Format:
         return row.full if p in self.uncoded else self._group.format(row, p)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checksum import tensor_sums
 from ..devices import moved
 from ..rounding import Dither
-from ..states import momentum_name
+from ..states import in_format, momentum_name
 from ..storage import Format, Stored, StoredAverage, matrix_shape
 from ..storage.averages import Update, lerp_and_sum
 from ..techniques.multiscale import Scale
@@ -50,12 +50,13 @@ class Binding(NamedTuple):
     Attributes:
         format: how it is stored.
         keys: the keys of its tensors in `optimizer.state[p]`.
-        start: what an element starts at, in a parameter that does not have the state yet.
+        starts_at_lr: whether an element starts at the learning rate, in a parameter that does not have the state yet;
+            else at 0.
     """
 
     format: Format
     keys: tuple[str, ...]
-    start: float
+    starts_at_lr: bool
 
 
 @cache
@@ -104,21 +105,30 @@ class Stack:
 
     # States -----------------------------------------------------------------------------------------------------
 
-    def bind(self, state: Mapping[Tensor, ParameterState], bindings: Mapping[str, Binding]) -> None:
+    def bind(
+        self,
+        state: Mapping[Tensor, ParameterState],
+        bindings: Mapping[str, Binding],
+        lr: float,
+        thorough: bool = False,
+    ) -> None:
         """Make the stack hold the states that `bindings` names, and no others.
 
         Args:
             state: the optimizer's state.
             bindings: for each state, how to have it.
+            lr: the learning rate that elements start at.
+            thorough: look at the address of every tensor. Else only of one state of every parameter, and of one
+                parameter for every state: trainers that give states other memory give it to all of a parameter's.
         """
         own = [state[p] for p in self.params]
         fresh = {
-            name: self._allocate(binding)
+            name: self._allocate(binding, lr)
             for name, binding in bindings.items()
-            if not all(self._holds(own, key) for key in binding.keys)
+            if not all(self._holds(own, key, thorough) for key in binding.keys)
         }
         for name, stored in fresh.items():
-            self._hand_over(own, bindings[name].keys, stored)
+            self._hand_over(own, name, bindings[name], stored)
             self._stored[name] = stored
         for name in self._stored.keys() - bindings.keys():
             del self._stored[name]
@@ -205,7 +215,7 @@ class Stack:
             return out
         return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
 
-    def _holds(self, own: Sequence[ParameterState], key: str) -> bool:
+    def _holds(self, own: Sequence[ParameterState], key: str, thorough: bool) -> bool:
         """Whether a state of each parameter is still the slice of this stack's tensor that it was given.
 
         Trainers that offload states put other memory into the same tensors (`v.data = ...`): then it is not.
@@ -215,20 +225,29 @@ class Stack:
             return False
         if not all(map(is_, map(dict.get, own, repeat(key)), slices)):
             return False
-        return list(map(Tensor.data_ptr, slices)) == self._addresses[key]
+        count = len(slices) if thorough or key == next(iter(self._slices)) else 1
+        return list(map(Tensor.data_ptr, slices[:count])) == self._addresses[key][:count]
 
-    def _allocate(self, binding: Binding) -> Stored:
+    def _allocate(self, binding: Binding, lr: float) -> Stored:
         """New tensors for one state. What this device cannot store fails here, before any value depends on it."""
         dither = self.dither()
         stored = binding.format.new(len(self.params), self._shape, self.device)
-        if binding.start != 0:
-            stored.fill(binding.start, dither)
+        if binding.starts_at_lr and lr != 0:
+            stored.fill(lr, dither)
         stored.write(stored.read(), dither)
         return stored
 
-    def _hand_over(self, own: Sequence[ParameterState], keys: Sequence[str], stored: Stored) -> None:
-        """Copy what the parameters have of a state into its new tensors, and give each parameter its slices of them."""
-        for key, tensor in zip(keys, stored.tensors):
+    def _hand_over(self, own: Sequence[ParameterState], name: str, binding: Binding, stored: Stored) -> None:
+        """Copy what the parameters have of a state into its new tensors, and give each parameter its slices of them.
+
+        A state that somebody has put there uncoded is coded first.
+        """
+        for place, state_of_p in enumerate(own):
+            if name in state_of_p and name not in binding.keys:
+                positions, step = self.dither()
+                alone = Dither(positions[place : place + 1], step)
+                state_of_p |= in_format(name, state_of_p.pop(name), binding.format, self._shape, alone)
+        for key, tensor in zip(binding.keys, stored.tensors):
             for state_of_p, part in zip(own, tensor):
                 if key in state_of_p:
                     part.copy_(state_of_p[key].view(part.shape))

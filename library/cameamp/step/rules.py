@@ -248,8 +248,8 @@ def move_(
     if phase.warmup:
         polarity = lr_mask.positive(direction)
         if has_polarity:
-            before = states.read("last_polarity")
-            techniques.bump(mask, polarity, before, config.lr_bump, config.min_lr, config.max_lr)
+            bounds = config.min_lr, config.max_lr
+            techniques.bump(mask, polarity, states.read("last_polarity"), config.lr_bump, *bounds)
         states.write("last_polarity", polarity)
 
     if config.cautious:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import torch
 
 from ..rounding import Dither
 from . import Format
-from .blockwise import SMALLEST_BLOCK, Blockwise
-from .low_rank import LowRank
+
+# Float32 copies of a state that coding it may take.
+_COPIES = 4
 
 
-def can_store(formats: Collection[Format], device: torch.device, error: RuntimeError) -> bool:
+def can_store(formats: Collection[Format], shape: torch.Size, device: torch.device, error: RuntimeError) -> bool:
     """Whether formats that failed with an error work on a device after all, so that the error has another reason.
 
     A missing kernel says so by its type, and so does a GPU that is out of memory. After any other error, as of a CPU
-    that is out of memory, the smallest state of each kind is tried.
+    that is out of memory, it is tried: whether there is memory, and then to store zeros.
+
+    Args:
+        formats: the formats.
+        shape: the parameter's.
+        device: the device.
+        error: what storing a state raised.
     """
     if isinstance(error, NotImplementedError):
         return False
@@ -25,18 +31,13 @@ def can_store(formats: Collection[Format], device: torch.device, error: RuntimeE
         return True
     dither = Dither(torch.zeros(1, dtype=torch.int32, device=device), 1)
     try:
+        torch.empty(_COPIES, shape.numel(), dtype=torch.float32, device=device)
+    except RuntimeError:
+        return True
+    try:
         for each in formats:
-            stored = _smallest(each).new(1, torch.Size((SMALLEST_BLOCK, SMALLEST_BLOCK)), device)
+            stored = each.new(1, shape, device)
             stored.write(stored.read(), dither)
     except RuntimeError:
         return False
     return True
-
-
-def _smallest(code: Format) -> Format:
-    """A format of the same kind for 64 x 64 elements."""
-    if isinstance(code, Blockwise):
-        return replace(code, block=SMALLEST_BLOCK)
-    if isinstance(code, LowRank):
-        return LowRank(SMALLEST_BLOCK, SMALLEST_BLOCK, 1)
-    return code
