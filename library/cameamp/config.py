@@ -148,7 +148,7 @@ class OptimizerConfig:
         try:
             return cls(**{**table, **arguments, "lr": lr})
         except (TypeError, ValueError) as error:
-            if str(error).startswith("option 'lr' "):  # Of that name the user has written nothing.
+            if str(error).startswith("option 'lr' "):  # The user wrote no option of that name.
                 raise ValueError(str(error).replace("option 'lr'", "learning_rate", 1)) from None
             source = file
             if arguments:
@@ -172,7 +172,7 @@ OPTION_NAMES: tuple[str, ...] = tuple(_FIELDS)
 
 
 def checked(name: str, value: Any) -> Any:
-    """The value of an option as its own type, by itself, not beside the others.
+    """The value of one option as its own type, checked without regard to the other options.
 
     Raises:
         TypeError: it is of another type.

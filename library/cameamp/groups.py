@@ -104,7 +104,7 @@ class Group:
         self._parameters = parameters
         self._precision = precision
         self._momenta = [momentum(period) for period in periods]
-        # Parameters whose states no code can hold on their device.
+        # Parameters whose states stay in 32 bits because their device failed to code them.
         self.uncoded: set[Tensor] = set()
         self.restart()
 
@@ -116,9 +116,9 @@ class Group:
         self.restart()
 
     def restart(self) -> None:
-        """Forget all that was made for the states there were before; they may be other tensors now."""
-        # Momenta pass over a stack two dozen times more. Beside codes of all states, which take most of the time, it is
-        # even.
+        """Drop everything built on the states so far; they may be other tensors now."""
+        # Multi-scale momenta add two dozen passes over a stack, so it pays to have it in the caches. If all states are
+        # coded, coding takes most of the time and it makes no difference.
         self._layout = Layout(cached=bool(self.periods) and not self._precision.codes_all)
         self._bindings: dict[tuple[Any, ...], dict[str, Binding]] = {}
 
@@ -137,7 +137,7 @@ class Group:
 
     @property
     def starting_lr(self) -> float:
-        """What the mask of its elements starts at."""
+        """The value at which the learning-rate mask starts."""
         return min(max(self.initial_lr, self.config.min_lr), self.config.max_lr)
 
     @property
@@ -146,7 +146,7 @@ class Group:
         lr, initial = float(self.entry["lr"]), self.initial_lr
         if lr == 0:
             return 0.0
-        # A group built with lr 0 and given one later is thawed; there is no ratio to take, and its mask leads.
+        # A group built with lr 0 and given a rate later is thawed: there is no ratio, so its mask alone decides.
         return lr / initial if initial != 0 else 1.0
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
@@ -173,7 +173,7 @@ class Group:
 
     def count_step(self, params: Iterable[Tensor], states: States) -> None:
         """Count a step of some of its parameters, and the updates of their momenta."""
-        due: dict[int, list[tuple[str, bool]]] = {}  # at each step that a parameter is at, mostly one
+        due: dict[int, list[tuple[str, bool]]] = {}  # by the step that a parameter is at; usually all are at one
         for p in params:
             state = states[p]
             step = state["step"] = state.get("step", 0) + 1
@@ -198,7 +198,7 @@ class Group:
             members.append((self._parameters.position(p), p, traits))
         stacks, left_behind = self._layout.stacks(members)
         for p in left_behind:
-            # Its states are slices of tensors that nobody else needs any more.
+            # Its states are slices of a whole stack's tensors, which would stay allocated for this parameter alone.
             states[p].update((key, value.clone()) for key, value in states[p].items() if torch.is_tensor(value))
         return stacks
 
@@ -213,7 +213,7 @@ class Group:
         Args:
             stack: one of the group's.
             states: the optimizer's.
-            reading: make no sign history that is not there; only a step may begin one.
+            reading: do not create `last_polarity` if it does not exist; only a step may begin it.
         """
         try:
             stack.bind(states, self._bindings_of(stack, reading), self.starting_lr, thorough=reading)
@@ -251,7 +251,7 @@ class Group:
         return stack.read(LR_MASK.name), rows
 
     def _bindings_of(self, stack: Stack, reading: bool) -> dict[str, Binding]:
-        """How a stack is to have the states of its phase: for hundreds of steps the same, so it is looked up."""
+        """How a stack stores each state of its phase; cached, because it stays the same for hundreds of steps."""
         phase = self.phase(stack)
         if reading and not stack.traits.has_polarity:
             phase = phase._replace(warmup=False)

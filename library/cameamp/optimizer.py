@@ -44,7 +44,7 @@ class CameAMP(Optimizer):
         ValueError: a value out of range.
     """
 
-    # What tells the classes of the family apart, and ablations from them.
+    # What distinguishes the classes of the family from one another, and from ablations.
     _precision: Precision = THIRTY_TWO_BITS
     _techniques: Techniques = ALL_TECHNIQUES
     _driver_class: type[Driver] = NoContext
@@ -89,26 +89,26 @@ class CameAMP(Optimizer):
         self._forget()
 
     def set_parameter_names(self, names: Mapping[Tensor, str]) -> None:
-        """Give parameters their names, by which LoRA factors are recognized; those of other optimizers are ignored."""
+        """Name parameters, so that LoRA factors can be recognized; parameters of other optimizers are ignored."""
         own = {p for entry in self.param_groups for p in entry["params"]}
         self._parameters.names.update((p, name) for p, name in names.items() if p in own)
         self._forget()
 
     def _current_groups(self) -> list[Group]:
-        """The groups, each with its dictionary of today: trainers may have put another list of them in place."""
+        """The groups, each with its current dictionary: a trainer may have replaced the list `param_groups`."""
         for group, entry in zip(self._groups, self.param_groups):
             group.entry = entry
         return self._groups
 
     def _groups_with_states(self) -> list[Group]:
-        """The current groups, whose parameters are located if any of them has states."""
+        """The current groups; their parameters are located first if any parameter has a state."""
         groups = self._current_groups()
         if any("step" in state for state in self.state.values()):
             self._parameters.locate([group.params for group in groups])
         return groups
 
     def _forget(self, states: bool = False) -> None:
-        """Look at the parameters anew at the next step, and at their states if they may be other tensors now."""
+        """Drop what is cached about the parameters; with `states` also about their states, which may be new now."""
         self._workspace = Workspace()
         self._parameters.forget(log_again=states)
         groups = self._current_groups() if self._groups else []
@@ -155,7 +155,7 @@ class CameAMP(Optimizer):
         for group, params in zip(groups, active):
             group.count_step(params, self.state)
             stacks.append(group.stacks(params, self.state) if params else [])
-        # Graphs, of whichever group, need more memory than there is beside held gradients.
+        # Compiled graphs leave no memory for held gradients, so if any group is fused, no group's gradients are held.
         holds = not any(group.config.fused for group, own in zip(groups, stacks) if own)
         self._workspace.begin_step([stack for own in stacks for stack in own] if holds else [])
         watch_every = self._driver.watch_every(groups)
@@ -175,7 +175,7 @@ class CameAMP(Optimizer):
         the ranks. A tensor stays on its device; nothing is read back.
 
         Args:
-            loss: a number, or a tensor; of several elements the mean counts.
+            loss: a number or a tensor; if it has several elements, their mean counts.
 
         Raises:
             TypeError: it is neither.
@@ -216,7 +216,7 @@ class CameAMP(Optimizer):
         return [summarize(group, self.state, self._driver) for group in self._groups_with_states()]
 
     def context_summary(self) -> dict[str, Tensor]:
-        """What drives a contextual optimizer, while still on the device; nothing in the others."""
+        """The values that drive a contextual optimizer, still on the device; empty for the other optimizers."""
         return self._driver.summary()
 
     def _get_group_lr(self, group: Mapping[str, Any]) -> float:
@@ -245,13 +245,13 @@ class CameAMP(Optimizer):
         """Everything that resuming needs, and the derived values that readers of a checkpoint expect.
 
         Returns:
-            torch's layout with `magic_version` added; only tensors, numbers, strings, lists and dicts.
+            torch's layout with `magic_version` added; only tensors, numbers, strings, None, lists, tuples, dicts.
         """
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
             saved = super().state_dict()
         finally:
-            self._optimizer_state_dict_post_hooks = hooks  # They are for all of it, below.
+            self._optimizer_state_dict_post_hooks = hooks  # They run below, on the completed checkpoint.
         saved = complete(saved, self._groups_with_states(), self.state, self._parameters.names, self._driver)
         for post_hook in hooks.values():
             changed = post_hook(self, saved)
@@ -263,7 +263,7 @@ class CameAMP(Optimizer):
         """Resume from a checkpoint. `lr` and `initial_lr` come from it, every other option stays the constructor's.
 
         Unlike torch's own, every state keeps its dtype: torch would cast it to the parameter's, and a learning-rate
-        mask in bfloat16 no longer changes.
+        mask in bfloat16 would stop changing.
 
         Raises:
             ValueError: the checkpoint does not fit; it says which parameter and why. Nothing has changed then.

@@ -63,7 +63,7 @@ class Parameters:
         return len(self._positions)
 
     def forget(self, log_again: bool = False) -> None:
-        """Let `locate` look anew, and log what it finds if that is something else, or in any case."""
+        """Let `locate` look again, and log what it finds if it has changed or, with `log_again`, in any case."""
         self.factors: set[Tensor] = set()
         self._positions: dict[Tensor, int] = {}
         if log_again:

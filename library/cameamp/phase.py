@@ -10,7 +10,7 @@ class Phase(NamedTuple):
 
     Attributes:
         early: first half of the warm-up: torque-aware momentum, orthogonal gradient, weight decay.
-        warmup: the learning-rate mask moves.
+        warmup: the whole warm-up, its first half included: the learning-rate mask is adjusted.
     """
 
     early: bool

@@ -47,7 +47,7 @@ class State:
         never_negative: whether a negative element is damage.
         within_lr_bounds: whether its elements stay from min_lr to max_lr.
         always_coded: whether the 32-bit optimizers code it too.
-        counter: the key of the number of its updates; "" if the parameter's own step says it.
+        counter: the key under which its updates are counted; "" if the parameter's step is that count.
     """
 
     name: str
@@ -163,7 +163,7 @@ def momentum_name(period: int) -> str:
     return f"{MOMENTUM_PREFIX}scale_{period}"
 
 
-# What the keys of all that belongs to multi-scale momenta begin with.
+# All keys that belong to multi-scale momenta begin with this.
 MOMENTUM_PREFIX = "momentum_"
 
 # For readers of a checkpoint; `state_dict` computes them from the rest, and loading ignores them.

@@ -11,7 +11,7 @@ from typing import Any
 # for another type, ValueError for a number that is not finite; with the name, the value, and what is allowed.
 Check = Callable[[str, Any, Any], Any]
 
-# Up to here a float tells whole numbers apart.
+# Above this, a float cannot represent every whole number.
 _LARGEST_INTEGER = 2**53
 
 

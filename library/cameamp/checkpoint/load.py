@@ -132,7 +132,7 @@ class _Changes:
     """How the states that an optimizer gets differ from those of its checkpoint.
 
     Attributes:
-        converted: of how many parameters states are kept in another precision.
+        converted: how many parameters had states converted to another precision.
         freed: names of states that this optimizer does not have, and of how many parameters each.
         fresh: names of states that the checkpoint does not have, likewise.
         context: what becomes of the context, where only one of the two has it.
@@ -192,7 +192,7 @@ def _check_groups(saved: Mapping[str, Any], groups: Sequence[Group], labels: Map
 
     Returns:
         Whether the checkpoint carries checksums. Only one that went through torch.distributed.checkpoint's flat layout
-        may not: that keeps nothing that a new optimizer does not have.
+        may lack them: that layout drops every entry that a newly built optimizer does not have.
     """
     for number, (saved_group, group) in enumerate(zip(saved["param_groups"], groups)):
         if "lr" not in saved_group or "warmup_steps" not in saved_group:
@@ -232,7 +232,7 @@ def _check_names(
 ) -> list[str]:
     """Check that every parameter gets its own state, where the checkpoint and the optimizer both know names.
 
-    Names without a single one in common are of two naming schemes, which says nothing about the order.
+    If they share not a single name, they use two naming schemes, which says nothing about the order.
 
     Returns:
         Log lines.
@@ -421,7 +421,7 @@ class _Reader:
         return row.full if p in self.uncoded else self._group.format(row, p)
 
     def _note(self, owed: Sequence[State], wanted: Sequence[State], converted: bool) -> None:
-        """Add what differs to the changes; of momenta the context's own line says it."""
+        """Add what differs to the changes, except momenta, which the context's own line covers."""
         names, owed_names = {row.name for row in wanted}, {row.name for row in owed}
         self._changes.converted += converted
         self._changes.freed.update(row.name for row in owed if not row.counter and row.name not in names)
@@ -459,10 +459,8 @@ def _holds_momenta(states: Mapping[Any, Any]) -> bool:
     )
 
 
-def _outside(mask: Tensor | None, config: OptimizerConfig) -> bool:
+def _outside(mask: Tensor, config: OptimizerConfig) -> bool:
     """Whether a learning-rate mask leaves the bounds, by more than rounding."""
-    if mask is None or mask.numel() == 0:
-        return False
     return bool(mask.amin() < config.min_lr * (1 - 1e-6) or mask.amax() > config.max_lr * (1 + 1e-6))
 
 

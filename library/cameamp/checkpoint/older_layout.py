@@ -1,8 +1,8 @@
 """Checkpoints of the implementation that this one replaces: its 32-bit layout is read, its 8-bit one refused.
 
-Its 32-bit states have the names and meanings of ours. They differ in form: moments have the dtype of the parameter, and
-once such a checkpoint was resumed from, torch has cast masks and polarities to it, too. Its 8-bit layout never gets
-the residual that its steps divide by, so there is nothing to go on from.
+Its 32-bit states have the same names and meanings as those here. They differ in form: moments have the dtype of the
+parameter, and after a resume torch has cast masks and polarities to it, too. Its 8-bit layout never updates the
+residual that its steps divide by, so there is nothing to resume from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MEANINGLESS = ("context_window", "edge_threshold", "adaptation_rate")
 
 
 def is_written_in(saved: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has one of these layouts, by its version and its options; neither tells it alone."""
+    """Whether a checkpoint has one of these layouts, by its version and its options; neither is enough alone."""
     version = saved.get("magic_version")
     if "magic8_version" not in saved and (version != VERSION or isinstance(version, bool)):
         return False
@@ -36,7 +36,7 @@ def is_written_in(saved: Mapping[str, Any]) -> bool:
 def converted(
     saved: Mapping[str, Any], groups: Sequence[Sequence[Tensor]], labels: Mapping[Tensor, str]
 ) -> dict[str, Any]:
-    """The checkpoint in our layout, without checksums. What is in no way right is left for the reader to refuse.
+    """The checkpoint in today's layout, without checksums. Other errors are left for `load` to find and refuse.
 
     Args:
         saved: the checkpoint; not changed.
@@ -78,7 +78,7 @@ def _converted_state(saved: Mapping[str, Any], warmup_steps: Any) -> dict[str, A
         if not ((polarity == 0) | (polarity == 1)).all():
             raise ValueError("the state 'last_polarity' has elements other than 0 and 1")
         state["last_polarity"] = polarity.bool()
-    # It frees these in the one step that ends the warm-up, and so keeps them where a resumed run skipped that step.
+    # That implementation frees these only in the step that ends the warm-up; a resumed run may have skipped it.
     step = state.get("step")
     if isinstance(step, int) and isinstance(warmup_steps, int) and step >= warmup_steps:
         for name in _WARMUP_ONLY:

@@ -24,12 +24,12 @@ SAFE_LR = 1e-6
 FLOOR = 1e-9
 
 # The offset is added only where the alignments of the last steps can be told from those of pure noise: where their sum,
-# each step forgetting a tenth, is this many standard deviations from 0. Noise would else carry the multiplier to its
-# bound in a hundred steps.
+# each step forgetting a tenth, is this many standard deviations from 0. Noise would otherwise carry the multiplier
+# to its bound in a hundred steps.
 _EVIDENCE = 3.0
 _MEMORY = 0.9
 
-# What a step uses of the multiplier while an edge case lasts.
+# The share of the multiplier that a step uses while an edge case lasts.
 _EDGE_SHARE = 0.5
 
 _SMALLEST_SQUARE = 1e-30
@@ -39,7 +39,7 @@ class Law(NamedTuple):
     """How the multiplier follows the alignment of the steps.
 
     Attributes:
-        gain: by how much its logarithm changes for an alignment of 1, times the adaptation rate.
+        gain: change of the multiplier's logarithm at an alignment of 1, still to be multiplied by the adaptation rate.
         offset: what is added to the alignment, because a step that is best by itself is too short in the long run.
     """
 
@@ -69,10 +69,10 @@ class ContextualOptimizationModule:
         self._law = law
         self._start, self._highest = 1.0, math.inf
 
-    # What the optimizer tells -----------------------------------------------------------------------------------
+    # What the optimizer reports ---------------------------------------------------------------------------------
 
     def set_bounds(self, largest_lr: float, max_lr: float) -> None:
-        """Tell the largest initial learning rate of a group and the highest that an element may have."""
+        """Set the multiplier's bounds from the largest initial learning rate of a group and the highest allowed one."""
         self._start = min(1.0, SAFE_LR / largest_lr) if largest_lr > 0 else 1.0
         self._highest = max(max_lr / largest_lr, FLOOR) if largest_lr > 0 else 1.0
 
@@ -126,7 +126,7 @@ class ContextualOptimizationModule:
         return torch.where(self._is_edge_case(), begun * _EDGE_SHARE, begun)
 
     def follow(self, scaled_grad: Tensor, change: Tensor) -> None:
-        """Move the multiplier, for the next step, by how well the step before this one was measured.
+        """Update the multiplier, for the next step, by how well this step's gradient agrees with the step before.
 
         Args:
             scaled_grad: sample of this step's scaled gradient, 1-d.
@@ -158,9 +158,9 @@ class ContextualOptimizationModule:
         return bool(self._is_edge_case().item())
 
     def compute_contextual_lr_multiplier(self) -> float:
-        """The factor of all learning rates at the next step, but for an edge case that it may be.
+        """The factor of all learning rates at the next step, as long as that does not begin or end an edge case.
 
-        `lr_history` has those of the steps taken.
+        `lr_history` has the learning rates of the steps already taken.
         """
         return float(self.multiplier().item())
 

@@ -1,8 +1,8 @@
 """Is training in trouble? Three tests on the recent losses and gradient directions, as p-values.
 
-A p-value is the probability of seeing as much by chance on a run that goes on as before: even between 0 and 1 on pure
-noise, so that a test at level 0.01 alarms falsely in 1 % of the steps. The losses may be Gaussian or log-normal, and a
-window of any length is allowed for.
+A p-value is the probability of seeing as much by chance on a run that goes on as before: uniform between 0 and 1 on
+pure noise, so that a test at level 0.01 raises a false alarm in 1 % of the steps. The losses may be Gaussian or
+log-normal, and a window of any length is allowed for.
 
 Windows are of shape (..., window), newest last, NaN where nothing was observed, and all results of shape (...). Nothing
 is read back from the device, where each of these small operations is a launch: what the tests share is done once.
@@ -24,9 +24,9 @@ FEWEST_COSINES = 4
 # Directions are tested over the newest entries alone: an oscillation must be met within ten steps.
 RECENT_COSINES = 8
 
-# A Gaussian's standard deviation is this many median absolute deviations,
+# A Gaussian's standard deviation is this many median absolute deviations.
 _DEVIATIONS_PER_MAD = 1.4826
-# and a standard deviation estimated so is as uncertain as one of 0.37 times as many values estimated as usual.
+# Estimated that way it is as uncertain as the usual estimate from only this share of the values.
 _MAD_EFFICIENCY = 0.37
 
 
@@ -129,7 +129,7 @@ def _count(window: Tensor) -> Tensor:
 
 
 def _in_order(values: Tensor, place: Tensor) -> Tensor:
-    """Of the entries that are not NaN the one at a place of their order, (..., 1); NaN where there is none.
+    """The entry at a place in ascending order, not counting NaN, (..., 1); NaN if there is none.
 
     In the middle it is the lower median. Deterministic training refuses torch.nanmedian.
     """

@@ -35,7 +35,7 @@ class Driver(Protocol):
         """The update periods of a group's multi-scale momenta."""
 
     def check_group(self, number: int, config: OptimizerConfig, shared: OptimizerConfig) -> None:
-        """Raise ValueError if a new group sets what is of the whole optimizer; `shared` has its options."""
+        """Raise ValueError if a new group changes an option that all groups share; `shared` has the optimizer's."""
 
     def groups_changed(self, groups: Sequence[Group]) -> None:
         """Take notice of the groups, and the parameters in them, as they are now."""
@@ -170,7 +170,7 @@ class Context:
             raise TypeError(f"the loss is {loss!r}; allowed: a number or a tensor")
 
     def observe(self, groups: Sequence[Group], measured: Sequence[Measured]) -> Tensor | None:
-        losses, self._losses = self._losses, []  # They are of this step, also if it has no gradient.
+        losses, self._losses = self._losses, []  # They belong to this step even if it has no gradient.
         if not measured:
             return None
         stacks = [stack for group in measured for stack in group.stacks]

@@ -62,7 +62,7 @@ class Memory:
         return [value for value in self.values[name].tolist() if not math.isnan(value)]
 
     def sample_like(self, name: str, other: Tensor) -> Tensor:
-        """The last sample of a name in float32; zeros if there is none of the other one's shape."""
+        """The last sample called `name`, in float32; zeros if there is none, or it has another shape than `other`."""
         sample = self.samples[name]
         return torch.zeros_like(other) if sample is None or sample.shape != other.shape else sample.float()
 

@@ -53,7 +53,7 @@ class Sampler:
         return vector.index_copy_(0, self._places_of(stacks, device), flat)
 
     def _places_of(self, stacks: Sequence[Stack], device: torch.device) -> Tensor:
-        """Where the pieces go. The same stacks mostly come again, so the last answer is kept."""
+        """Where the pieces go. Usually the same stacks come again, so the last answer is cached."""
         key = tuple([stack.parameter_numbers for stack in stacks])
         places = self._places.get(key)
         if places is None or places.device != device:

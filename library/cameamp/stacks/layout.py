@@ -13,8 +13,8 @@ from .stack import Stack, Traits, stacked_shape
 # At most this many elements side by side: the half dozen temporary stacks of the rules, 25 MiB each, stay well under
 # 256 MiB.
 LARGEST_STACK = 6_500_000
-# Larger stacks launch fewer operations, smaller ones stay in a CPU's caches. About a dozen do well at both; there are
-# more than asked for, because every shape begins a new one.
+# Larger stacks launch fewer operations, smaller ones stay in a CPU's caches. About a dozen do well at both; asking
+# for seven gives about that many, because every shape begins a new one.
 _STACKS = 7
 _SMALLEST_STACK = 512 * 1024
 # The largest stack that a CPU keeps in its caches, or nearly, while much is done to it.
@@ -57,7 +57,7 @@ class Layout:
                 result[members[start][0]] = self._stack(members[start : start + length], traits)
         dropped = [stack for position, stack in self._known.items() if result.get(position) is not stack]
         self._known = result
-        # Those that are too large for the workspace first, all together: for them it is given up.
+        # Stacks too large for the workspace come first, all together: its memory is given up while they are worked on.
         ordered = sorted(result.values(), key=lambda stack: stack.numel() <= LARGEST_STACK)
         present = {p for _, p, _ in params} if dropped else set()
         return ordered, [p for stack in dropped for p in stack.params if p not in present]

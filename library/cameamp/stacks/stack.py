@@ -45,7 +45,7 @@ class Traits(NamedTuple):
 
 
 class Binding(NamedTuple):
-    """How a stack is to have one state.
+    """How a stack is to hold one state.
 
     Attributes:
         format: how it is stored.
@@ -116,7 +116,7 @@ class Stack:
 
         Args:
             state: the optimizer's state.
-            bindings: for each state, how to have it.
+            bindings: for each state, how to hold it.
             lr: the learning rate that elements start at.
             thorough: look at the address of every tensor. Else only of one state of every parameter, and of one
                 parameter for every state: trainers that give states other memory give it to all of a parameter's.
@@ -136,7 +136,7 @@ class Stack:
         ended = self._tensors.keys() - wanted
         for key in ended:
             del self._tensors[key], self._slices[key], self._addresses[key]
-        # Only then can a parameter have a state that it should not.
+        # Only after such a change can a parameter have a state that it should not have.
         for state_of_p in own if fresh or ended else ():
             for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
                 del state_of_p[key]
@@ -218,7 +218,7 @@ class Stack:
     def _holds(self, own: Sequence[ParameterState], key: str, thorough: bool) -> bool:
         """Whether a state of each parameter is still the slice of this stack's tensor that it was given.
 
-        Trainers that offload states put other memory into the same tensors (`v.data = ...`): then it is not.
+        Trainers that offload states put other memory into the same tensors (`v.data = ...`), so addresses count too.
         """
         slices = self._slices.get(key)
         if slices is None or self._tensors[key].device != self.device:
@@ -252,7 +252,7 @@ class Stack:
                 if key in state_of_p:
                     part.copy_(state_of_p[key].view(part.shape))
             slices = tensor.unbind()
-            if tensor.shape[1:] == self._shape:  # Values or codes of the elements, in a shape of their parameter's.
+            if tensor.shape[1:] == self._shape:  # One value or code per element: give it its parameter's shape.
                 slices = tuple(part.view(p.shape) for part, p in zip(slices, self.params))
             self._tensors[key], self._slices[key] = tensor, slices
             self._addresses[key] = list(map(Tensor.data_ptr, slices))

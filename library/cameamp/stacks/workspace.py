@@ -23,7 +23,7 @@ class Work(NamedTuple):
     Attributes:
         gradients: for the gradients; if they are held, nobody else gets it before the step ends.
         drive: for what drives the momentum; unless gradients are held it is the memory of the weights, which are
-            gathered after that.
+            gathered only when the drive is no longer needed.
         weights: for the weights.
         scaled: for the scaled gradient, and the update that it becomes.
         scratch: for whatever lies in between.
@@ -43,8 +43,8 @@ class Workspace:
     tensor is too large for the workspace none are, because it may need all the memory that a step is allowed.
 
     Memory is lent for CPUs: malloc returns blocks of this size to the system and takes them back page by page, which
-    can cost half as much again as the arithmetic. PyTorch's allocator for GPUs holds its blocks itself. Never more than
-    four stacks of the largest size that `layout` builds, 100 MiB, and 64 MiB of gradients.
+    can cost half as much again as the arithmetic. PyTorch's allocator for GPUs holds its blocks itself. At most it
+    has memory for four stacks of the largest size that `layout` builds, 100 MiB, and for 64 MiB of gradients.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Workspace:
         size = stack.numel()
         if stack.device.type != "cpu":
             return Work()
-        if size > LARGEST_STACK:  # A single tensor, which needs what may be used at once for itself.
+        if size > LARGEST_STACK:  # A single tensor, which may need all the memory that a step is allowed.
             self._memory = _memory(0)
             return Work()
         shape = (len(stack), stack.rows, stack.columns)
@@ -91,5 +91,5 @@ class Workspace:
 
 
 def _memory(count: int) -> Tensor:
-    # Said in full: users may have set another default dtype or device.
+    # Explicit dtype and device: users may have set other defaults.
     return torch.empty(count, dtype=torch.float32, device="cpu")

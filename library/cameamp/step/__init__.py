@@ -1,1 +1,1 @@
-"""One step: the first pass over the gradients (measure.py), then the techniques in their order (rules.py)."""
+"""One step: passes.py goes over a group twice, with what measure.py finds and what rules.py does."""

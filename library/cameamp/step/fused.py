@@ -1,4 +1,4 @@
-"""The rules of a step as compiled graphs: states go in and come out as float32 stacks, however they are kept."""
+"""The rules of a step as compiled graphs: states go in and come out as float32 stacks, however they are stored."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _Done = tuple[Tensor, Watched | None]
 
 
 def fused_first_pass(g: Tensor, with_deviations: bool, watch_every: int) -> FirstPass:
-    """As `measure.first_pass`; `g` may be left as it is."""
+    """As `measure.first_pass`, except that unusable elements of `g` may stay in it."""
     found = compiling.run(_first_pass, g, with_deviations, watch_every) if g.numel() <= _LARGEST else None
     return first_pass(g, with_deviations, watch_every) if found is None else found
 
@@ -102,7 +102,7 @@ def _run(
             for name in names
             if name != "last_polarity" or options.has_polarity
         }
-        # Bools go in and out as bytes, from which code is generated that takes many times less.
+        # Bools go in and out as bytes: the code generated for those is many times faster.
         stacks = {name: s.view(torch.uint8) if s.dtype == torch.bool else s for name, s in stacks.items()}
         in_place = stack.device.type != "cpu"
         changed = compiling.run(
@@ -138,7 +138,7 @@ def _on_copies(
     in_place: bool,
     **more: Any,
 ) -> tuple[Any, dict[str, Tensor]]:
-    """What is compiled: the rules on copies, which a graph never makes, and the states that they changed.
+    """The function that is compiled: the rules on copies (which a graph never makes), and the states they changed.
 
     States, but not weights, are changed in place where that can be: PyTorch 2.13's C++ code generator loses track of
     buffers (KeyError) in graphs that change their inputs.

@@ -18,7 +18,7 @@ LARGEST_MAGNITUDE = 1e18
 
 
 class Magnitudes(NamedTuple):
-    """Of each tensor of one stack, (tensors,).
+    """What is measured of each tensor of one stack; (tensors,) unless noted.
 
     abs_sums: sum of |g|.
     nonzero_count: how many elements of all tensors are not 0, 0-d.
@@ -185,5 +185,5 @@ def _measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
 
 
 def _count_in_graph(stack: Tensor) -> Tensor:
-    """How many elements are not 0; by sums over the same dimension as others, which a graph makes in one loop."""
+    """How many elements are not 0; summed over the same dimension as other sums, so that a graph needs one loop."""
     return (stack != 0).flatten(1).sum(dim=1).sum()

@@ -139,7 +139,7 @@ class Passes:
         return watched
 
     def _compiling(self, group: Group) -> AbstractContextManager[None]:
-        """Around the work on a group: what is compiled if it asks for that."""
+        """A context manager for the work on a group; inside it, rules are compiled if the group asks for that."""
         return self._compiler.active() if group.config.fused else nullcontext()
 
 

@@ -120,7 +120,7 @@ class StackOptions(NamedTuple):
     """What decides which rules act on a stack, and how; the same for hundreds of steps.
 
     Attributes:
-        phase: the part of the warm-up.
+        phase: the phase of the run.
         has_polarity: whether `last_polarity` holds the signs of a step before.
         row_scaled: whether ALLoRA applies.
         config: the group's options.
@@ -162,7 +162,7 @@ def take_step_(
         The new weights, to be written back, and what the context sees of the step.
     """
     sg, direction = scale_gradient_(g, states, magnitude_sum, work, scalars, options)
-    # The drive has no name here, so that its memory is free as soon as the second half is done with it.
+    # The drive is not bound to a name here, so that its memory is free as soon as the second half is done with it.
     return move_(
         sg,
         direction,
@@ -213,7 +213,7 @@ def move_(
     Args:
         sg: scaled gradient; overwritten.
         direction: sign of the gradient.
-        drive: what moves the momentum, where that is not the scaled gradient.
+        drive: what the momentum follows; None for the scaled gradient.
 
     The others are as of `take_step_`.
     """

@@ -121,7 +121,7 @@ class Scaled(NamedTuple):
 
 
 class StoredAverage(Stored):
-    """A state that only ever goes a part of the way to something else: a running average."""
+    """A running average: a state that every update moves a part of the way towards a target."""
 
     @abstractmethod
     def lerp(

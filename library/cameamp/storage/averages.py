@@ -19,7 +19,7 @@ from . import AverageFormat, StoredAverage, low_rank, matrix_shape
 from .low_rank import LowRank, StoredLowRank
 from .nibbles import Nibbles
 
-# For each average, counted as four if there are fewer. With four, 5 % of the sixteen bytes of the other states.
+# Per average; fewer than four share the bytes of four. Four take 5 % of the sixteen bytes of the other states.
 _BYTES_AN_ELEMENT = 0.195
 _LARGEST_RANK = 4
 

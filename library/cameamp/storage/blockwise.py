@@ -65,7 +65,7 @@ class Blockwise(Format):
         return StoredBlockwise(self, tensors, shape)
 
     def as_saved(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> Blockwise:
-        """Whatever the size of its blocks."""
+        """As of `Format`; blocks of any allowed size are accepted."""
         codes, scale = tensors["_q"], tensors["_q_scale"]
         if codes.shape != shape:
             raise ValueError(f"_q: has shape {tuple(codes.shape)}")

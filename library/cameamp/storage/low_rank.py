@@ -1,6 +1,6 @@
 """A matrix as the product of two thin ones, each element of which is one byte.
 
-What is lost is what the largest singular directions do not hold. Averages of a LoRA factor's gradients over many steps
+Only the largest singular directions survive. Averages of a LoRA factor's gradients over many steps
 are of low rank for the most part, so a few bytes a row and a column say more of them than a bit an element would. The
 factors follow the matrix by subspace iteration from where they were (as PowerSGD does, arXiv 1905.13727).
 """
@@ -80,7 +80,7 @@ class StoredLowRank(StoredAverage):
         factors = codes.to(torch.float32)
         old_left = factors[:, :, :rows].mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
         old_right = factors[:, :, rows:]
-        # A little of every direction, or one that the factors lack could never come in; another at every step.
+        # Without a little of every direction, one that the factors lack could never come in. It differs at every step.
         noise = _noise(columns * rank, codes.device).roll(dither.step)
         probe = _two_or_more(old_right + noise.view(1, rank, columns)).transpose(1, 2)
         with full_precision(codes.device):
@@ -136,7 +136,7 @@ def _two_or_more(factor: Tensor) -> Tensor:
 def _orthonormal(x: Tensor) -> Tensor:
     """The rows of each matrix, (tensors, few, many), made orthogonal to one another, and of norm 1.
 
-    A row that the ones before it hold already becomes zeros: what is left of it is rounding, along any of them.
+    A row that lies in the span of the rows before it becomes zeros: what is left of it is rounding error.
     """
     first, *others = x.unbind(1)
     made = [first / torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)]

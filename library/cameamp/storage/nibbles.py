@@ -2,8 +2,8 @@
 
 For averages that are Gaussian in the main, even levels scaled by the root mean square are within a few percent of the
 best that four bits can do (Max, 1960), and cheap to unpack. 0 stays 0, and the few values beyond the last level are cut
-there. Others go to their nearest level, but in a momentum that moves: there the point between two levels where rounding
-turns from down to up is another at every step, or moves of less than half a level would be lost each time.
+there. Others go to their nearest level, except while an average is updated: then the point between two levels where
+rounding turns from down to up differs at every step, or changes of less than half a level would be lost each time.
 """
 
 from __future__ import annotations
