@@ -268,3 +268,32 @@ def test_every_phase_through_a_distributed_checkpoint(optimizer_class, taken, fl
     exact = not flat or "COptim" not in optimizer_class.__name__  # The flat layout loses the context.
     same = [torch.equal(p, q) for p, q in zip(first[0].parameters(), second[0].parameters())]
     assert all(same) or not exact
+
+
+@pytest.mark.parametrize("optimizer_class", ALL)
+@pytest.mark.parametrize("order", [(1, 0), (1,)], ids=["reordered", "dropped"])
+def test_groups_reordered_or_dropped(optimizer_class, order, caplog):
+    """As a trainer does it that keeps groups by name: the context is found, or starts afresh with a log line."""
+    caplog.set_level(logging.INFO)
+    params = [torch.nn.Parameter(torch.randn(64, 96)) for _ in range(4)]
+    groups = [params[:2], params[2:]]
+    first = optimizer_class([{"params": group} for group in groups], warmup_steps=4)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        first.step()
+    saved = first.state_dict()
+    numbers = [saved["param_groups"][number]["params"] for number in order]
+    saved["param_groups"] = [
+        {**saved["param_groups"][number], "params": [2 * place, 2 * place + 1]} for place, number in enumerate(order)
+    ]
+    saved["state"] = {place: saved["state"][n] for place, n in enumerate(n for pair in numbers for n in pair)}
+    second = optimizer_class([{"params": groups[number]} for number in order], warmup_steps=4)
+    second.load_state_dict(saved)
+    for number in order:
+        for p in groups[number]:
+            assert first.state[p].keys() == second.state[p].keys()
+    if optimizer_class in CONTEXTUAL:
+        kept = second.c_optim.gradient_history == first.c_optim.gradient_history
+        assert kept == (0 in order)
+        assert ("start fresh" in caplog.text) == (0 not in order)

@@ -76,7 +76,7 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
     restored.notes += _check_names(saved["param_groups"], groups, names, labels)
     restored.context = _context(saved["param_groups"])
     states = saved["state"]
-    has_momenta = restored.context is not None or (not carries_checksums and _holds_momenta(states))
+    has_momenta = restored.context is not None or _holds_momenta(states)
     changes = _Changes()
     if states:
         changes.context = driver.difference(restored.context is not None, has_momenta)
@@ -117,14 +117,18 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
 
 
 def _context(saved_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The group that carries the checkpoint's context, which is in order; None if none does."""
-    if not saved_groups or not memory.is_in(saved_groups[0]):
-        return None
-    try:
-        memory.check(saved_groups[0])
-    except ValueError as error:
-        raise ValueError(f"parameter group 0 of the checkpoint: {error}") from None
-    return saved_groups[0]
+    """The group that carries the checkpoint's context, which is in order; None if none does.
+
+    It was saved in the first one, but trainers that keep groups by name bring them in another order, or drop some.
+    """
+    for number, saved_group in enumerate(saved_groups):
+        if memory.is_in(saved_group):
+            try:
+                memory.check(saved_group)
+            except ValueError as error:
+                raise ValueError(f"parameter group {number} of the checkpoint: {error}") from None
+            return saved_group
+    return None
 
 
 @dataclass

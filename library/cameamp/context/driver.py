@@ -206,7 +206,7 @@ class Context:
     def difference(self, has_context: bool, has_momenta: bool) -> str:
         if has_context:
             return ""
-        if has_momenta:  # What torch.distributed.checkpoint's flat layout leaves of a contextual optimizer.
+        if has_momenta:  # torch.distributed.checkpoint's flat layout drops the context; or its group was dropped.
             return "it has momenta but no context: multiplier and histories start fresh"
         return "it is of an optimizer without context: multiplier, histories and momenta start fresh"
 
