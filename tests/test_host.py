@@ -249,7 +249,7 @@ def test_several_numbers_need_neither_brackets_nor_blanks(words):
     [
         (
             "[optimizer_config]\neta = 1.0\nmax_train_steps = 7\n",
-            "'max_train_steps' is an option of sd-scripts; write it above",
+            "'max_train_steps' is an option of the trainer; write it above",
         ),
         (
             "[a]\nmax_train_steps = 1\n[b]\nmax_train_steps = 2\n",

@@ -322,11 +322,49 @@ def test_several_optimizers_resume_bit_for_bit(tmp_path, common):
     foreign = torch.load(folder / "optimizer_1.bin", weights_only=True)
     torch.save(foreign, folder / "optimizer_2.bin")
     done = run("--train_script", TINY_SDXL, *sdxl(common, tmp_path / "b", *resume), code=2)
-    assert f"error: --resume {folder / 'optimizer_2.bin'}: parameter 0 of shape" in done.stderr
+    assert f"error: --resume {folder / 'optimizer_2.bin'}: parameter" in done.stderr
     (folder / "optimizer_2.bin").unlink()
     done = run("--train_script", TINY_SDXL, *sdxl(common, tmp_path / "b", *resume), code=2)
     assert f"error: --resume {folder}: has no optimizer_2.bin" in done.stderr
     assert not (tmp_path / "b" / "a.safetensors").exists()
+
+
+def states_of(folder):
+    saved = torch.load(folder / "a-state" / "optimizer.bin", weights_only=True)
+    return saved["param_groups"], {state["step"] for state in saved["state"].values()}
+
+
+def test_a_resumed_run_takes_the_new_rate_if_it_is_told_to(tmp_path, common):
+    schedule = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "20", "--save_state"]
+    run("--train_script", TINY, *common, *ours(tmp_path / "half", "Automagic_CameAMP", 4, *schedule))
+    more = [*schedule, "--resume", tmp_path / "half" / "a-state", "--skip_until_initial_step"]
+    new = ["--learning_rate", "2e-4", "--unet_lr", "4e-4"]
+    told = {}
+    for kind, option in (("old", []), ("new", ["--new_learning_rate_on_resume"])):
+        words = [*option, *common, *ours(tmp_path / kind, "Automagic_CameAMP", 8, *more, *new)]
+        told[kind] = "the state's learning rate, 0.0001, and not at" in run("--train_script", TINY, *words).log
+    assert told == {"old": True, "new": False}
+    for kind, rates in (("old", [1e-4, 1e-4]), ("new", [2e-4, 4e-4])):
+        groups, steps = states_of(tmp_path / kind)
+        assert steps == {8}
+        assert [group["initial_lr"] for group in groups] == rates
+        assert [group["lr"] for group in groups] == pytest.approx([rate * 8 / 20 for rate in rates])
+
+
+def test_what_is_said_of_skipped_steps_is_so(tmp_path, common):
+    """The host counts them once for each accumulated batch; with what the warning says instead it trains the rest."""
+    options = ["--gradient_accumulation_steps", "2", "--save_state"]
+    resume = [*options, "--resume", str(tmp_path / "half" / "a-state")]
+    instead = ["--initial_step", "0"]
+    done = many(tmp_path, common, [
+        ours(tmp_path / "half", "Automagic_CameAMP", 4, *options),
+        ours(tmp_path / "skipped", "Automagic_CameAMP", 8, *resume, "--skip_until_initial_step"),
+        ours(tmp_path / "right", "Automagic_CameAMP", 4, *resume, *instead),
+    ])  # fmt: skip
+    assert done.log.count("count 2 times the steps already made") == 1
+    assert states_of(tmp_path / "half")[1] == {4}
+    assert max(states_of(tmp_path / "skipped")[1]) < 8
+    assert states_of(tmp_path / "right")[1] == {8}
 
 
 def test_the_hosts_options_work(tmp_path, common):
@@ -390,10 +428,12 @@ def test_an_unpatched_host_takes_the_copied_files(tmp_path, common):
                  ROOT / "library" / "cameamp"]:  # fmt: skip
         (host / "library" / item.name).symlink_to(item)
     (host / "tiny_network.py").write_text(Path(TINY).read_text("utf-8"), "utf-8")
-    words = ours(tmp_path / "o", "library.automagic_cameamp.Automagic_CameAMP", 2, options=["warmup_steps=2"])
+    # Several numbers without brackets and blanks are several numbers to the host too.
+    options = ["warmup_steps=2", "betas=0.7,0.99,0.999"]
+    words = ours(tmp_path / "o", "library.automagic_cameamp.Automagic_CameAMP", 2, options=options)
     start("tiny_network.py", *common, *words, folder=host)
     with safe_open(str(tmp_path / "o" / "a.safetensors"), "pt") as file:
-        name = "library.automagic_cameamp.Automagic_CameAMP(warmup_steps=2)"
+        name = "library.automagic_cameamp.Automagic_CameAMP(warmup_steps=2,betas=(0.7, 0.99, 0.999))"
         assert file.metadata()["ss_optimizer"] == name
 
 

@@ -10,7 +10,7 @@ import importlib.util
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,25 @@ def flattened(document: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def refuse_keys_of_the_trainer(table: Any, known: Collection[str], source: str) -> None:
+    """Refuse an option of the trainer in [optimizer_config], such as one written below the table by mistake.
+
+    Args:
+        table: [optimizer_config] of the TOML file; anything but a table is left to others.
+        known: the trainer's own options.
+        source: the TOML file's path.
+
+    Raises:
+        UserError: with the first such key.
+    """
+    for key in table if isinstance(table, dict) else ():
+        if key in known:
+            raise UserError(
+                f"{source}: [optimizer_config]: '{key}' is an option of the trainer; "
+                "write it above the line [optimizer_config]"
+            )
 
 
 def refuse_repeated_keys(document: Mapping[str, Any], source: str) -> None:

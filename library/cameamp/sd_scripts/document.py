@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from ..command_line import UserError, flattened, refuse_repeated_keys
+from ..command_line import UserError, flattened, refuse_keys_of_the_trainer, refuse_repeated_keys
 from ..config import OPTION_NAMES
 
 
@@ -22,13 +22,7 @@ def check_places(document: Mapping[str, Any], known: Collection[str], source: st
         UserError: with the first such key or table.
     """
     _refuse_what_the_host_drops(document, known, source)
-    table = document.get("optimizer_config")
-    for key in table if isinstance(table, dict) else ():
-        if key in known and key not in OPTION_NAMES:
-            raise UserError(
-                f"{source}: [optimizer_config]: '{key}' is an option of sd-scripts; "
-                "write it above the line [optimizer_config]"
-            )
+    refuse_keys_of_the_trainer(document.get("optimizer_config"), set(known).difference(OPTION_NAMES), source)
     refuse_repeated_keys(document, source)
 
 
