@@ -561,3 +561,36 @@ def test_the_bar_alone_reads_every_tenth_step(monitored, monkeypatch):
     bar.set_postfix(avr_loss=0.5)
     assert bar.shown == {"avr_loss": 0.5}
     assert len(readings) == 2
+
+
+@pytest.mark.parametrize(
+    ("logged", "names"),
+    [
+        ({"lr/textencoder": 1e-4, "lr/unet": 2e-4, "lr/group1": 2e-4}, ["textencoder", "unet"]),
+        ({"lr/unet": 1e-4, "lr/d*lr/unet": 1.0, "lr/unet plus": 2e-4}, ["unet", "unet plus"]),
+        # Two groups of one name leave one value of two.
+        ({"lr/unet": 1e-4, "lr/textencoder": 2e-4}, ["group0", "group1"]),
+        ({"lr/unet": 1e-4}, ["group0", "group1"]),
+        ({"lr/unet": 3e-4, "lr/unet plus": 4e-4}, ["group0", "group1"]),
+    ],
+    ids=str,
+)
+def test_groups_have_the_names_under_which_the_host_logs_their_rates(logged, names):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in (1e-4, 2e-4)]
+    monitor, tracker = Monitor([Automagic_CameAMP(groups)]), Tracker()
+    monitor.add_to_tracker(tracker)
+    tracker.log(logged)
+    (values,) = tracker.logged
+    assert [name.split("/")[1] for name in values if name.startswith("effective_lr") and "mean" in name] == names
+
+
+def test_with_a_tracker_the_bar_shows_the_step_that_it_logs(monitored):
+    monitor, readings = monitored
+    bar_class = type("HostBar", (Bar,), {})
+    monitor.add_to_progress_bars(bar_class)
+    monitor.add_to_tracker(Tracker())
+    bar = bar_class()
+    for number in range(3):
+        monitor.step_ends()
+        bar.set_postfix(avr_loss=0.5)
+        assert len(readings) == number + 1

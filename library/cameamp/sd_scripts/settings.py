@@ -66,10 +66,11 @@ def warn_of_miscounted_steps(args: argparse.Namespace) -> None:
     Args:
         args: sd-scripts' options, complete.
     """
-    batches = args.gradient_accumulation_steps or 1
-    skips = getattr(args, "skip_until_initial_step", False)
-    begins_later = args.resume or getattr(args, "initial_step", None) or getattr(args, "initial_epoch", None)
-    if batches > 1 and skips and begins_later:
+    # Only the scripts that train a network have all of these options.
+    given = vars(args)
+    batches = given.get("gradient_accumulation_steps") or 1
+    begins_later = any(given.get(name) for name in ("resume", "initial_step", "initial_epoch"))
+    if batches > 1 and given.get("skip_until_initial_step") and begins_later:
         logger.warning(
             "--skip_until_initial_step with --gradient_accumulation_steps %d makes sd-scripts count %d times the steps "
             "already made, and train too little or nothing; instead of it write --initial_step 0 and the number of "
