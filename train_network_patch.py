@@ -4,6 +4,7 @@ python train_network_patch.py --sd_scripts DIR [--train_script sdxl_train_networ
     trains in sd-scripts; DIR may be left out if it is SD_SCRIPTS_DIR, the current folder, ./sd-scripts or
     ../sd-scripts.
     --print_optimizer_config prints the optimizer's resolved options as TOML, and exits.
+    --new_learning_rate_on_resume goes on at the learning rate of the command, not at the resumed state's.
 
 python train_network_patch.py --embedded --config_file configs/embedded_lora.toml
     trains a small LoRA on this machine, with nothing else installed.

@@ -75,7 +75,7 @@ def test_wrong_types(options):
 
 
 def test_unknown_option_names_the_nearest():
-    with pytest.raises(TypeError, match=r"'warmup_step', did you mean 'warmup_steps'\?.*Known options: lr, min_lr"):
+    with pytest.raises(TypeError, match=r"'warmup_step', did you mean 'warmup_steps'\?$"):
         Automagic_CameAMP(one_parameter(), warmup_step=5)
 
 

@@ -90,6 +90,16 @@ def test_lora_starts_as_nothing_and_learns(tmp_path):
     assert all(t.abs().sum() > 0 for name, t in factors(tmp_path / "a.safetensors").items() if "lora_up" in name)
 
 
+def test_a_new_rate_at_a_resume_is_not_ignored_in_silence(tmp_path, caplog):
+    main(arguments(tmp_path, steps=2))
+    resume = ("--resume", str(tmp_path / "a-state"))
+    for rate, count in (("1e-4", 0), ("3e-5", 1)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert main(arguments(tmp_path / rate, *resume, "--learning_rate", rate, steps=3)) == 0
+        texts = [record.getMessage() for record in caplog.records if "goes on at" in record.getMessage()]
+        assert texts == ["--resume: the run goes on at the state's learning rate, 0.0001, and not at 3e-05"] * count
+
+
 @pytest.mark.parametrize(
     "more", [(), ("--gradient_accumulation_steps", "2"), ("--mixed_precision", "bf16")], ids=" ".join
 )

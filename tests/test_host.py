@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toml
@@ -15,9 +16,10 @@ import torch
 from logs import read_scalars
 
 from library.automagic_cameamp import Automagic_CameAMP, OptimizerConfig
-from library.cameamp.command_line import UserError
+from library.cameamp.command_line import UserError, misspelt_name
 from library.cameamp.sd_scripts.checkout import find_sd_scripts, find_training_script
 from library.cameamp.sd_scripts.monitor import Monitor
+from library.cameamp.sd_scripts.plugin import Plugin
 from library.cameamp.sd_scripts.settings import as_toml, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +39,7 @@ def host_args(**changed):
     """sd-scripts' options, as far as they concern an optimizer."""
     defaults = {
         "optimizer_type": "Automagic_CameAMP", "optimizer_args": None, "learning_rate": 1e-4,
-        "lr_scheduler": "constant", "network_module": "networks.lora",
+        "lr_scheduler": "constant", "network_module": "networks.lora", "gradient_accumulation_steps": 1, "resume": None,
     }  # fmt: skip
     return Namespace(**{**defaults, **changed})
 
@@ -76,6 +78,8 @@ def test_a_missing_script_is_told_with_those_there_are(tmp_path):
     assert find_training_script(STAND_IN, "fine_tune.py") == STAND_IN / "fine_tune.py"
     with pytest.raises(UserError, match=r"'sdxl\.py'.* it has train_network\.py"):
         find_training_script(STAND_IN, "sdxl.py")
+    with pytest.raises(UserError, match=r"'trainnetwork\.py'.* did you mean 'train_network\.py'\?$"):
+        find_training_script(STAND_IN, "trainnetwork.py")
 
 
 # Options ------------------------------------------------------------------------------------------------------------
@@ -91,7 +95,40 @@ def test_names_in_any_case_become_the_path_that_the_host_imports(written):
     assert args.optimizer_args == []
 
 
-@pytest.mark.parametrize("written", ["AdamW", "Adafactor", "", None, "other.Automagic_CameAMP"])
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("Automagic-CameAMP8bit", "Automagic_CameAMP8bit"),
+        ("Automagic_CameAMP8bit ", "Automagic_CameAMP8bit"),
+        ("Automagic CameAMP COptim", "Automagic_CameAMP_COptim"),
+        ("Automagic_CamAMP", "Automagic_CameAMP"),
+        ("automagiccameamp_coptim_8bit", "Automagic_CameAMP_COptim8bit"),
+        ("CameAMP", "Automagic_CameAMP"),
+        ("Automagic", "Automagic_CameAMP"),
+        ("automagic_cameamp.Automagic_CameAMP8bits", "automagic_cameamp.Automagic_CameAMP8bit"),
+        ("library.automagic_cameapm.Automagic_CameAMP", "library.automagic_cameamp.Automagic_CameAMP"),
+    ],
+)
+def test_a_misspelt_name_is_told_with_the_nearest(written, meant):
+    with pytest.raises(UserError) as caught:
+        resolve(host_args(optimizer_type=written))
+    assert str(caught.value) == f"--optimizer_type is {written!r}, did you mean {meant!r}?"
+
+
+def test_a_misspelt_name_ends_a_run_before_the_model_is_loaded():
+    done = run("--optimizer_type", "Automagic-CameAMP8bit", "--network_module", "x")
+    assert (done.returncode, "loading the model" in done.stdout) == (2, False)
+
+
+def test_names_of_others_are_no_misspelt_ones_of_ours():
+    names = [name for name in vars(torch.optim) if name[0].isupper()]
+    names += ["AdamW8bit", "PagedAdamW32bit", "DAdaptAdanIP", "AdamWScheduleFree", "SGDNesterov8bit", "CAME", "Prodigy"]
+    assert [name for name in names if misspelt_name(name) is not None] == []
+
+
+@pytest.mark.parametrize(
+    "written", ["AdamW", "Adafactor", "", None, "other.Automagic_CameAMP", "toml.Automagic_CameAMP"]
+)
 def test_other_optimizers_are_left_alone(written):
     args = host_args(optimizer_type=written, lr_scheduler="adafactor", optimizer_args=["nonsense"])
     before = dict(vars(args))
@@ -131,6 +168,29 @@ def test_full_finetuning_is_known_from_the_script_and_can_be_overruled():
         ({"optimizer_args": "eta=2"}, None, r'optimizer_args is "eta=2"; allowed: a list, \["eta=2"\]'),
         ({"learning_rate": 1.0}, None, r"^learning_rate is 1\.0; allowed: a number from min_lr"),
         ({"learning_rate": "1e-6"}, None, "^learning_rate is '1e-6'; allowed: a finite number"),
+        ({"learning_rate": 0}, None, r"^learning_rate is 0\.0; allowed: a number from min_lr"),
+        ({"learning_rate": 0, "unet_lr": 0.0}, None, r"^learning_rate is 0\.0; allowed: a number from min_lr"),
+        (
+            {"unet_lr": 1.0},
+            None,
+            r"^unet_lr is 1\.0; allowed: 0 or a number from min_lr \(1e-07\) to max_lr \(0\.001\)$",
+        ),
+        ({"text_encoder_lr": [1e-4, 1]}, None, "^text_encoder_lr is 1; allowed"),
+        ({"text_encoder_lr": 1.0}, None, r"^text_encoder_lr is 1\.0; allowed"),
+        ({"unet_lr": "1e-4"}, None, "^unet_lr is '1e-4'; allowed"),
+        ({"unet_lr": True}, None, "^unet_lr is True; allowed"),
+        ({"unet_lr": float("nan")}, None, "^unet_lr is nan; allowed"),
+        ({"unet_lr": 1e-3}, {"max_lr": 5e-4}, r"^unet_lr is 0\.001; allowed: .* to max_lr \(0\.0005\)"),
+        ({"learning_rate_te2": 1.0}, None, r"^learning_rate_te2 is 1\.0; allowed"),
+        ({"block_lr": "1e-4,0,1"}, None, r"^block_lr is 1\.0; allowed"),
+        ({"block_lr": "1e-4,x"}, None, "^block_lr is 'x'; allowed"),
+        ({"mod_lr": 1e-9}, None, "^mod_lr is 1e-09; allowed"),
+        ({"optimizer_args": ["eta=1", "eta=2"]}, None, "'eta' stands there twice"),
+        (
+            {"optimizer_args": ["betas=(0.8,", "0.99,", "0.999)"]},
+            None,
+            r"cut off at a blank; .*betas=0\.8,0\.99,0\.999",
+        ),
         ({"lr_scheduler": "adafactor"}, None, "--lr_scheduler adafactor works with the optimizer Adafactor only"),
         ({"deepspeed": True}, None, "--deepspeed flattens parameters"),
         ({"fused_backward_pass": True}, None, "use --fused_optimizer_groups"),
@@ -142,8 +202,65 @@ def test_mistakes_are_told(changed, table, message):
 
 
 @pytest.mark.parametrize(
+    "changed",
+    [
+        {"unet_lr": 1e-3, "text_encoder_lr": 0},
+        {"learning_rate": 0, "unet_lr": 1e-4},
+        {"learning_rate": 0.0, "text_encoder_lr": [0, 1e-4]},
+        {"text_encoder_lr": []},
+        {"block_lr": "0,1e-4"},
+        {"block_lr": ""},
+        {"network_args": ["loraplus_lr_ratio=16"], "unet_lr": 1e-3},
+    ],
+    ids=str,
+)
+def test_rates_of_0_and_within_the_bounds_are_taken(changed):
+    assert resolve(host_args(**changed)) is not None
+
+
+def test_a_learning_rate_of_0_freezes_what_has_no_rate_of_its_own():
+    train_util = SimpleNamespace(
+        read_config_from_file=None, prepare_accelerator=None,
+        get_optimizer=lambda args, groups: ("", "", Automagic_CameAMP(groups, lr=args.learning_rate)),
+    )  # fmt: skip
+    Plugin().install(train_util)
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(2))]},
+        {"params": [torch.nn.Parameter(torch.ones(2))], "lr": 1e-4},
+    ]
+    args = host_args(learning_rate=0.0, unet_lr=1e-4)
+    _, _, optimizer = train_util.get_optimizer(args, groups)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 1e-4]
+    assert args.learning_rate == 0
+    assert "learning_rate = 0.0 " in as_toml(resolve(args), args.learning_rate)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["betas=0.8,0.99,0.999", "momentum_scales=1,5"], ["betas=(0.8,0.99,0.999)", "momentum_scales=[1,5]"]],
+)
+def test_several_numbers_need_neither_brackets_nor_blanks(words):
+    args = host_args(optimizer_args=words)
+    assert resolve(args) == OptimizerConfig(lr=1e-4, betas=(0.8, 0.99, 0.999), momentum_scales=(1, 5))
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "[optimizer_config]\neta = 1.0\nmax_train_steps = 7\n",
+            "'max_train_steps' is an option of the trainer; write it above",
+        ),
+        (
+            "[a]\nmax_train_steps = 1\n[b]\nmax_train_steps = 2\n",
+            "'max_train_steps' stands in [a] and in [b]; keep one",
+        ),
+        ("resume = ''\n[b]\nresume = ''\n", "'resume' stands in the file's beginning and in [b]; keep one"),
+        (
+            "optimizer_args = ['eta=1.0']\n[optimizer_config]\neta = 2.0\n",
+            "'eta' stands in [optimizer_config] and in optimizer_args",
+        ),
+        ("[a]\nunet_lr = '1e-4'\n", "unet_lr is '1e-4'; allowed: 0 or a number"),
         ("warmup_steps = 7\n", "'warmup_steps' does nothing outside of"),
         ("[optimizer]\neta = 1.0\n", "'eta' does nothing outside of"),
         ("[optimizer_args]\neta = 1.0\n", "[optimizer_args] does nothing; the optimizer's options stand in"),
@@ -156,7 +273,7 @@ def test_options_that_the_host_would_drop_are_told(text, message, tmp_path):
     path.write_text('optimizer_type = "Automagic_CameAMP"\n' + text, "utf-8")
     done = run("--config_file", str(path), "--print_optimizer_config")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: {path}")
+    assert done.stderr.splitlines()[-1].startswith(("error: unet_lr", f"error: {path}"))
     assert message in done.stderr
     # Of other optimizers we know nothing.
     path.write_text('optimizer_type = "AdamW"\nwarmup_steps = 7\nmax_train_steps = 1\n', "utf-8")
@@ -169,6 +286,25 @@ def test_a_mark_before_the_file_would_cost_the_host_its_first_key(tmp_path):
     done = run("--config_file", str(path))
     assert (done.returncode, done.stderr.splitlines()[-1][:6]) == (2, "error:")
     assert "save it as UTF-8 without BOM" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_a_file_of_another_encoding_is_told(encoding, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(
+        'optimizer_type = "Automagic_CameAMP"\n{}'.format("# \u00fc" * (encoding != "utf-16-le")).encode(encoding)
+    )
+    done = run("--config_file", str(path))
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2, f"error: {path}: is not encoded as UTF-8; save it as UTF-8"
+    )  # fmt: skip
+
+
+def test_the_command_line_wins_over_the_arguments_of_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('optimizer_type = "Automagic_CameAMP"\n[optimizer_config]\neta = 2.0\n', "utf-8")
+    done = run("--config_file", str(path), "--optimizer_args", "eta=3.0", "--print_optimizer_config")
+    assert (done.returncode, "eta = 3.0" in done.stdout) == (0, True), done.stderr
 
 
 def test_a_script_that_was_copied_elsewhere_says_so(tmp_path):
@@ -188,7 +324,7 @@ def test_8bit_without_bitsandbytes_is_told_before_the_host_tries(monkeypatch):
 
 def test_the_printed_configuration_gives_the_same_one_again():
     config = OptimizerConfig(lr=2e-4, warmup_steps=9, betas=(0.7, 0.98, 0.99), came=False)
-    document = toml.loads(as_toml(config))
+    document = toml.loads(as_toml(config, 2e-4))
     args = host_args(learning_rate=document["learning_rate"])
     assert resolve(args, document["optimizer_config"]) == config
 
@@ -230,15 +366,16 @@ def test_both_packages_can_be_imported_in_spawned_workers(finished):
 def test_trackers_receive_the_effective_learning_rates_of_every_group(finished):
     folder, done = finished
     scalars = read_scalars(folder / "logs")
-    for group in (0, 1):
-        mean, low, high = (
-            dict(scalars[f"effective_lr/group{group}/{what}"]) for what in ("mean", "smallest", "largest")
-        )
+    for group in ("unet", "unet plus"):  # as the host calls them
+        mean, low, high = (dict(scalars[f"effective_lr/{group}/{what}"]) for what in ("mean", "smallest", "largest"))
         assert set(mean) == {0, 1, 2, 3, 4}
         assert all(low[step] <= mean[step] <= high[step] for step in mean)
     # The scheduler's own value says nothing of the mask and the row scaling.
-    assert len({round(value, 9) for _, value in scalars["effective_lr/group0/mean"]}) > 2
-    assert "lr=" in done.stderr
+    assert len({round(value, 9) for _, value in scalars["effective_lr/unet/mean"]}) > 2
+    assert not any("group" in name for name in scalars if name.startswith("effective_lr"))
+    # The bar shows the same rates, those of the step whose losses it shows.
+    last = {group: scalars[f"effective_lr/{group}/mean"][-1][1] for group in ("unet", "unet plus")}
+    assert ", ".join(f"lr/{group}={rate:.2e}" for group, rate in last.items()) in done.stderr
 
 
 def test_trackers_receive_what_drives_a_contextual_optimizer(finished):
@@ -424,3 +561,36 @@ def test_the_bar_alone_reads_every_tenth_step(monitored, monkeypatch):
     bar.set_postfix(avr_loss=0.5)
     assert bar.shown == {"avr_loss": 0.5}
     assert len(readings) == 2
+
+
+@pytest.mark.parametrize(
+    ("logged", "names"),
+    [
+        ({"lr/textencoder": 1e-4, "lr/unet": 2e-4, "lr/group1": 2e-4}, ["textencoder", "unet"]),
+        ({"lr/unet": 1e-4, "lr/d*lr/unet": 1.0, "lr/unet plus": 2e-4}, ["unet", "unet plus"]),
+        # Two groups of one name leave one value of two.
+        ({"lr/unet": 1e-4, "lr/textencoder": 2e-4}, ["group0", "group1"]),
+        ({"lr/unet": 1e-4}, ["group0", "group1"]),
+        ({"lr/unet": 3e-4, "lr/unet plus": 4e-4}, ["group0", "group1"]),
+    ],
+    ids=str,
+)
+def test_groups_have_the_names_under_which_the_host_logs_their_rates(logged, names):
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": lr} for lr in (1e-4, 2e-4)]
+    monitor, tracker = Monitor([Automagic_CameAMP(groups)]), Tracker()
+    monitor.add_to_tracker(tracker)
+    tracker.log(logged)
+    (values,) = tracker.logged
+    assert [name.split("/")[1] for name in values if name.startswith("effective_lr") and "mean" in name] == names
+
+
+def test_with_a_tracker_the_bar_shows_the_step_that_it_logs(monitored):
+    monitor, readings = monitored
+    bar_class = type("HostBar", (Bar,), {})
+    monitor.add_to_progress_bars(bar_class)
+    monitor.add_to_tracker(Tracker())
+    bar = bar_class()
+    for number in range(3):
+        monitor.step_ends()
+        bar.set_postfix(avr_loss=0.5)
+        assert len(readings) == number + 1

@@ -16,13 +16,14 @@ from documents import ROOT
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim
 from library.cameamp.command_line import UserError
+from library.cameamp.sd_scripts.resuming import Resume
 from library.cameamp.sd_scripts.settings import resolve
 from library.cameamp.step import measure
 from library.cameamp.storage.blockwise import Blockwise
 from train_network_patch import main
 
 QUOTING = ("docs/troubleshooting.md", "docs/migration.md", "docs/techniques/allora.md")
-_IS_MESSAGE = re.compile(r"^(error|\w+Error|checkpoint|parameter group \d+|states of|\d+ of|none of)\b")
+_IS_MESSAGE = re.compile(r"^(error|\w+Error|checkpoint|--resume|parameter group \d+|states of|\d+ of|none of)\b")
 
 
 def quoted():
@@ -97,13 +98,30 @@ def from_checkpoints():
     return found
 
 
-def from_the_host(monkeypatch):
+def from_a_resume(folder):
+    """What the plugin says of a state that does not fit; the warning of another rate goes to the log."""
+    saved, built = stepped(Automagic_CameAMP), stepped(Automagic_CameAMP, lr=3e-6)
+    accelerator = Namespace(_optimizers=[built], _schedulers=[])
+    state = folder / "state"
+    state.mkdir()
+    (state / "optimizer.bin").touch()
+    load_state = Resume([built]).loading(accelerator, lambda _: built.load_state_dict(saved.state_dict()))
+    load_state(state)
+    found = error_of(lambda: Resume([saved, built]).loading(accelerator, load_state)(state))
+    return {line.replace(str(state), "FOLDER") for line in found}
+
+
+def from_the_host(monkeypatch, folder):
     options = {"optimizer_type": "Automagic_CameAMP", "optimizer_args": None, "learning_rate": 1e-6}
     found = set()
-    for changed in ({"deepspeed": True}, {"fused_backward_pass": True}, {"lr_scheduler": "adafactor"}):
+    for changed in (
+        {"deepspeed": True}, {"fused_backward_pass": True}, {"lr_scheduler": "adafactor"}, {"unet_lr": 1.0},
+        {"optimizer_type": "Automagic-CameAMP8bit"},
+    ):  # fmt: skip
         with pytest.raises(UserError) as caught:
             resolve(Namespace(**{"lr_scheduler": "constant", **options, **changed}))
         found.add(f"error: {caught.value}")
+    found |= from_a_resume(folder)
     sharded = torch.nn.Parameter(torch.ones(8, 8))
     sharded.device_mesh = None
     found |= error_of(lambda: measure.check_whole([sharded]))
@@ -154,7 +172,7 @@ def test_every_quoted_message_is_said(tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.setattr("library.cameamp_demo.trainer._HELD_OUT_REPEATS", 1)
     monkeypatch.setattr("library.cameamp_demo.pictures._SAMPLING_STEPS", 1)
     AcceleratorState._reset_state(reset_partial_state=True)
-    said = from_command_lines(tmp_path, capsys) | from_checkpoints() | from_the_host(monkeypatch)
+    said = from_command_lines(tmp_path, capsys) | from_checkpoints() | from_the_host(monkeypatch, tmp_path)
     said |= from_the_log(monkeypatch, caplog)
     assert len(quoted()) > 20
     assert [message for message in quoted() if message not in said] == []

@@ -77,6 +77,13 @@ def test_tables_and_types_of_toml(tmp_path):
         ("learning_rate = 1.0\n", ["lr", "1.0", "max_lr"]),
         ('optimizer_type = "AdamW"\n[optimizer_config]\neta = 1.0\n', ["optimizer_config", "AdamW"]),
         ("seed = \n", ["run.toml", "line 1", "seed"]),
+        ("eta = 1.0\n", ["run.toml", "'eta' does nothing outside of the table [optimizer_config]"]),
+        (
+            "[optimizer_config]\neta = 1.0\nseed = 1\n",
+            ["run.toml", "'seed' is an option of the trainer; write it above"],
+        ),
+        ("seed = 1\n[b]\nseed = 2\n", ["run.toml", "'seed' stands in the file's beginning and in [b]; keep one"]),
+        ("optimizer_args = ['eta=1']\n[optimizer_config]\neta = 2.0\n", ["'eta' stands in [optimizer_config] and in"]),
     ],
 )
 def test_mistakes(tmp_path, text, words):
@@ -91,6 +98,7 @@ def test_mistakes(tmp_path, text, words):
     ("arguments", "words"),
     [
         (["--optimizer_args", "eta"], ["eta", "no '='"]),
+        (["--optimizer_args", "eta=1", "eta=2"], ["'eta' stands there twice"]),
         (["--optimizer_args", "etta=1.0"], ["optimizer_args", "etta", "'eta'"]),
         (["--optimizer_args", "lr=1e-4"], ["optimizer_args", "'lr'"]),
         (["--optimizer_args", "betas={[]:1}"], ["optimizer_args", "'betas'", "literal"]),

@@ -25,10 +25,12 @@ from sd_scripts.runs import (
     SD15,
     SD_SCRIPTS,
     TINY,
+    TINY_SDXL,
     needs_sd15,
     ours,
     run,
     sd15_arguments,
+    sdxl,
     skip_without_sd_scripts,
     start,
 )
@@ -37,6 +39,7 @@ import library
 from library.automagic_cameamp import OptimizerConfig
 from library.cameamp.command_line import OWN_OPTIMIZERS
 from library.cameamp.config import OPTION_NAMES
+from library.cameamp.sd_scripts.rates import RATES
 
 skip_without_sd_scripts()
 
@@ -78,15 +81,28 @@ def test_every_script_resolves_our_optimizers(train_util, script, tmp_path, monk
     assert not {action.dest for action in parser._actions} & set(OPTION_NAMES), "an option of ours is one of theirs"
     file = tmp_path / "run.toml"
     file.write_text('optimizer_type = "automagic_CAMEAMP"\n[optimizer_config]\nwarmup_steps = 7\n', "utf-8")
-    argv = ["--config_file", str(file), "--learning_rate", "1e-4", "--optimizer_args", "lr_bump=1e-5"]
+    argv = ["--config_file", str(file), "--learning_rate", "1e-4"]
+    argv += ["--optimizer_args", "lr_bump=1e-5", "betas=0.7,0.99,0.999"]
     monkeypatch.setattr(sys, "argv", [script, *argv])
     args = train_util.read_config_from_file(parser.parse_args(argv), parser)
     p = torch.nn.Parameter(torch.zeros(2, 2))
     name, options, optimizer = train_util.get_optimizer(args, trainable_params=[{"params": [p], "lr": 2e-4}])
     assert name == "library.automagic_cameamp.Automagic_CameAMP"
     full = script in FULL_SCRIPTS
-    assert options == "warmup_steps=7,lr_bump=1e-05" + (",full_finetune=True" if full else "")
-    assert optimizer.config == OptimizerConfig(lr=1e-4, warmup_steps=7, lr_bump=1e-5, full_finetune=full)
+    own = "warmup_steps=7,lr_bump=1e-05,betas=(0.7, 0.99, 0.999)"
+    assert options == own + (",full_finetune=True" if full else "")
+    betas = (0.7, 0.99, 0.999)
+    assert optimizer.config == OptimizerConfig(lr=1e-4, warmup_steps=7, lr_bump=1e-5, betas=betas, full_finetune=full)
+
+
+@pytest.mark.parametrize(
+    "script", NETWORK_SCRIPTS + FULL_SCRIPTS + ["anima_train", "train_db", "sdxl_train_control_net"]
+)
+def test_every_learning_rate_of_a_script_is_held_against_the_bounds(train_util, script):
+    names = {action.dest for action in importlib.import_module(script).setup_parser()._actions}
+    rates = {name for name in names if re.search(r"(^|_)lr(_|$)|learning_rate", name)}
+    no_rates = {name for name in rates if re.match(r"lr_(scheduler|warmup|decay)", name)}
+    assert rates - no_rates <= set(RATES)
 
 
 @pytest.mark.parametrize("script", NETWORK_SCRIPTS + FULL_SCRIPTS)
@@ -229,9 +245,9 @@ def test_every_scripts_own_logging_shows_our_values(train_util, script, tmp_path
         accelerator.log(logs, step=1)
     accelerator.end_training()
     scalars = read_scalars(tmp_path)
-    ours_there = {"effective_lr/group0/mean", "effective_lr/group0/smallest", "effective_lr/group0/largest"}
+    ours_there = {"effective_lr/unet/mean", "effective_lr/unet/smallest", "effective_lr/unet/largest"}
     assert ours_there | {"context/multiplier", "context/consistency", "context/edge_cases"} <= set(scalars)
-    assert scalars["effective_lr/group0/mean"][0][1] == pytest.approx(1e-6, rel=0.1)
+    assert scalars["effective_lr/unet/mean"][0][1] == pytest.approx(1e-6, rel=0.1)
     (history,) = [optimizer.optimizer.c_optim.loss_history]
     assert history == pytest.approx([loss.item()])
 
@@ -281,6 +297,76 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(name, tm
                 assert same, (text, warmup, key, entry)
 
 
+def test_several_optimizers_resume_bit_for_bit(tmp_path, common):
+    """sd-scripts loads a state when it has prepared the first of them; the plugin loads the others."""
+    name = OWN_OPTIMIZERS[-1]
+    schedule = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "7"]
+    folder = tmp_path / "half" / "a-state"
+    resume = ["--resume", str(folder), "--first_batch", "4"]
+    for kind, steps, more in (("straight", 8, []), ("half", 4, []), ("resumed", 4, resume)):
+        run("--train_script", TINY_SDXL, *sdxl(common, tmp_path / kind, *schedule, *more, name=name, steps=steps))
+    straight, resumed = (load_file(str(tmp_path / kind / "a.safetensors")) for kind in ("straight", "resumed"))
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+    for file in ("optimizer.bin", "optimizer_1.bin", "optimizer_2.bin"):
+        states = [torch.load(tmp_path / kind / "a-state" / file, weights_only=True) for kind in ("straight", "resumed")]
+        assert {state["step"] for state in states[1]["state"].values()} == {8}, file
+        for key, state in states[0]["state"].items():
+            for entry, value in state.items():
+                other = states[1]["state"][key][entry]
+                assert torch.equal(value, other) if torch.is_tensor(value) else value == other, (file, key, entry)
+        assert states[0]["param_groups"][0]["lr"] == states[1]["param_groups"][0]["lr"] == 1e-4
+
+    # What does not belong together ends the run before it trains.
+    done = run("--train_script", TINY_SDXL, *sdxl(common, tmp_path / "b", *resume, groups=2), code=2)
+    assert f"error: --resume {folder}: has also optimizer_2.bin" in done.stderr
+    foreign = torch.load(folder / "optimizer_1.bin", weights_only=True)
+    torch.save(foreign, folder / "optimizer_2.bin")
+    done = run("--train_script", TINY_SDXL, *sdxl(common, tmp_path / "b", *resume), code=2)
+    assert f"error: --resume {folder / 'optimizer_2.bin'}: parameter" in done.stderr
+    (folder / "optimizer_2.bin").unlink()
+    done = run("--train_script", TINY_SDXL, *sdxl(common, tmp_path / "b", *resume), code=2)
+    assert f"error: --resume {folder}: has no optimizer_2.bin" in done.stderr
+    assert not (tmp_path / "b" / "a.safetensors").exists()
+
+
+def states_of(folder):
+    saved = torch.load(folder / "a-state" / "optimizer.bin", weights_only=True)
+    return saved["param_groups"], {state["step"] for state in saved["state"].values()}
+
+
+def test_a_resumed_run_takes_the_new_rate_if_it_is_told_to(tmp_path, common):
+    schedule = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "20", "--save_state"]
+    run("--train_script", TINY, *common, *ours(tmp_path / "half", "Automagic_CameAMP", 4, *schedule))
+    more = [*schedule, "--resume", tmp_path / "half" / "a-state", "--skip_until_initial_step"]
+    new = ["--learning_rate", "2e-4", "--unet_lr", "4e-4"]
+    told = {}
+    for kind, option in (("old", []), ("new", ["--new_learning_rate_on_resume"])):
+        words = [*option, *common, *ours(tmp_path / kind, "Automagic_CameAMP", 8, *more, *new)]
+        told[kind] = "the state's learning rate, 0.0001, and not at" in run("--train_script", TINY, *words).log
+    assert told == {"old": True, "new": False}
+    for kind, rates in (("old", [1e-4, 1e-4]), ("new", [2e-4, 4e-4])):
+        groups, steps = states_of(tmp_path / kind)
+        assert steps == {8}
+        assert [group["initial_lr"] for group in groups] == rates
+        assert [group["lr"] for group in groups] == pytest.approx([rate * 8 / 20 for rate in rates])
+
+
+def test_what_is_said_of_skipped_steps_is_so(tmp_path, common):
+    """The host counts them once for each accumulated batch; with what the warning says instead it trains the rest."""
+    options = ["--gradient_accumulation_steps", "2", "--save_state"]
+    resume = [*options, "--resume", str(tmp_path / "half" / "a-state")]
+    instead = ["--initial_step", "0"]
+    done = many(tmp_path, common, [
+        ours(tmp_path / "half", "Automagic_CameAMP", 4, *options),
+        ours(tmp_path / "skipped", "Automagic_CameAMP", 8, *resume, "--skip_until_initial_step"),
+        ours(tmp_path / "right", "Automagic_CameAMP", 4, *resume, *instead),
+    ])  # fmt: skip
+    assert done.log.count("count 2 times the steps already made") == 1
+    assert states_of(tmp_path / "half")[1] == {4}
+    assert max(states_of(tmp_path / "skipped")[1]) < 8
+    assert states_of(tmp_path / "right")[1] == {8}
+
+
 def test_the_hosts_options_work(tmp_path, common):
     """Each run is one process' worth of the host's loop; what is asserted is what the run left behind."""
     runs = {
@@ -298,7 +384,11 @@ def test_the_hosts_options_work(tmp_path, common):
         saved = torch.load(tmp_path / key / "a-state" / "optimizer.bin", weights_only=True)
         assert {state["step"] for state in saved["state"].values()} == {3}, key
         scalars = read_scalars(tmp_path / key / "logs")
-        assert len(scalars["effective_lr/group0/mean"]) >= 3
+        shown = {name.split("/")[1] for name in scalars if name.startswith("effective_lr/")}
+        text, unet = {"textencoder"}, {"unet"}
+        plus = {f"{name} plus" for name in text | unet}
+        assert shown == {"norms": unet, "text": text, "loraplus": text | unet | plus}.get(key, text | unet), key
+        assert all(len(scalars[f"effective_lr/{name}/mean"]) >= 3 for name in shown)
         groups = saved["param_groups"]
         rates = {round(group["initial_lr"], 8) for group in groups}
         if key == "loraplus":
@@ -338,10 +428,12 @@ def test_an_unpatched_host_takes_the_copied_files(tmp_path, common):
                  ROOT / "library" / "cameamp"]:  # fmt: skip
         (host / "library" / item.name).symlink_to(item)
     (host / "tiny_network.py").write_text(Path(TINY).read_text("utf-8"), "utf-8")
-    words = ours(tmp_path / "o", "library.automagic_cameamp.Automagic_CameAMP", 2, options=["warmup_steps=2"])
+    # Several numbers without brackets and blanks are several numbers to the host too.
+    options = ["warmup_steps=2", "betas=0.7,0.99,0.999"]
+    words = ours(tmp_path / "o", "library.automagic_cameamp.Automagic_CameAMP", 2, options=options)
     start("tiny_network.py", *common, *words, folder=host)
     with safe_open(str(tmp_path / "o" / "a.safetensors"), "pt") as file:
-        name = "library.automagic_cameamp.Automagic_CameAMP(warmup_steps=2)"
+        name = "library.automagic_cameamp.Automagic_CameAMP(warmup_steps=2,betas=(0.7, 0.99, 0.999))"
         assert file.metadata()["ss_optimizer"] == name
 
 
@@ -375,4 +467,4 @@ def test_all_of_sd15_with_8bit_states(tmp_path):
         "--optimizer_type", "Automagic_CameAMP8bit", "--optimizer_args", "warmup_steps=1",
     )  # fmt: skip
     assert "none of 686 parameters is a LoRA factor" in done.log
-    assert len(read_scalars(tmp_path / "logs")["effective_lr/group0/mean"]) == 2
+    assert len(read_scalars(tmp_path / "logs")["effective_lr/unet/mean"]) == 2

@@ -96,6 +96,10 @@ def test_it_depends_on_what_the_engine_imports(metadata):
     assert {r.name for r in requirements if not r.marker} == set().union(*map(imported, engine))
 
 
+# Folders of scripts that tests start, and that import one another by name.
+STARTED = ("tests/stand_in", "tests/sd_scripts", "tests/trainers")
+
+
 @pytest.mark.parametrize("extra", ["demo", "benchmarks", "dev"])
 def test_the_extras_bring_what_the_demo_the_benchmarks_and_the_tests_import(extra, metadata):
     folders = {"demo": ["library/cameamp_demo"], "benchmarks": ["benchmarks", "library/cameamp_demo"], "dev": ["tests"]}
@@ -103,9 +107,9 @@ def test_the_extras_bring_what_the_demo_the_benchmarks_and_the_tests_import(extr
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
     brought = {r.name for r in requirements if not r.marker or r.marker.evaluate({"extra": extra})}
     modules = {{"scikit-learn": "sklearn", "pillow": "PIL"}.get(name, name.replace("-", "_")) for name in brought}
-    beside = {path.stem for folder in ("tests", "tests/stand_in", ".") for path in (ROOT / folder).iterdir()}
-    # Only sd-scripts' environment has `train_network`; packaging comes with pytest.
-    missing = needed - modules - beside - {"library", "train_network", "packaging"}
+    beside = {path.stem for folder in (".", "tests", *STARTED) for path in (ROOT / folder).iterdir()}
+    # Only a trainer's environment has its scripts; packaging comes with pytest.
+    missing = needed - modules - beside - {"library", "train_network", "sdxl_train", "musubi_tuner", "packaging"}
     assert not missing
 
 

@@ -115,7 +115,7 @@ def test_the_plugin_as_a_module_with_workers_that_are_spawned(folder, site, tmp_
     assert "workers were spawned" in done.stdout
     assert logged_optimizer(tmp_path) == "automagic_cameamp.Automagic_CameAMP_COptim(warmup_steps=2)"
     scalars = read_scalars(tmp_path / "logs")
-    assert {"effective_lr/group0/mean", "context/multiplier"} <= set(scalars)
+    assert {"effective_lr/unet/mean", "context/multiplier"} <= set(scalars)
 
 
 NETWORK = ("--network_module", "networks.lora", "--network_dim", "4", "--network_train_unet_only")

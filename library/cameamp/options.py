@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Collection, Iterable
 from typing import Any
 
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """The words `, did you mean 'x'?` for the known name nearest to `name`, or nothing if none is near."""
@@ -15,10 +17,11 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def check_names(options: Iterable[str], known: Collection[str]) -> None:
-    """Raise TypeError for the first option that does not exist, naming the nearest one and all that do."""
+    """Raise TypeError for the first option that does not exist, with the nearest one, or all if none is near."""
     for name in options:
         if name not in known:
-            raise TypeError(f"unknown option '{name}'{nearest_name(name, known)} Known options: {', '.join(known)}.")
+            nearest = nearest_name(name, known) or f". Known options: {', '.join(known)}."
+            raise TypeError(f"unknown option '{name}'{nearest}")
 
 
 def check_group_names(group: Iterable[str], known: Collection[str]) -> None:
@@ -37,14 +40,23 @@ def check_group_names(group: Iterable[str], known: Collection[str]) -> None:
 def parse_optimizer_args(words: Iterable[str]) -> dict[str, Any]:
     """Read sd-scripts' `--optimizer_args key=value ...`: Python literals, as the host itself reads them.
 
+    A value of several numbers needs no brackets, and then no blanks, at which some programs split the words.
+
     Raises:
-        ValueError: a word without `=`, or a value that is not a Python literal.
+        ValueError: a word without `=`, a value that is not a Python literal, or a name that comes twice.
     """
     options: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"optimizer_args: '{word}' has no '='; options are written key=value")
+        if name in options:
+            raise ValueError(f"optimizer_args: '{name}' stands there twice; keep one")
+        if text[:1] in _CLOSING and _CLOSING[text[:1]] not in text:
+            raise ValueError(
+                f"optimizer_args: the value of '{name}' is {text!r}, cut off at a blank; "
+                "write it without brackets and blanks, such as betas=0.8,0.99,0.999"
+            )
         try:
             options[name] = ast.literal_eval(text)
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):

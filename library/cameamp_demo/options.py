@@ -15,8 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cameamp.command_line import OWN_OPTIMIZERS, UserError, config_path, flattened, optimizer_name, read_toml
-from ..cameamp.config import OptimizerConfig
+from ..cameamp.command_line import (
+    OWN_OPTIMIZERS,
+    UserError,
+    config_path,
+    flattened,
+    optimizer_name,
+    read_toml,
+    refuse_keys_of_the_trainer,
+    refuse_repeated_keys,
+)
+from ..cameamp.config import OPTION_NAMES, OptimizerConfig
 from ..cameamp.options import nearest_name, parse_optimizer_args
 from .files import find_folder
 
@@ -115,6 +124,8 @@ def parse(arguments: Sequence[str]) -> Run:
     if path is not None:
         path = config_path(path)
         document = read_toml(path)
+        refuse_keys_of_the_trainer(document.get("optimizer_config"), _FIELDS, path)
+        refuse_repeated_keys(document, path)
         table = document.pop("optimizer_config", {})
         from_file = flattened(document)
         from_file.pop("embedded", None)
@@ -157,6 +168,8 @@ def _about_unknown(words: Sequence[str]) -> str:
 
 
 def _check_file_option(path: str, name: str, value: Any) -> None:
+    if name in OPTION_NAMES:
+        raise UserError(f"{path}: '{name}' does nothing outside of the table [optimizer_config]")
     if name not in _FIELDS:
         raise UserError(f"{path}: unknown key '{name}'{nearest_name(name, _FIELDS)}")
     default: Any = _FIELDS[name].default

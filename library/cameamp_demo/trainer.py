@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import shutil
 import signal
 import tempfile
@@ -31,6 +32,8 @@ from .model import TIMESTEPS, load_base
 from .network import LoRANetwork
 from .options import Run
 from .pictures import History, sample_digits, save_course, save_samples
+
+logger = logging.getLogger(__name__)
 
 _HELD_OUT_REPEATS = 4
 _PROGRESS_FILE = "progress.json"
@@ -260,13 +263,21 @@ class Trainer:
             files.check_folder(folder)
             progress = json.loads((folder / _PROGRESS_FILE).read_text(encoding="utf-8"))
             step, history = progress["step"], History(**progress["history"])
+            asked = [entry["initial_lr"] for entry in self.optimizer.param_groups]
             self.accelerator.load_state(str(folder))
+            resumed = [entry["initial_lr"] for entry in self.optimizer.param_groups]
         except Exception as error:  # A damaged file can make the readers raise anything.
             raise UserError(f"cannot resume from {folder}: {_one_line(error)}") from None
         if step >= self.options.max_train_steps:
             raise UserError(
                 f"cannot resume from {folder}: it has {step} steps already, and max_train_steps is "
                 f"{self.options.max_train_steps}"
+            )
+        if resumed != asked:
+            logger.warning(
+                "--resume: the run goes on at the state's learning rate, %g, and not at %g",
+                resumed[0],
+                asked[0],
             )
         self.step, self.history = step, history
 

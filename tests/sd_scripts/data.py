@@ -21,7 +21,8 @@ def make_data(folder: Path) -> list[str]:
     digit = (load_digits().images[0] * 16).clip(0, 255).astype(numpy.uint8)
     Image.fromarray(digit).resize((64, 64)).convert("RGB").save(images / "0.png")
     (images / "0.txt").write_text("a digit", "utf-8")
-    _make_tokenizer(folder / "tokenizers" / "openai_clip-vit-large-patch14")
+    for name in ("openai_clip-vit-large-patch14", "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"):
+        _make_tokenizer(folder / "tokenizers" / name)
     return [
         "--pretrained_model_name_or_path", "none", "--tokenizer_cache_dir", str(folder / "tokenizers"),
         "--train_data_dir", str(folder / "data"), "--resolution", "64,64", "--cache_latents", "--seed", "1",

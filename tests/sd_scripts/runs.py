@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = str(ROOT / "tests" / "sd_scripts" / "tiny_network.py")
+TINY_SDXL = str(ROOT / "tests" / "sd_scripts" / "tiny_sdxl.py")
 
 SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR", "")
 SD15 = os.environ.get("SD15_DIR", "")
@@ -29,12 +30,12 @@ def skip_without_sd_scripts():
         pytest.skip(f"sd-scripts' requirements are not installed: {', '.join(MISSING)}", allow_module_level=True)
 
 
-def start(*command, folder=ROOT, **environment):
-    """Run Python with a command line; it must end well."""
+def start(*command, folder=ROOT, code=0, **environment):
+    """Run Python with a command line; it must end with an exit code."""
     variables = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment}
     words = [sys.executable, *map(str, command)]
     done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     # sd-scripts breaks the lines of its log.
     done.log = re.sub(r"\s+", " ", done.stderr)
     return done
@@ -51,6 +52,16 @@ def ours(output, name="Automagic_CameAMP", steps=4, *more, options=()):
         "--output_dir", str(output), "--optimizer_type", name, "--max_train_steps", str(steps),
         "--learning_rate", "1e-4", "--network_module", "networks.lora",
         *(["--optimizer_args", *options] if options else []), *more,
+    ]  # fmt: skip
+
+
+def sdxl(common, output, *more, name="Automagic_CameAMP_COptim", steps=4, groups=3):
+    """The options of a run of all weights of a tiny SDXL, with several optimizers."""
+    words = common[: common.index("--network_dim")]
+    return [
+        *words, "--output_dir", str(output), "--optimizer_type", name, "--max_train_steps", str(steps),
+        "--learning_rate", "1e-4", "--fused_optimizer_groups", str(groups), "--optimizer_args", "warmup_steps=6",
+        "momentum_scales=(1,2,3)", "--save_state", *more,
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 
 import library.train_util as train_util
 import torch
+from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 
@@ -23,12 +24,14 @@ def train(args):
     accelerator = train_util.prepare_accelerator(args)
     print("loading the model")
     network = Factors()
+    rate = args.learning_rate if args.unet_lr is None else args.unet_lr
     groups = [
-        {"params": network.lora_down.parameters(), "lr": args.learning_rate},
-        {"params": network.lora_up.parameters(), "lr": 2 * args.learning_rate},
+        {"params": network.lora_down.parameters(), "lr": rate},
+        {"params": network.lora_up.parameters(), "lr": 2 * rate},
     ]
     name, options, optimizer = train_util.get_optimizer(args, groups)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    steps = args.max_train_steps * accelerator.num_processes
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=steps)
     loader = torch.utils.data.DataLoader(
         train_util.Numbers(), batch_size=4, num_workers=args.max_data_loader_n_workers,
         multiprocessing_context="spawn" if args.max_data_loader_n_workers else None,
@@ -53,7 +56,10 @@ def train(args):
                 step += 1
                 progress.update()
             progress.set_postfix(avr_loss=loss.item())
-            accelerator.log({"loss": loss.item(), "lr/unet": scheduler.get_last_lr()[0]}, step=step)
+            lrs = scheduler.get_last_lr()
+            # The first group once more under other names, as the host does.
+            logs = {"lr/unet": lrs[0], "lr/unet plus": lrs[1], "lr/textencoder": lrs[0], "lr/group1": lrs[1]}
+            accelerator.log({"loss": loss.item(), **logs}, step=step)
             if step == args.max_train_steps:
                 break
     accelerator.end_training()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..command_line import UserError
+from ..options import nearest_name
 
 # Every checkout has both files, and no other folder is likely to.
 _MARKS = ("library/train_util.py", "train_network.py")
@@ -53,13 +54,14 @@ def find_training_script(sd_scripts: Path, name: str) -> Path:
     """The script of sd-scripts, or of the user, to run.
 
     Raises:
-        UserError: it does not exist; with the scripts that do.
+        UserError: it does not exist; with the nearest name, or with the scripts that do.
     """
     for path in (sd_scripts / name, Path(name)):
         if path.is_file():
             return path.resolve()
-    known = ", ".join(sorted(path.name for path in sd_scripts.glob("*.py") if "train" in path.name))
-    raise UserError(f"--train_script is {name!r}, which {sd_scripts} does not have; it has {known}")
+    known = sorted(path.name for path in sd_scripts.glob("*.py") if "train" in path.name)
+    nearest = nearest_name(name, known) or f"; it has {', '.join(known)}"
+    raise UserError(f"--train_script is {name!r}, which {sd_scripts} does not have{nearest}")
 
 
 def _what_is_wrong(place: Path) -> str:

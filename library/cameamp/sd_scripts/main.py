@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a training script of sd-scripts as if it had been started directly, with these optimizers known to it.
 
     Args:
-        arguments: the plugin's options (`--sd_scripts`, `--train_script`, `--print_optimizer_config`) and the script's.
+        arguments: the plugin's options (those of `_parser`) and the script's.
 
     Returns:
         0. A script that exits by itself raises SystemExit.
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         ) from error
     from .plugin import Plugin
 
-    Plugin(print_config=own.print_optimizer_config).install(train_util)
+    Plugin(own.print_optimizer_config, own.new_learning_rate_on_resume).install(train_util)
     # The script reads them with argparse, and spawned workers inherit them.
     sys.argv = [str(script), *theirs]
     runpy.run_path(str(script), run_name="__main__")
@@ -52,4 +52,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sd_scripts", metavar="DIR")
     parser.add_argument("--train_script", default="train_network.py")
     parser.add_argument("--print_optimizer_config", action="store_true")
+    parser.add_argument("--new_learning_rate_on_resume", action="store_true")
     return parser

@@ -18,10 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import report_loss
-from ..command_line import OWN_OPTIMIZERS, UserError, config_path, read_toml
+from ..command_line import OWN_OPTIMIZERS, UserError, config_path, optimizer_name, read_toml
 from ..optimizer import CameAMP
+from .document import check_places
 from .monitor import Monitor
-from .settings import as_toml, refuse_what_the_host_drops, resolve
+from .resuming import Resume
+from .schedule import PlannedEnd
+from .settings import as_toml, resolve, warn_of_miscounted_steps
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +34,12 @@ class Plugin:
 
     Args:
         print_config: print the resolved configuration instead of training.
+        new_rate: resume at the learning rate that the options say, not at the state's.
     """
 
-    def __init__(self, print_config: bool = False) -> None:
+    def __init__(self, print_config: bool = False, new_rate: bool = False) -> None:
         self._print_config = print_config
+        self._new_rate = new_rate
         self._optimizers: list[CameAMP] = []
         self._names: dict[Tensor, str] = {}
         self._monitor = Monitor(self._optimizers)
@@ -59,27 +64,40 @@ class Plugin:
             document = read_toml(path, marked=False) if path and not writes else {}
             args = original(args, parser)
             table = document.get("optimizer_config")
+            if path and optimizer_name(args.optimizer_type or "") is not None:
+                check_places(document, {action.dest for action in parser._actions}, path)
             config = resolve(args, table, path or "the command line")
-            if config is not None and path:
-                refuse_what_the_host_drops(document, {action.dest for action in parser._actions}, path)
-            if config is None and table:
-                logger.warning("%s: [optimizer_config] is not for %s, and is ignored", path, args.optimizer_type)
+            if config is None:
+                self._serve_another(args, path, table)
+                return args
+            warn_of_miscounted_steps(args)
             if self._print_config:
-                if config is None:
-                    raise UserError(
-                        f"--print_optimizer_config is for {', '.join(OWN_OPTIMIZERS)}; the optimizer is "
-                        f"{args.optimizer_type or 'AdamW'}"
-                    )
-                print(as_toml(config))
+                print(as_toml(config, args.learning_rate))
                 raise SystemExit(0)
             return args
 
         return read_config_from_file
 
+    def _serve_another(self, args: argparse.Namespace, path: str | None, table: Any) -> None:
+        """Let another optimizer train, but not with options that are for this family alone."""
+        name = args.optimizer_type or "AdamW"
+        for option, is_set in (
+            ("print_optimizer_config", self._print_config),
+            ("new_learning_rate_on_resume", self._new_rate),
+        ):
+            if is_set:
+                raise UserError(f"--{option} is for {', '.join(OWN_OPTIMIZERS)}; the optimizer is {name}")
+        if table:
+            logger.warning("%s: [optimizer_config] is not for %s, and is ignored", path, name)
+
     def _getting_optimizer(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_optimizer(args: argparse.Namespace, trainable_params: Any) -> Any:
-            if resolve(args) is None:
+            config = resolve(args)
+            if config is None:
                 return original(args, trainable_params)
+            if args.learning_rate == 0:  # It is for what has no rate of its own, and none for a whole optimizer.
+                trainable_params = [{"lr": 0.0, **group} for group in trainable_params]
+                args = argparse.Namespace(**{**vars(args), "learning_rate": config.lr})
             try:
                 name, options, optimizer = original(args, trainable_params)
             except (TypeError, ValueError) as error:
@@ -96,17 +114,21 @@ class Plugin:
             accelerator = original(args)
             self._optimizers.clear()
             self._names.clear()
-            accelerator.prepare = self._preparing(accelerator.prepare)
+            self._monitor.restart()
+            resume = Resume(self._optimizers, self._new_rate)
+            accelerator.load_state = resume.loading(accelerator, accelerator.load_state)
+            accelerator.prepare = self._preparing(accelerator, accelerator.prepare, resume)
             if accelerator.distributed_type == DistributedType.MULTI_CPU:
                 accelerator.prepare_model = _leaving_frozen_models(accelerator.prepare_model)
-            accelerator.backward = self._going_backward(accelerator, accelerator.backward)
+            planned_end = PlannedEnd(self._optimizers, args, accelerator)
+            accelerator.backward = self._going_backward(accelerator, accelerator.backward, planned_end)
             accelerator.init_trackers = self._starting_trackers(accelerator, accelerator.init_trackers)
             return accelerator
 
         return prepare_accelerator
 
-    def _preparing(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        """Give the optimizers the names of the parameters of every model that passes through accelerate."""
+    def _preparing(self, accelerator: Any, prepare: Callable[..., Any], resume: Resume) -> Callable[..., Any]:
+        """Give the optimizers the names of the parameters of every model, and load what is prepared after a resume."""
 
         @wraps(prepare)
         def prepare_and_name(*objects: Any, **options: Any) -> Any:
@@ -115,11 +137,15 @@ class Plugin:
                 self._names.update((p, name) for name, p in model.named_parameters())
             for optimizer in self._optimizers if models else ():
                 optimizer.set_parameter_names(self._names)
-            return prepare(*objects, **options)
+            prepared = prepare(*objects, **options)
+            resume.load_what_is_new(accelerator)
+            return prepared
 
         return prepare_and_name
 
-    def _going_backward(self, accelerator: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
+    def _going_backward(
+        self, accelerator: Any, backward: Callable[..., Any], planned_end: PlannedEnd
+    ) -> Callable[..., Any]:
         """Report the loss before the backward pass, during which some optimizers already step."""
 
         @wraps(backward)
@@ -127,6 +153,7 @@ class Plugin:
             for optimizer in self._optimizers:
                 report_loss(optimizer, loss)
             if accelerator.sync_gradients:
+                planned_end.step_begins()
                 self._monitor.step_ends()
             return backward(loss, **options)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Mapping
-from difflib import get_close_matches
+import logging
 from typing import Any
 
 from .. import PUBLIC_MODULE
-from ..command_line import UserError, flattened, optimizer_name
-from ..config import OPTION_NAMES, OptimizerConfig
+from ..command_line import UserError, misspelt_name, optimizer_name
+from ..config import OptimizerConfig
 from ..options import parse_optimizer_args
+from .rates import check_rates, starting_rate
+
+logger = logging.getLogger(__name__)
 
 
 def resolve(args: argparse.Namespace, table: Any = None, source: str = "the command line") -> OptimizerConfig | None:
@@ -33,6 +35,9 @@ def resolve(args: argparse.Namespace, table: Any = None, source: str = "the comm
     """
     name = optimizer_name(args.optimizer_type or "")
     if name is None:
+        meant = misspelt_name(args.optimizer_type or "")
+        if meant is not None:
+            raise UserError(f"--optimizer_type is {args.optimizer_type!r}, did you mean {meant!r}?")
         return None
     _refuse_what_does_not_fit(args, name)
     table = table or {}
@@ -45,42 +50,49 @@ def resolve(args: argparse.Namespace, table: Any = None, source: str = "the comm
         arguments = parse_optimizer_args(words)
         if _is_full_finetuning(args) and "full_finetune" not in table:
             arguments.setdefault("full_finetune", True)
-        config = OptimizerConfig.from_toml(table, source, arguments, lr=args.learning_rate)
+        lowest = {**table, **arguments}.get("min_lr", OptimizerConfig.min_lr)
+        config = OptimizerConfig.from_toml(table, source, arguments, lr=starting_rate(args, lowest))
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
+    check_rates(args, config)
     args.optimizer_type = f"{PUBLIC_MODULE}.{name}"
     args.optimizer_args = [f"{key}={value!r}" for key, value in {**table, **arguments}.items()]
     return config
 
 
-def refuse_what_the_host_drops(document: Mapping[str, Any], known: Collection[str], source: str) -> None:
-    """Refuse options of the optimizer in places from which sd-scripts reads them and never uses them.
+def warn_of_miscounted_steps(args: argparse.Namespace) -> None:
+    """Warn if sd-scripts will count the steps that it skips once for every accumulated batch, as version 0.10.1 does.
 
     Args:
-        document: the TOML file.
-        known: sd-scripts' own options.
-        source: the TOML file's path.
-
-    Raises:
-        UserError: with the first such key or table.
+        args: sd-scripts' options, complete.
     """
-    for name, value in document.items():
-        misnamed = name == "optimizer_args" or get_close_matches(name, ["optimizer_config"], cutoff=0.8)
-        if isinstance(value, dict) and name != "optimizer_config" and misnamed:
-            raise UserError(f"{source}: [{name}] does nothing; the optimizer's options stand in [optimizer_config]")
-    for key in flattened(document):
-        if key in OPTION_NAMES and key not in known:
-            raise UserError(f"{source}: '{key}' does nothing outside of the table [optimizer_config]")
+    # Only the scripts that train a network have all of these options.
+    given = vars(args)
+    batches = given.get("gradient_accumulation_steps") or 1
+    begins_later = any(given.get(name) for name in ("resume", "initial_step", "initial_epoch"))
+    if batches > 1 and given.get("skip_until_initial_step") and begins_later:
+        logger.warning(
+            "--skip_until_initial_step with --gradient_accumulation_steps %d makes sd-scripts count %d times the steps "
+            "already made, and train too little or nothing; instead of it write --initial_step 0 and the number of "
+            "steps still to make as --max_train_steps",
+            batches,
+            batches,
+        )
 
 
-def as_toml(config: OptimizerConfig) -> str:
-    """The configuration as TOML from which it would be read."""
+def as_toml(config: OptimizerConfig, learning_rate: float) -> str:
+    """The configuration as TOML from which it would be read.
+
+    Args:
+        config: the configuration.
+        learning_rate: sd-scripts' own option.
+    """
     import toml
 
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in config.as_dict().items()}
-    lr = options.pop("lr")
+    del options["lr"]
     table: str = toml.dumps({"optimizer_config": options})
-    return f"learning_rate = {lr!r}  # of groups without their own\n\n{table}"
+    return f"learning_rate = {learning_rate!r}  # of groups without their own\n\n{table}"
 
 
 def _is_full_finetuning(args: argparse.Namespace) -> bool:

@@ -17,10 +17,15 @@ def setup_parser():
         "config_file", "optimizer_type", "logging_dir", "resume", "output_dir", "huggingface_token", "wandb_api_key",
     ):  # fmt: skip
         parser.add_argument(f"--{name}")
-    for name in ("deepspeed", "fused_backward_pass"):
+    for name in ("deepspeed", "fused_backward_pass", "skip_until_initial_step"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--optimizer_args", nargs="*")
     parser.add_argument("--learning_rate", type=float, default=2e-6)
+    for name in ("unet_lr", "learning_rate_te1"):
+        parser.add_argument(f"--{name}", type=float)
+    parser.add_argument("--text_encoder_lr", type=float, nargs="*")
+    parser.add_argument("--block_lr")
+    parser.add_argument("--initial_step", type=int)
     parser.add_argument("--lr_scheduler", default="constant")
     parser.add_argument("--max_train_steps", type=int, default=4)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
