@@ -206,6 +206,7 @@ def test_lora_is_recognized_by_the_networks_own_names(train_util, module, block,
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert parameters
     assert set(map(id, parameters)) <= set(map(id, optimizer._parameters.names))
+    optimizer._parameters.locate([group["params"] for group in optimizer.param_groups])
     factors = optimizer._parameters.factors
     matrices = [p for p in parameters if p.ndim >= 2]
     assert factors == (set(matrices) if is_lora else set())
