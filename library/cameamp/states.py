@@ -160,11 +160,11 @@ def momentum(period: int) -> State:
 
 def momentum_name(period: int) -> str:
     """The name of the momentum that is updated at every `period`-th step."""
-    return f"{MOMENTUM_PREFIX}scale_{period}"
+    return f"{MOMENTUM_PREFIX}{period}"
 
 
-# All keys that belong to multi-scale momenta begin with this.
-MOMENTUM_PREFIX = "momentum_"
+# The names of multi-scale momenta begin with this.
+MOMENTUM_PREFIX = "momentum_scale_"
 
 # For readers of a checkpoint; `state_dict` computes them from the rest, and loading ignores them.
 DERIVED = {
