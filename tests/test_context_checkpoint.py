@@ -96,6 +96,16 @@ def test_resuming_through_accelerate(tmp_path):
     assert_same(second.run(9).everything(), Training().run(15).everything())
 
 
+def run(model, optimizer, numbers):
+    """Take the steps of these numbers, on gradients and a loss that follow from them."""
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.report_loss(float(number % 3))
+        optimizer.step()
+
+
 def test_distributed_checkpoint_functions():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -103,14 +113,6 @@ def test_distributed_checkpoint_functions():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
         return model, Automagic_CameAMP_COptim(model.parameters(), lr=1e-4, warmup_steps=8)
-
-    def run(model, optimizer, numbers):
-        for number in numbers:
-            generator = torch.Generator().manual_seed(number)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=generator)
-            optimizer.report_loss(float(number % 3))
-            optimizer.step()
 
     straight, first, second = training(), training(), training()
     run(*straight, range(12))
@@ -242,13 +244,6 @@ def test_every_phase_through_a_distributed_checkpoint(optimizer_class, taken, fl
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
         return model, optimizer_class(model.parameters(), lr=1e-4, warmup_steps=5)
-
-    def run(model, optimizer, numbers):
-        for number in numbers:
-            generator = torch.Generator().manual_seed(number)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=generator)
-            optimizer.step()
 
     first, second = training(), training()
     run(*first, range(taken))

@@ -155,8 +155,7 @@ class Context:
     def groups_changed(self, groups: Sequence[Group]) -> None:
         self._sampler = None
         if groups:
-            largest = max(group.initial_lr for group in groups)
-            self.module.set_bounds(largest, max(group.config.max_lr for group in groups))
+            self._set_bounds(groups)
 
     def watch_every(self, groups: Sequence[Group]) -> int:
         return self._sampler_of(groups).every
@@ -178,8 +177,7 @@ class Context:
         device = gradient.device
         unusable = torch.stack([count.to(device) for group in measured for count in group.unusable]).sum()
         loss = torch.stack([as_scalar(reported, device) for reported in losses]).mean() if losses else None
-        largest = max(group.initial_lr for group in groups)
-        self.module.set_bounds(largest, max(group.config.max_lr for group in groups))
+        self._set_bounds(groups)
         return self.module.update_context(gradient, loss, max(float(group.entry["lr"]) for group in groups), unusable)
 
     def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
@@ -209,6 +207,10 @@ class Context:
         if has_momenta:  # torch.distributed.checkpoint's flat layout drops the context; or its group was dropped.
             return "it has momenta but no context: multiplier and histories start fresh"
         return "it is of an optimizer without context: multiplier, histories and momenta start fresh"
+
+    def _set_bounds(self, groups: Sequence[Group]) -> None:
+        largest = max(group.initial_lr for group in groups)
+        self.module.set_bounds(largest, max(group.config.max_lr for group in groups))
 
     def _sampler_of(self, groups: Sequence[Group]) -> Sampler:
         if self._sampler is None:

@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
     Attributes:
         dtype: its dtype.
-        shape: its shape, for a single parameter; None if a checkpoint may have another, which `as_saved` then checks.
+        shape: its shape, for a single parameter.
         zero: the value of its elements while the state is 0.
     """
 
