@@ -76,6 +76,7 @@ class Stack:
         traits: what they have in common.
         parameter_numbers: their positions in the optimizer.
         rows, columns: their shape as matrices: the first dimension, and the others flattened.
+        stored: their states by name, while they are bound.
     """
 
     def __init__(self, params: list[Tensor], positions: list[int], traits: Traits) -> None:
@@ -84,7 +85,7 @@ class Stack:
         self.rows, self.columns = matrix_shape(params[0].shape)
         self.parameter_numbers = tuple(positions)
         self._shape = stacked_shape(params[0].shape)
-        self._stored: dict[str, Stored] = {}
+        self.stored: dict[str, Stored] = {}
         # For each key, the tensor of the whole stack, and the slices of it that the parameters' states hold.
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
@@ -129,9 +130,9 @@ class Stack:
         }
         for name, stored in fresh.items():
             self._hand_over(own, name, bindings[name], stored)
-            self._stored[name] = stored
-        for name in self._stored.keys() - bindings.keys():
-            del self._stored[name]
+            self.stored[name] = stored
+        for name in self.stored.keys() - bindings.keys():
+            del self.stored[name]
         wanted = {key for binding in bindings.values() for key in binding.keys}
         ended = self._tensors.keys() - wanted
         for key in ended:
@@ -143,18 +144,18 @@ class Stack:
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A state, (tensors, rows, columns), for a rule to update in place; unpacked into `out` if that helps."""
-        return self._stored[name].read(out)
+        return self.stored[name].read(out)
 
     def write(self, name: str, stack: Tensor) -> None:
         """Store an updated state; `stack` may be overwritten."""
-        self._stored[name].write(stack, self.dither())
+        self.stored[name].write(stack, self.dither())
 
     def update_momenta(
         self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
     ) -> None:
         """Take each momentum m to (1 - rate) m + rate * target, and put the sum of share * m into `out`."""
         updates = [
-            Update(cast(StoredAverage, self._stored[momentum_name(scale.period)]), scale.rate, scale.share)
+            Update(cast(StoredAverage, self.stored[momentum_name(scale.period)]), scale.rate, scale.share)
             for scale in scales
         ]
         lerp_and_sum(updates, target, self.dither(), out, scratch)
