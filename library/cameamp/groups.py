@@ -131,6 +131,11 @@ class Group:
         return params
 
     @property
+    def codes_all(self) -> bool:
+        """Whether it is an 8-bit optimizer's."""
+        return self._precision.codes_all
+
+    @property
     def initial_lr(self) -> float:
         """The learning rate that a scheduler multiplies."""
         return float(self.entry.get("initial_lr", self._lr))

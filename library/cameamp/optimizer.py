@@ -13,16 +13,14 @@ from torch.optim import Optimizer
 
 from .checkpoint.load import restore
 from .checkpoint.save import complete
-from .compiling import Compiler
 from .config import OptimizerConfig
 from .context.driver import Driver, NoContext
 from .groups import Group, GroupOptions
 from .parameters import Parameters, check_parameters
 from .readings import read, summarize
-from .stacks.workspace import Workspace
 from .states import THIRTY_TWO_BITS, Precision
 from .step import measure
-from .step.passes import Passes
+from .step.engine import Engine
 from .step.rules import ALL_TECHNIQUES, Techniques
 
 logger = logging.getLogger(__name__)
@@ -61,6 +59,7 @@ class CameAMP(Optimizer):
         self._parameters = Parameters()
         self._driver = self._driver_class(config)
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
+        self._engine = Engine()
         self._forget(states=True)
         super().__init__(params, config.as_dict() | {"lr": options.get("lr", config.lr)})
 
@@ -109,12 +108,11 @@ class CameAMP(Optimizer):
 
     def _forget(self, states: bool = False) -> None:
         """Drop what is cached about the parameters; with `states` also about their states, which may be new now."""
-        self._workspace = Workspace()
+        self._engine.forget()
         self._parameters.forget(log_again=states)
         groups = self._current_groups() if self._groups else []
         self._driver.groups_changed(groups)
         if states:
-            self._compiler = Compiler()
             for group in groups:
                 group.restart()
 
@@ -155,16 +153,13 @@ class CameAMP(Optimizer):
         for group, params in zip(groups, active):
             group.count_step(params, self.state)
             stacks.append(group.stacks(params, self.state) if params else [])
-        # Compiled graphs leave no memory for held gradients, so if any group is fused, no group's gradients are held.
-        holds = not any(group.config.fused for group, own in zip(groups, stacks) if own)
-        self._workspace.begin_step([stack for own in stacks for stack in own] if holds else [])
-        watch_every = self._driver.watch_every(groups)
-        passes = Passes(self.state, self._workspace, self._compiler, watch_every, self._techniques)
-        measured = [passes.measure(group, own) for group, own in zip(groups, stacks) if own]
+        taking = [(group, own) for group, own in zip(groups, stacks) if own]
+        step = self._engine.begin_step(taking, self.state, self._driver.watch_every(groups), self._techniques)
+        measured = [step.measure(group, own) for group, own in taking]
         for found in measured:
             measure.tally(self._unusable, found.unusable)
         multiplier = self._driver.observe(groups, measured)
-        watched = [seen for found in measured for seen in passes.update(found, multiplier)]
+        watched = [seen for found in measured for seen in step.update(found, multiplier)]
         self._driver.follow(measured, watched)
         return loss
 
@@ -290,4 +285,5 @@ class CameAMP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_engine", Engine())
         self._forget(states=True)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..compiling import Compiler
 from ..groups import Group, States
 from ..rounding import stochastic_round
 from ..stacks.stack import Stack
 from ..stacks.workspace import Workspace
 from . import measure
-from .fused import fused_first_pass, fused_step
 from .measure import GroupSums
 from .rules import StackOptions, StepScalars, Techniques, Watched, take_step_
-
-logger = logging.getLogger(__name__)
-
-_VERBOSE_EVERY = 100
 
 
 class Measured(NamedTuple):
@@ -50,17 +42,13 @@ class Passes:
     Args:
         states: the optimizer's.
         workspace: memory to compute in.
-        compiler: compiles the rules of groups that ask for it.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
         techniques: the rule in each place.
     """
 
-    def __init__(
-        self, states: States, workspace: Workspace, compiler: Compiler, watch_every: int, techniques: Techniques
-    ) -> None:
+    def __init__(self, states: States, workspace: Workspace, watch_every: int, techniques: Techniques) -> None:
         self._states = states
         self._workspace = workspace
-        self._compiler = compiler
         self._watch_every = watch_every
         self._techniques = techniques
 
@@ -68,20 +56,16 @@ class Passes:
         """First pass, over the gradients of the stacks that take the step."""
         decays = group.config.weight_decay > 0 and any(group.phase(stack).early for stack in stacks)
         magnitudes, unusable, watched, held = [], [], [], []
-        with self._compiling(group):
-            for stack in stacks:
-                work = self._workspace.lend(stack)
-                g = stack.gradients(work.gradients)
-                if group.config.fused:
-                    found = fused_first_pass(g, decays, self._watch_every)
-                else:
-                    found = measure.first_pass(g, decays, self._watch_every, work.scratch)
-                magnitudes.append(found.magnitudes)
-                unusable.append(found.unusable)
-                if found.watched is not None:
-                    watched.append(found.watched)
-                held.append(g if self._workspace.holds(stack) else None)
-                del g, found, work
+        for stack in stacks:
+            work = self._workspace.lend(stack)
+            g = stack.gradients(work.gradients)
+            found = measure.first_pass(g, decays, self._watch_every, work.scratch)
+            magnitudes.append(found.magnitudes)
+            unusable.append(found.unusable)
+            if found.watched is not None:
+                watched.append(found.watched)
+            held.append(g if self._workspace.holds(stack) else None)
+            del g, found, work
         return Measured(group, stacks, GroupSums.of(stacks, magnitudes), unusable, watched, held)
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
@@ -96,12 +80,10 @@ class Passes:
         """
         group, sums = measured.group, measured.sums
         watched = []
-        with self._compiling(group):
-            for stack, decay in zip(measured.stacks, sums.decay_strengths):
-                seen = self._update(group, stack, measured.gradients, sums.magnitude, decay, multiplier)
-                if seen is not None:
-                    watched.append(seen)
-        _log_progress(group, measured.stacks[0])
+        for stack, decay in zip(measured.stacks, sums.decay_strengths):
+            seen = self._update(group, stack, measured.gradients, sums.magnitude, decay, multiplier)
+            if seen is not None:
+                watched.append(seen)
         return watched
 
     def _update(
@@ -125,27 +107,12 @@ class Passes:
         g = stack.gradients(work.gradients) if held is None else held
         total = magnitude_sum.to(g.device)
         factor = None if multiplier is None else multiplier.to(g.device)
-        if config.fused:
-            p, watched = fused_step(g, stack, total, decay, factor, work, scalars, options)
-        else:
-            if held is None:
-                measure.drop_unusable_(g, work.scratch)
-            p, watched = take_step_(g, stack, total, decay, factor, work, scalars, options)
+        if held is None:
+            measure.drop_unusable_(g, work.scratch)
+        p, watched = take_step_(g, stack, total, decay, factor, work, scalars, options)
         del g, held, work
         dtype = stack.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
             p = stochastic_round(p, dtype, stack.dither())
         stack.write_weights(p)
         return watched
-
-    def _compiling(self, group: Group) -> AbstractContextManager[None]:
-        """A context manager for the work on a group; inside it, rules are compiled if the group asks for that."""
-        return self._compiler.active() if group.config.fused else nullcontext()
-
-
-def _log_progress(group: Group, stack: Stack) -> None:
-    """One line now and then, made of what is known without asking the device."""
-    step = stack.traits.step
-    if group.config.verbose and step % _VERBOSE_EVERY == 0:
-        title, factor = group.phase(stack).title, group.scheduler_factor
-        logger.info("group %d, step %d: %s, scheduler factor %.3g", group.number, step, title, factor)
