@@ -86,7 +86,7 @@ class StoredBlockwise(Stored):
 
     def read(self, out: Tensor | None = None) -> Tensor:
         codes, scale = self.tensors
-        tables = _tables(self.signed, codes.device)
+        tables = tables_of(self.signed, codes.device)
         compiled = compiling.run(_decode, codes.view(-1, self.block), scale.view(-1, 1), tables.values, self.root)
         if compiled is not None:
             unpacked: Tensor = compiled.view(-1, self.rows, self.columns)
@@ -99,7 +99,7 @@ class StoredBlockwise(Stored):
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         codes, scales = self.tensors
-        tables = _tables(self.signed, codes.device)
+        tables = tables_of(self.signed, codes.device)
         blocks = stack.reshape(-1, self.block)
         compiled = compiling.run(_encode, blocks, tables.midpoints, tables.first, self.root)
         if compiled is not None:
@@ -130,7 +130,7 @@ def _encode(blocks: Tensor, midpoints: Tensor, first: Tensor, root: bool) -> tup
     return (code + (x > midpoints[code]).int()).to(torch.uint8), scale
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """What coding needs, on one device.
 
     Attributes:
@@ -145,7 +145,7 @@ class _Tables(NamedTuple):
     first: Tensor
 
 
-def _nearest_codes(x: Tensor, tables: _Tables, out: Tensor) -> None:
+def _nearest_codes(x: Tensor, tables: Tables, out: Tensor) -> None:
     """The code of the value nearest to each element of x, which lies within -1 and 1; 1-d, into uint8 `out`.
 
     Numbers with the same upper 16 bits lie so close together that at most one midpoint falls between them.
@@ -183,7 +183,7 @@ def _code_of_zero(signed: bool) -> int:
 
 
 @cache
-def _tables(signed: bool, device: torch.device) -> _Tables:
+def tables_of(signed: bool, device: torch.device) -> Tables:
     values = _map(signed)
     beyond = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
     midpoints = torch.cat([(values[:-1] + values[1:]) / 2, beyond])
@@ -195,7 +195,7 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     smallest = bits.view(torch.float32).nan_to_num(1.0).clamp(-1.0, 1.0)
     first = torch.zeros(1 << 16, dtype=torch.uint8, device="cpu")
     first[: len(upper)] = torch.bucketize(smallest, midpoints[:-1]).to(torch.uint8)
-    return _Tables(*(moved(table, device) for table in (values, midpoints, first)))
+    return Tables(*(moved(table, device) for table in (values, midpoints, first)))
 
 
 def require_bitsandbytes() -> None:
