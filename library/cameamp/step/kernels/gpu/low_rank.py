@@ -52,7 +52,7 @@ def _scaled_gradients(row, tensor, i, j, rows, columns, total, sums, numbers, ma
     """A tile of the scaled gradient, as the folded matrix has it; 0 beyond the tensor's end."""
     offsets = i[:, None] * columns + j[None, :]
     mask = (i < rows)[:, None] & (j < columns)[None, :] & (offsets < size_of(row, RULES))
-    _, sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES)
+    sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES)
     return tl.where(mask, sg, 0.0)
 
 

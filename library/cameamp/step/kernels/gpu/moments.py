@@ -28,6 +28,7 @@ from .techniques import (
     drive_of,
     momentum_number,
     regularized,
+    remembered,
     scaled_gradient,
     sums_a_tensor,
     unclipped,
@@ -134,9 +135,10 @@ def sum_columns(
     j = (tile % tiles_a_row) * WIDE + tl.arange(0, WIDE)
     offsets = i[:, None] * columns + j[None, :]
     mask = (i < rows)[:, None] & (j < columns)[None, :]
-    _, sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES)
     entries = momenta + tensor * RULES.momenta * MOMENTUM_FIELDS
-    drive = tl.where(mask, drive_of(row, entries, sg, numbers, offsets, mask, RULES), 0.0)
+    mean, share = remembered(row, entries, numbers, offsets, mask, RULES)
+    sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES)
+    drive = tl.where(mask, drive_of(mean, share, sg, RULES), 0.0)
     exp_avg = tl.where(mask, load_state(row, EXP_AVG, SIGNED, maps, offsets, mask, RULES), 0.0)
     found = partials + (tl.load(firsts + tensor) + tile) * (2 * WIDE) + tl.arange(0, WIDE)
     tl.store(found, tl.sum(exp_avg * exp_avg, axis=0))
@@ -196,7 +198,7 @@ def sum_products(
     mask = offsets < size_of(row, RULES)
     entries = momenta + tensor * RULES.momenta * MOMENTUM_FIELDS
     own_norms = norms + tl.load(places + tensor)
-    u, _, _, _, _, _, _ = update_of(
+    u, _ = update_of(
         row, tensor, entries, own_norms, total, sums, numbers, maps, offsets, mask, RULES
     )  # fmt: skip
     u, p = u.to(tl.float64), weights(row, offsets, mask, RULES).to(tl.float64)
@@ -239,7 +241,7 @@ def count_agreement(
     mask = offsets < size_of(row, RULES)
     entries = momenta + tensor * RULES.momenta * MOMENTUM_FIELDS
     own_norms = norms + tl.load(places + tensor)
-    u, direction, _, _, _, _, _ = update_of(
+    u, direction = update_of(
         row, tensor, entries, own_norms, total, sums, numbers, maps, offsets, mask, RULES
     )  # fmt: skip
     if RULES.early:

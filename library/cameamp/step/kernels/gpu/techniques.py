@@ -13,8 +13,8 @@ from ....states import TABLE
 from ....techniques import tam
 from .. import table as fields
 from . import rules
-from .codes import EVEN, FOUR_BITS, LOW_RANK, ROOT, SIGNED, load_levels, load_state, load_truths
-from .elements import ADDRESS, COLUMNS, KIND, SCALE, size_of, usable_gradient
+from .codes import EVEN, LOW_RANK, ROOT, SIGNED, load_levels, load_state, load_truths
+from .elements import ADDRESS, COLUMNS, FLOAT, KIND, SCALE, size_of, usable_gradient
 
 _NUMBERS = {state.name: number for number, state in enumerate(TABLE)}
 LR_MASK, EXP_AVG = tl.constexpr(_NUMBERS["lr_mask"]), tl.constexpr(_NUMBERS["exp_avg"])
@@ -95,10 +95,10 @@ def unclipped(row, grad, numbers, maps, offsets, mask, RULES: tl.constexpr):
 
 @triton.jit
 def scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES: tl.constexpr):
-    """The regularized gradient, the scaled gradient sg, and the new second moment v."""
+    """The scaled gradient sg, which has the gradient's sign, and the new second moment v."""
     grad = regularized(row, total, offsets, mask, RULES)
     scaled, v = unclipped(row, grad, numbers, maps, offsets, mask, RULES)
-    return grad, scaled * tensor_sum(sums, tensor, CLIP, RULES), v
+    return scaled * tensor_sum(sums, tensor, CLIP, RULES), v
 
 
 @triton.jit
@@ -111,34 +111,38 @@ def sign(x):
 
 
 @triton.jit
-def drive_of(row, entries, sg, numbers, offsets, mask, RULES: tl.constexpr):
-    """The weighted mean of the momenta, those that are due updated by sg; sg itself while there are none."""
-    if RULES.momenta == 0:
-        drive = sg
-    else:
-        mean = tl.zeros_like(sg)
-        for place in tl.static_range(RULES.momenta):
-            m = _momentum(row, entries + place * MOMENTUM_FIELDS, place, sg, numbers, offsets, mask, RULES)
-            mean += momentum_number(numbers, place, MEAN_SHARE) * m
-        drive = tl.where(sg == 0, 0.0, mean)  # What has no gradient must not drift.
-    return drive
+def remembered(row, entries, numbers, offsets, mask, RULES: tl.constexpr):
+    """What the weighted mean of the momenta is without this step's gradient, and the share that this one has.
+
+    It comes before the gradient is known: what unpacks low rank needs most of the registers there are.
+    """
+    mean = tl.zeros_like(offsets).to(tl.float32)
+    share_of_gradient = 0.0
+    for place in range(0, RULES.momenta):
+        entry = entries + place * MOMENTUM_FIELDS
+        kind, address = tl.load(entry + KIND), tl.load(entry + ADDRESS)
+        share, rate = momentum_number(numbers, place, MEAN_SHARE), momentum_number(numbers, place, RATE)
+        if kind == LOW_RANK:
+            m = _low_rank_product(entry, address, offsets, mask)  # It was updated before.
+            rate *= 0.0
+        else:
+            if kind == FLOAT:
+                m = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask, other=0.0)
+            else:
+                scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
+                m = load_levels(address, size_of(row, RULES), offsets, mask) * scale
+        mean += share * (1 - rate) * m
+        share_of_gradient += share * rate
+    return mean, share_of_gradient
 
 
 @triton.jit
-def _momentum(row, entry, place: tl.constexpr, sg, numbers, offsets, mask, RULES: tl.constexpr):
-    """A momentum with this step in it; those of low rank were updated before."""
-    kind, address = tl.load(entry + KIND), tl.load(entry + ADDRESS)
-    rate = momentum_number(numbers, place, RATE)
-    if kind == LOW_RANK:
-        m = _low_rank_product(entry, address, offsets, mask)
-    else:
-        if kind == FOUR_BITS:
-            scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
-            old = load_levels(address, size_of(row, RULES), offsets, mask) * scale
-        else:
-            old = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask, other=0.0)
-        m = old + rate * (sg - old)
-    return m
+def drive_of(mean, share_of_gradient, sg, RULES: tl.constexpr):
+    """The weighted mean of the momenta, those that are due updated by sg; sg itself while there are none."""
+    drive = sg
+    if RULES.momenta > 0:
+        drive = tl.where(sg == 0, 0.0, mean + share_of_gradient * sg)  # What has no gradient must not drift.
+    return drive
 
 
 @triton.jit
@@ -208,17 +212,14 @@ def turned_to_gradient(u, direction, numbers):
 def update_of(
     row, tensor, entries, column_norms, total, sums, numbers, maps, offsets, mask, RULES: tl.constexpr
 ):  # fmt: skip
-    """All rules up to Grams.
-
-    Returns:
-        The update u, sign(grad), sg, and the new states v, s, m and r.
-    """
-    grad, sg, v = scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES)
-    drive = drive_of(row, entries, sg, numbers, offsets, mask, RULES)
-    exp_avg, residual, s = new_momentum(row, column_norms, sg, drive, numbers, maps, offsets, mask, RULES)
-    u, r = divided_by_belief(row, exp_avg, residual, numbers, maps, offsets, mask, RULES)
-    direction = sign(grad)
-    return turned_to_gradient(u, direction, numbers), direction, sg, v, s, exp_avg, r
+    """All rules up to Grams: the update u, and sign(grad)."""
+    mean, share = remembered(row, entries, numbers, offsets, mask, RULES)
+    sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES)
+    drive = drive_of(mean, share, sg, RULES)
+    exp_avg, residual, _ = new_momentum(row, column_norms, sg, drive, numbers, maps, offsets, mask, RULES)
+    u, _ = divided_by_belief(row, exp_avg, residual, numbers, maps, offsets, mask, RULES)
+    direction = sign(sg)
+    return turned_to_gradient(u, direction, numbers), direction
 
 
 @triton.jit

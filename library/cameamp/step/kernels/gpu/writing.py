@@ -48,11 +48,16 @@ from .techniques import (
     S,
     across_weights,
     bumped_mask,
+    divided_by_belief,
+    drive_of,
     momentum_number,
+    new_momentum,
     regularized,
+    remembered,
     scaled_gradient,
+    sign,
     tensor_sum,
-    update_of,
+    turned_to_gradient,
     within_bounds,
 )
 
@@ -91,16 +96,21 @@ def write_step(
     mask = offsets < size_of(row, RULES)
     entries = momenta + tensor * RULES.momenta * MOMENTUM_FIELDS
     own_norms = norms + tl.load(places + tensor)
-    u, direction, sg, v, s, exp_avg, r = update_of(
-        row, tensor, entries, own_norms, total, sums, numbers, maps, offsets, mask, RULES
-    )  # fmt: skip
+    # Each state is written as soon as it is known: fewer of them have to be in registers at a time.
+    mean, share = remembered(row, entries, numbers, offsets, mask, RULES)
+    sg, v = scaled_gradient(row, tensor, total, sums, numbers, maps, offsets, mask, RULES)
     if RULES.came:
         store_state(row, EXP_AVG_SQ, ROOT, numbers, maps, firsts, offsets, mask, v, SPAN, RULES)
+    drive = drive_of(mean, share, sg, RULES)
+    exp_avg, residual, s = new_momentum(row, own_norms, sg, drive, numbers, maps, offsets, mask, RULES)
     if RULES.early:
         store_state(row, S, SIGNED, numbers, maps, firsts, offsets, mask, s, SPAN, RULES)
+    u, r = divided_by_belief(row, exp_avg, residual, numbers, maps, offsets, mask, RULES)
     store_state(row, EXP_AVG, SIGNED, numbers, maps, firsts, offsets, mask, exp_avg, SPAN, RULES)
     store_state(row, EXP_AVG_RES, ROOT, numbers, maps, firsts, offsets, mask, r, SPAN, RULES)
-    for place in tl.static_range(RULES.momenta):
+    direction = sign(sg)
+    u = turned_to_gradient(u, direction, numbers)
+    for place in range(0, RULES.momenta):
         _write_momentum(entries + place * MOMENTUM_FIELDS, place, sg, numbers, offsets, mask)
 
     p = weights(row, offsets, mask, RULES)
@@ -134,7 +144,7 @@ def write_step(
 
 
 @triton.jit
-def _write_momentum(entry, place: tl.constexpr, sg, numbers, offsets, mask):
+def _write_momentum(entry, place, sg, numbers, offsets, mask):
     """A momentum that is written in full, with this step in it if it is due; the others have kernels of their own."""
     rate = momentum_number(numbers, place, RATE)
     if (tl.load(entry + KIND) == FLOAT) & (rate > 0):
@@ -186,10 +196,10 @@ def pack_levels(
     norm = tl.load(sums + tensor * (4 + RULES.momenta) + 4 + PLACE)
     per_level = 1 / (_spacing(numel) * norm)
     turn = momentum_number(numbers, PLACE, TURN)
-    _, sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, j, mask, RULES)
+    sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, j, mask, RULES)
     low = _level(sg + kept * low_level(byte).to(tl.float32), per_level, turn)
     upper = mask & (half + j < numel)
-    _, sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, half + j, upper, RULES)
+    sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, half + j, upper, RULES)
     high = _level(sg + kept * high_level(byte).to(tl.float32), per_level, turn)
     high = tl.where(upper, high, 0)
     tl.store(packed + tl.load(places + tensor) + j, (low + high * _BASE).to(tl.int8), mask)
