@@ -20,7 +20,7 @@ from library.cameamp.step.kernels.gpu.passes import GpuPasses, Kernels
 # Types of arguments, as Triton spells them.
 _TYPES = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8",
-    torch.int8: "*i8",
+    torch.int8: "*i8", torch.uint16: "*u16",
 }  # fmt: skip
 _ALIGNED = 16
 
@@ -64,7 +64,10 @@ class Recorder(Kernels):
         if programs == 0:
             return
         self.launches += 1
-        types = tuple(_TYPES[a.dtype] if isinstance(a, torch.Tensor) else "i32" for a in arguments)
+        types = tuple(
+            _TYPES[a.dtype] if isinstance(a, torch.Tensor) else "i32" if isinstance(a, int) else "fp32"
+            for a in arguments
+        )
         aligned = tuple(isinstance(a, torch.Tensor) for a in arguments)
         self.recorded.append((Launch(kernel, types, aligned, tuple(constants.items()), warps), programs))
 
@@ -72,8 +75,8 @@ class Recorder(Kernels):
 def launching(kernels: Kernels) -> AbstractContextManager[Any]:
     """A context in which all optimizers take their steps by these kernels, wherever their tensors are."""
 
-    def passes(states: Any, workspace: Any, compiler: Any, every: int, techniques: Any) -> GpuPasses:
-        return GpuPasses(states, kernels, every)
+    def passes(states: Any, workspace: Any, compiler: Any, every: int, techniques: Any, places: Any) -> GpuPasses:
+        return GpuPasses(states, kernels, every, places)
 
     return patch.object(engine, "Passes", passes)
 

@@ -159,7 +159,8 @@ class CameAMP(Optimizer):
         holds = not any(group.config.fused for group, own in zip(groups, stacks) if own)
         self._workspace.begin_step([stack for own in stacks for stack in own] if holds else [])
         watch_every = self._driver.watch_every(groups)
-        passes = Passes(self.state, self._workspace, self._compiler, watch_every, self._techniques)
+        places = self._driver.watch_places(groups)
+        passes = Passes(self.state, self._workspace, self._compiler, watch_every, self._techniques, places)
         measured = [passes.measure(group, own) for group, own in zip(groups, stacks) if own]
         for found in measured:
             measure.tally(self._unusable, found.unusable)

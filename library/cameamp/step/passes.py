@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from ..stacks.stack import Stack
 from ..stacks.workspace import Workspace
 from . import measure
 from .fused import fused_first_pass, fused_step
+from .kernels.gpu.launching import Launcher
 from .measure import GroupSums
 from .rules import StackOptions, StepScalars, Techniques, Watched, take_step_
 
@@ -34,6 +36,7 @@ class Measured(NamedTuple):
         unusable: how many gradient elements are not usable, 0-d.
         watched: the gradient's elements that the context sees; empty without a context.
         gradients: the usable gradients, if they are held for the second pass, which takes them out.
+        launcher: what launches kernels on its device; None where no kernels ran.
     """
 
     group: Group
@@ -42,6 +45,7 @@ class Measured(NamedTuple):
     unusable: list[Tensor]
     watched: list[Tensor]
     gradients: list[Tensor | None]
+    launcher: Launcher | None = None
 
 
 class Passes:
@@ -53,10 +57,17 @@ class Passes:
         compiler: compiles the rules of groups that ask for it.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
         techniques: the rule in each place.
+        watch_places: for each parameter where its elements begin among all that the context sees.
     """
 
     def __init__(
-        self, states: States, workspace: Workspace, compiler: Compiler, watch_every: int, techniques: Techniques
+        self,
+        states: States,
+        workspace: Workspace,
+        compiler: Compiler,
+        watch_every: int,
+        techniques: Techniques,
+        watch_places: Sequence[int] = (),
     ) -> None:
         self._states = states
         self._workspace = workspace

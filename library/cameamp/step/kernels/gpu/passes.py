@@ -6,8 +6,7 @@ but the last ones only read; so none waits for another but through what it sums 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from ...rules import StepScalars, Watched
 from .. import table as fields
 from ..table import Batch, Tables, with_gradients
 from . import low_rank, measuring, moments, writing
+from .launching import Launcher, on
 from .layout import Parts, uploaded
 from .rules import Rules, numbers_of
 
@@ -84,7 +84,6 @@ class _Begun:
         sizes: element counts.
         total: AGR's sum, 0-d.
         strengths: theta of each tensor.
-        sample: how many elements the context sees.
         stacks: the stacks, in the table's order.
         written_back: weights that were copied, each beside its copy.
         kept: gradients that were copied.
@@ -96,24 +95,23 @@ class _Begun:
     sizes: numpy.ndarray
     total: Tensor
     strengths: Tensor
-    sample: int
     stacks: list[Stack]
     written_back: list[tuple[Tensor, Tensor]]
     kept: list[Tensor]
 
 
-class Kernels:
+class Kernels(Launcher):
     """What stays from step to step: tables, and how tensors are cut into parts.
 
     Attributes:
-        launches: how many kernels were launched so far.
+        tables: those of stacks.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.tables = Tables()
-        self.launches = 0
         self._layouts: dict[Hashable, Any] = {}
-        self._uploads: dict[int, tuple[numpy.ndarray, Tensor]] = {}
+        self._uploads: dict[Hashable, tuple[numpy.ndarray, Tensor]] = {}
 
     def layout(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """What `build` returns; kept under `key`."""
@@ -123,18 +121,12 @@ class Kernels:
             self._layouts[key] = build()
         return self._layouts[key]
 
-    def upload(self, group: int, table: numpy.ndarray, device: torch.device) -> Tensor:
-        """A group's table on its device; if it is that of the step before, so is the copy."""
-        known = self._uploads.get(group)
+    def upload(self, name: Hashable, table: numpy.ndarray, device: torch.device) -> Tensor:
+        """A table on a device; if it is that of the step before, so is the copy."""
+        known = self._uploads.get(name)
         if known is None or known[1].device != device or not numpy.array_equal(known[0], table):
-            self._uploads[group] = known = (table, uploaded(table, device))
+            self._uploads[name] = known = (table, uploaded(table, device))
         return known[1]
-
-    def launch(self, kernel: Any, programs: int, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-        """Run a kernel. Products and sums are not fused: codes are to be the same on every device."""
-        if programs > 0:
-            self.launches += 1
-            kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
 class GpuPasses:
@@ -144,12 +136,17 @@ class GpuPasses:
         states: the optimizer's.
         kernels: what stays from step to step.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
+        watch_places: for each parameter, and one past the last, where its elements begin among all that the context
+            sees.
     """
 
-    def __init__(self, states: States, kernels: Kernels, watch_every: int) -> None:
+    def __init__(self, states: States, kernels: Kernels, watch_every: int, watch_places: Sequence[int]) -> None:
         self._states = states
         self._kernels = kernels
         self._watch_every = watch_every
+        self._watch_places = numpy.array(watch_places, dtype=numpy.int64)
+        # Of the gradient, the scaled gradient and the step, in whole; parameters without a gradient count as 0.
+        self._seen: dict[torch.device, tuple[Tensor, ...]] = {}
         self._begun: dict[int, _Begun] = {}
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
@@ -157,15 +154,16 @@ class GpuPasses:
         for stack in stacks:
             group.bind(stack, self._states)
         device = stacks[0].device
-        with _on(device):
+        with on(device):
             begun = self._begin(group, stacks)
             self._begun[group.number] = begun
             unusable = torch.empty((), dtype=torch.int64, device=device)
-            sample = _floats(begun.sample, device)
+            sample = self._sample(device)[0]
             self._measure(begun, unusable, sample)
         strengths = _by_stacks(begun.strengths, begun.stacks) if len(begun.strengths) else [None] * len(stacks)
-        watched = self._pieces(sample, begun.stacks)
-        return Measured(group, begun.stacks, GroupSums(begun.total, strengths), [unusable], watched, [])
+        watched = [sample] * len(stacks) if self._watch_every else []
+        sums = GroupSums(begun.total, strengths)
+        return Measured(group, begun.stacks, sums, [unusable], watched, [], self._kernels)
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: every tensor through the rules, and the weights written.
@@ -175,20 +173,19 @@ class GpuPasses:
             multiplier: 0-d factor of all learning rates; None if no context drives the optimizer.
 
         Returns:
-            What the context sees of each stack; nothing without a context.
+            What the context sees of all tensors, once for each stack; nothing without a context.
         """
         begun = self._begun.pop(measured.group.number)
         device = begun.on_device.device
         factor = begun.total if multiplier is None else multiplier.to(device)
-        sample, changes = _floats(begun.sample, device), _floats(begun.sample, device)
-        with _on(device):
+        _, sample, changes = self._sample(device)
+        with on(device):
             for part in begun.parts:
                 rules = part.rules._replace(scaled=multiplier is not None)
                 self._update(begun, part._replace(rules=rules), factor, sample, changes)
         for p, copy in begun.written_back:
             p.copy_(copy)
-        pieces = zip(self._pieces(sample, begun.stacks), self._pieces(changes, begun.stacks))
-        return [Watched(*both) for both in pieces]
+        return [Watched(sample, changes)] * len(begun.stacks) if self._watch_every else []
 
     # The first pass ---------------------------------------------------------------------------------------------
 
@@ -200,11 +197,8 @@ class GpuPasses:
         table = numpy.concatenate(tables)
         ordered = [stack for batch in batches for stack in batch.stacks]
         sizes = table[:, fields.NUMEL]
-        sample = 0
         if self._watch_every:
-            seen = -(-sizes // self._watch_every)
-            table[:, fields.SAMPLE] = numpy.cumsum(seen) - seen
-            sample = int(seen.sum())
+            table[:, fields.SAMPLE] = self._watch_places[table[:, fields.POSITION]]
         decays = config.weight_decay > 0 and any(group.phase(stack).early for stack in stacks)
         parts = []
         start = 0
@@ -214,7 +208,7 @@ class GpuPasses:
             start = rows.stop
         return _Begun(
             table, self._kernels.upload(group.number, table, device), parts, sizes, _floats((), device),
-            _floats(len(table) if decays else 0, device), sample, ordered,
+            _floats(len(table) if decays else 0, device), ordered,
             [pair for pairs in written_back for pair in pairs], [grad for grads in kept for grad in grads],
         )  # fmt: skip
 
@@ -228,7 +222,7 @@ class GpuPasses:
         own = table[rows]
         entries = numpy.zeros((len(table), len(begun), fields.MOMENTUM_FIELDS), dtype=numpy.int64)
         entries[rows] = batch.momenta[:, begun]
-        momenta = uploaded(entries, device)
+        momenta = self._kernels.upload((group.number, rows.start), entries, device)
         kinds = own[:, fields.STATES :: 3]
         coded = bool(numpy.isin(kinds, _CODED).any())
         aligned = _aligned(own)
@@ -438,13 +432,12 @@ class GpuPasses:
         firsts: Tensor = self._kernels.layout(name, lambda: uploaded(_before(counts), device))
         return firsts
 
-    def _pieces(self, sample: Tensor, stacks: list[Stack]) -> list[Tensor]:
-        """For each stack its part of a sample, (tensors, elements)."""
-        if not self._watch_every:
-            return []
-        seen = [-(-stack.rows * stack.columns // self._watch_every) for stack in stacks]
-        parts = sample.split([len(stack) * count for stack, count in zip(stacks, seen)])
-        return [part.view(len(stack), -1) for part, stack in zip(parts, stacks)]
+    def _sample(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What the context sees on a device, to be filled."""
+        if device not in self._seen:
+            size = int(self._watch_places[-1]) if self._watch_every else 0
+            self._seen[device] = torch.zeros(3, size, dtype=torch.float32, device=device).unbind()
+        return self._seen[device]
 
 
 @cache
@@ -497,8 +490,3 @@ def _by_stacks(values: Tensor, stacks: list[Stack]) -> list[Tensor]:
 
 def _floats(shape: Any, device: torch.device) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=device)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Around launches: Triton launches on the current device."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)

@@ -1,0 +1,282 @@
+"""The kernels of GPUs, run by Triton's interpreter on tensors of the CPU: the numbers are those of the rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels of GPUs need Triton")
+
+from test_equivalence import CONTEXTUAL, LORA, compare
+
+import library.automagic_cameamp as family
+from benchmarks.compiled import Recorder, launching
+from benchmarks.cost import operations
+from benchmarks.models import load, parameters
+from library.cameamp.context.controller import ContextualOptimizationModule
+from library.cameamp.context.detection import confidence
+from library.cameamp.context.gpu import ContextKernels
+from library.cameamp.context.memory import Memory
+from library.cameamp.step.kernels.gpu.launching import Launcher
+from library.cameamp.step.kernels.gpu.passes import Kernels
+
+STEPS, WARMUP = 9, 8  # early until the fourth step, after the warm-up at the ninth
+MATRICES = [(8, 40), (48, 8), (8, 40), (48, 8), (9,)]
+MIXED = [(32,), (16, 12), (6, 5, 3, 3), (16, 12), (1,), (), (1, 7), (1100,)]  # the last one takes two programs
+CODED = [(64, 64), (16, 320), (9,), (40, 112)]  # all but the vector in codes, in blocks of 4096, 1024 and 128
+BASE_CLASS, EIGHT_BITS = family.Automagic_CameAMP, family.Automagic_CameAMP8bit
+COPTIM, COPTIM_EIGHT_BITS = family.Automagic_CameAMP_COptim, family.Automagic_CameAMP_COptim8bit
+
+
+@pytest.fixture
+def kernels():
+    """Inside, all optimizers take their steps by kernels."""
+    used = Kernels()
+    with launching(used):
+        yield used
+    assert used.launches > 0
+
+
+def gradients(params, generator):
+    for number, p in enumerate(params):
+        noise = torch.randn(p.shape, generator=generator)
+        p.grad = (noise * 10.0 ** (number % 3 - 2) + 0.01).to(p.dtype)
+
+
+def trained(
+    kernels, optimizer_class=BASE_CLASS, shapes=MATRICES, steps=STEPS, dtype=torch.float32, change=None, **options
+):
+    """The optimizer and its parameters after some steps, by kernels or by the rules."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(dtype)) for s in shapes]
+    optimizer = optimizer_class(params, **{"lr": 1e-3, "warmup_steps": WARMUP, **options})
+    for step in range(steps):
+        gradients(params, generator)
+        if change:
+            change(step, params)
+        if kernels is None:
+            optimizer.step()
+        else:
+            with launching(kernels):
+                optimizer.step()
+    return optimizer, params
+
+
+def assert_same(one, other, codes_apart=0):
+    """Weights and states agree within rounding; so many codes may be neighbours."""
+    (ours, params), (rules, expected) = one, other
+    apart = 0
+    for p, q in zip(params, expected):
+        found, value = p.detach().float(), q.detach().float()
+        if p.dtype == torch.float32 and not codes_apart:
+            assert torch.allclose(found, value, rtol=1e-5, atol=1e-7)
+        else:
+            assert torch.allclose(found, value, rtol=2e-2, atol=2e-3)
+            assert (found != value).float().mean() < (1 if p.dtype == torch.float32 else 0.01)
+        assert ours.state[p].keys() == rules.state[q].keys()
+        for key, value in rules.state[q].items():
+            found = ours.state[p][key]
+            if not torch.is_tensor(value):
+                assert found == value
+            elif value.dtype in (torch.uint8, torch.int8, torch.bool):
+                apart += int((found != value).sum())
+                assert key.endswith("_q") or torch.equal(found, value)
+            else:
+                scale = float(value.abs().max())
+                assert torch.allclose(found, value, rtol=2e-5, atol=2e-6 * scale), key
+    assert apart <= codes_apart
+
+
+# Against the reference ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shapes", [LORA[:4], MIXED], ids=["lora", "mixed"])
+def test_reference_in_all_phases(shapes, kernels):
+    compare(shapes, steps=12, lora=shapes is not MIXED, warmup_steps=WARMUP)
+
+
+def test_reference_with_groups_schedule_and_skipped_steps(kernels):
+    own = ({"lr": 1e-4}, {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.95, 0.99)})
+    compare(
+        MIXED[:4], split=2, group_options=own, steps=12, warmup_steps=WARMUP, schedule=lambda step: 1 - step / 20,
+        skip=lambda step, index: (step + index) % 5 == 0,
+    )  # fmt: skip
+
+
+def test_reference_of_the_context(kernels):
+    compare(LORA[:4], steps=12, lora=True, classes=CONTEXTUAL, warmup_steps=WARMUP, momentum_scales=(1, 3))
+
+
+# Against the rules ----------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "cautious": {"cautious": True},
+    "without CAME": {"came": False, "cautious": True},
+    "bias correction": {"bias_correction": True, "full_finetune": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "no warm-up": {"warmup_steps": 0, "steps": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(options):
+    assert_same(trained(Kernels(), **options), trained(None, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, "cautious": True}], ids=["plain", "cautious"])
+def test_8_bits(options):
+    """A number between two codes may get the one or the other, where rounding differs; nothing else differs."""
+    options = {"optimizer_class": EIGHT_BITS, "shapes": CODED, "steps": 3, **options}
+    assert_same(trained(Kernels(), **options), trained(None, **options), codes_apart=2)
+    options |= {"warmup_steps": 2}
+    assert_same(trained(Kernels(), **options), trained(None, **options), codes_apart=2)
+
+
+@pytest.mark.parametrize("scales", [(1, 2), (1, 2, 3, 4), ()], ids=["four bits", "low rank too", "none"])
+def test_momenta(scales):
+    options = {"optimizer_class": COPTIM, "shapes": CODED, "momentum_scales": scales, "steps": 4, "warmup_steps": 6}
+    assert_same(trained(Kernels(), **options), trained(None, **options), codes_apart=2)
+
+
+def test_momenta_in_8_bits():
+    options = {"optimizer_class": COPTIM_EIGHT_BITS, "shapes": CODED, "momentum_scales": (2, 3), "steps": 3}
+    assert_same(trained(Kernels(), **options), trained(None, **options), codes_apart=2)
+
+
+def test_unusable_gradients_are_counted_and_never_seen():
+    def spoil(step, params):
+        params[0].grad[:2, :3] = torch.tensor([torch.nan, -torch.inf, 2e18])
+
+    ours, rules = trained(Kernels(), steps=2, change=spoil), trained(None, steps=2, change=spoil)
+    assert_same(ours, rules)
+    assert ours[0].nonfinite_elements() == rules[0].nonfinite_elements() == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_that_are_not_contiguous(dtype):
+    def transpose(step, params):
+        if step == 0:
+            params[0].data = params[0].data.t().contiguous().t()
+        params[1].grad = params[1].grad.t().contiguous().t()
+
+    assert_same(
+        trained(Kernels(), steps=2, change=transpose, dtype=dtype),
+        trained(None, steps=2, change=transpose, dtype=dtype),
+    )
+
+
+def test_from_rules_to_kernels_and_back_at_any_step():
+    used = Kernels()
+
+    def turns(step):
+        return used if step % 2 else None
+
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.1) for s in CODED]
+    optimizer = EIGHT_BITS(params, lr=1e-3, warmup_steps=4)
+    for step in range(5):
+        gradients(params, generator)
+        if turns(step):
+            with launching(used):
+                optimizer.step()
+        else:
+            optimizer.step()
+    expected = trained(None, EIGHT_BITS, CODED, steps=5, warmup_steps=4)
+    assert_same((optimizer, params), expected, codes_apart=2)
+
+
+# Launches -------------------------------------------------------------------------------------------------------
+
+
+def launches(optimizer_class, steps, limit=1_000_000, loss=None, **options):
+    """Everything that a GPU is asked to do in each of some steps on a LoRA of SDXL: kernels, copies, fills."""
+    params = parameters(load("sdxl_lora16", limit))
+    optimizer = optimizer_class(params, lr=1e-6, **options)
+    counts = []
+    for _ in range(steps):
+        recorder = Recorder()
+        with launching(recorder):
+            if loss is not None:
+                optimizer.report_loss(torch.tensor(loss))
+            counted = operations(optimizer.step)
+        assert not counted.read_backs
+        uploads = 2  # the table, and the numbers of the step
+        small = sum(count for name, count in counted.counts.items() if name not in ("empty", "lift_fresh"))
+        counts.append(recorder.launches + uploads + small)
+    return counts
+
+
+@pytest.mark.parametrize("warmup", [1000, 3, 0], ids=["early", "late warm-up", "after"])
+@pytest.mark.parametrize("optimizer_class", [BASE_CLASS, EIGHT_BITS])
+def test_launches_of_the_base(optimizer_class, warmup):
+    most = 16 if optimizer_class is BASE_CLASS else 32
+    counts = launches(optimizer_class, steps=3, warmup_steps=warmup)
+    assert max(counts[1:]) <= most, counts
+
+
+def test_launches_do_not_depend_on_the_number_of_tensors():
+    few, many = (launches(BASE_CLASS, 2, limit=limit)[-1] for limit in (1_000_000, 2_000_000))
+    assert few == many
+
+
+@pytest.mark.parametrize("warmup", [1000, 2, 0], ids=["early", "late warm-up", "after"])
+@pytest.mark.parametrize("optimizer_class", [COPTIM, COPTIM_EIGHT_BITS])
+def test_launches_of_a_context(optimizer_class, warmup):
+    """Also when momenta of all periods are due, at the sixth step."""
+    counts = launches(optimizer_class, steps=6, warmup_steps=warmup * 4, momentum_scales=(1, 2, 3, 6), loss=1.0)
+    assert counts[-1] > counts[-2]
+    assert max(counts[1:]) <= 32, counts
+
+
+# The context ----------------------------------------------------------------------------------------------------
+
+
+def course(kernels, steps=60, window=24):
+    """The module after some steps with losses that rise, jump and end, and gradients that turn; and its multipliers."""
+    generator = torch.Generator().manual_seed(1)
+    module = ContextualOptimizationModule(window, edge_threshold=0.95, adaptation_rate=0.1)
+    module.set_bounds(1e-3, 1e-2)
+    used, direction = [], torch.randn(5000, generator=generator)
+    for step in range(steps):
+        noise = torch.randn(5000, generator=generator)
+        gradient = direction * (-1) ** (step // 8 * step) + 0.5 * noise
+        loss = 1.0 + 0.1 * float(noise[0]) + (9.0 if step == 15 else 0.0) + max(0, step - 30) * 0.05
+        reported = None if step in (3, 4) else torch.tensor(float("nan") if step == 50 else loss)
+        lost = torch.tensor(int(step == 20))
+        used.append(float(module.update_context(gradient, reported, 1e-3, lost, kernels)))
+        module.follow(gradient, gradient * 1e-4, kernels)
+    return module, used
+
+
+def test_the_context_decides_the_same():
+    (ours, used), (expected, wanted) = course(ContextKernels(Launcher())), course(None)
+    assert ours.edge_case_count == expected.edge_case_count > 3
+    assert used == pytest.approx(wanted, rel=1e-4)
+    for name in ("loss_history", "gradient_history", "lr_history"):
+        assert getattr(ours, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-5, nan_ok=True)
+    assert ours.compute_update_alignment() == pytest.approx(expected.compute_update_alignment(), abs=1e-5)
+    memories = ours.state_dict()["c_optim_context"], expected.state_dict()["c_optim_context"]
+    assert memories[0].keys() == memories[1].keys()
+    for name, value in memories[1].items():
+        assert memories[0][name].dtype == value.dtype
+        assert torch.allclose(memories[0][name].float(), value.float(), rtol=1e-4, atol=1e-5, equal_nan=True), name
+
+
+@pytest.mark.parametrize("window", [2, 11, 100])
+def test_confidence_is_that_of_the_tests(window):
+    kernels = ContextKernels(Launcher())
+    generator = torch.Generator().manual_seed(window)
+    memories = Memory(window), Memory(window)
+    for memory in memories:
+        memory.values["multiplier"].fill_(1.0)
+    for _ in range(15):
+        losses = torch.rand(window, generator=generator) + torch.linspace(0, 0.3, window)
+        losses[torch.rand(window, generator=generator) < 0.2] = torch.nan
+        cosines = torch.rand(window, generator=generator) - 0.7
+        memory = memories[0]
+        memory.values["loss_history"], memory.values["gradient_history"] = losses, cosines
+        gradient = torch.randn(50, generator=generator)
+        kernels.update_context(memory, gradient, torch.tensor(0.9), 1.0, None, 1.0, 0.95)
+        expected = confidence(memory.values["loss_history"], memory.values["gradient_history"])
+        assert float(memory.values["confidence"]) == pytest.approx(float(expected), abs=2e-5)
