@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import tempfile
@@ -23,6 +24,9 @@ _TYPES = {
     torch.int8: "*i8", torch.uint16: "*u16",
 }  # fmt: skip
 _ALIGNED = 16
+
+# Kernels whose blocks are bytes of several elements.
+_ELEMENTS_A_BYTE = {"pack_levels": 2, "keep_levels": 2, "pack_signs": 8}
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,14 @@ class Code:
         registers: of a thread.
         spilled: bytes that a thread puts into memory because it has too few of them.
         shared: bytes of shared memory of a program.
-        read, written: bytes of gradients, weights and states an element; None where programs work on no span.
+        read, written: bytes of gradients, weights and states an element of the tensors.
     """
 
     registers: int
     spilled: int
     shared: int
-    read: float | None
-    written: float | None
+    read: float
+    written: float
 
 
 def compiled(launch: Launch, capability: int) -> Code:
@@ -120,8 +124,11 @@ def compiled(launch: Launch, capability: int) -> Code:
     target = GPUTarget("cuda", capability, 32)
     done = triton.compile(source, target, {"num_warps": launch.warps, "enable_fp_fusion": False})
     registers, spilled = _resources(done.asm["cubin"])
-    traffic = _traffic(done.asm["ttgir"], dict(launch.constants).get("SPAN"))
-    return Code(registers, spilled, done.metadata.shared, *traffic)
+    constants = dict(launch.constants)
+    block = constants.get("SPAN", constants.get("TALL", 0) * constants.get("WIDE", 0))
+    read, written = _traffic(done.asm["ttgir"], block)
+    elements = _ELEMENTS_A_BYTE.get(launch.name, 1)
+    return Code(registers, spilled, done.metadata.shared, read / elements, written / elements)
 
 
 def _resources(binary: bytes) -> tuple[int, int]:
@@ -141,29 +148,23 @@ def _resources(binary: bytes) -> tuple[int, int]:
 # Bytes an element -----------------------------------------------------------------------------------------------
 
 
-def _traffic(code: str, span: int | None) -> tuple[float | None, float | None]:
-    """Bytes of gradients, weights and states that a kernel reads and writes an element.
+def _traffic(code: str, block: int) -> tuple[float, float]:
+    """Bytes of gradients, weights and states that a kernel reads and writes for each element of its blocks.
 
-    Counted in Triton's intermediate code, which has one operation for a whole span: loads and stores of as many
-    elements as the span has, at addresses that come from the table. What comes from tables of codes, or is shared by
-    the elements of a block, is in the caches. Of a state that may be coded or not, what is coded is counted.
+    Counted in Triton's intermediate code, which has one operation for a whole block: loads and stores of as many
+    elements as the block has, at addresses that come from the table. What comes from tables of codes, or is shared by
+    the elements of a block of codes, is in the caches. Of a state that may be coded or not, what is coded is counted.
     """
-    if span is None:
-        return None, None
     defined: dict[str, str] = {}  # names are used again in other branches
-    read = written = 0.0
+    moved = {"load": 0.0, "store": 0.0}
     for line, coded in _lines(code):
         definition = re.match(r"\s*(%\w+)(?::\d+)? = (.*)", line)
         if definition:
             defined[definition[1]] = definition[2]
-        found = re.search(r"= tt\.load (%[\w#]+).*: tensor<(\d+)x!tt\.ptr<(\w+)>", line)
-        stored = re.search(r"tt\.store (%[\w#]+),.*: tensor<(\d+)x!tt\.ptr<(\w+)>", line)
-        for match, is_read in ((found, True), (stored, False)):
-            if match is None or int(match[2]) != span or not coded or not _is_element(match[1], defined):
-                continue
-            size = int(re.sub(r"\D", "", match[3])) / 8
-            read, written = read + size * is_read, written + size * (not is_read)
-    return read, written
+        found = re.search(r"tt\.(load|store) (%[\w#]+).*: tensor<([\dx]+)x!tt\.ptr<[a-z]+(\d+)>", line)
+        if found and coded and math.prod(map(int, found[3].split("x"))) == block and _is_element(found[2], defined):
+            moved[found[1]] += int(found[4]) / 8
+    return moved["load"], moved["store"]
 
 
 def _lines(code: str) -> Iterator[tuple[str, bool]]:

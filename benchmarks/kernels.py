@@ -1,18 +1,22 @@
 """What does the GPU code of a step ask of a GPU: launches, registers, and bytes a parameter beside the least possible?
 
     python -m benchmarks kernels
-    python -m benchmarks kernels --model sdxl_lora16 --chips 86 89
+    python -m benchmarks kernels --chips 86 89
 
-Needs Triton and no GPU: kernels are compiled ahead for each chip, and nothing runs. Bytes are those of gradients,
-weights and states, counted in the compiled code; the floor is every one of them read once and, if it changes, written
-once. Passes over sums, over the rows of weights and over matrices of low rank come on top where the table says so.
+Needs Triton and no GPU: kernels are compiled ahead for each chip, and nothing runs. Registers and spilled bytes are
+the most of any kernel on any of the chips. Bytes are those of gradients, weights and states, counted in the compiled
+code over all passes; the floor is every one of them read once and, if the step changes it, written once.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import torch
+
+from library.cameamp.phase import Phase
 
 from . import contenders
 from .compiled import Code, Launch, Recorder, compiled, launching
@@ -21,40 +25,63 @@ from .table import Table
 
 CHIPS = (75, 80, 86, 89, 90, 100, 120)
 
+# Launches do not depend on the number of tensors, nor kernels on their sizes.
+_ELEMENTS = 1_000_000
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--chips", type=int, nargs="*", default=CHIPS, help="compute capabilities (default: all)")
-    parser.add_argument("--model", default="sdxl_lora16", help="the model whose tensors are launched for")
-    parser.add_argument("--limit", type=int, default=1_000_000, help="elements of it; launches do not depend on it")
+    parser.add_argument("--chips", type=int, nargs="+", default=CHIPS, help="compute capabilities (default: all)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Compile and print."""
-    shapes = load(args.model, args.limit)
-    table = Table("{:<46}{:>9}{:>11}{:>9}{:>8}{:>8}", "optimizer and phase", "launches", "registers", "spilled", "read",
-                  "written")  # fmt: skip
+    shapes = load("sdxl_lora16", _ELEMENTS)
+    print(f"compute capabilities {', '.join(map(str, args.chips))}; a LoRA of SDXL, in the second step of a phase")
+    table = Table("{:<48}{:>9}{:>11}{:>9}{:>7.1f}{:>9.1f}{:>7.1f}", "optimizer and phase", "launches", "registers",
+                  "spilled", "read", "written", "floor")  # fmt: skip
     known: dict[tuple[Launch, int], Code] = {}
     for name in contenders.FAMILY:
         for title, build in contenders.in_phases(name).items():
-            launches = recorded(build(parameters(shapes)))
+            optimizer = build(parameters(shapes))
+            launches = recorded(optimizer, steps=2)
             codes = [code for launch, _ in launches for code in _compiled(launch, args.chips, known)]
             first = [known[launch, args.chips[0]] for launch, _ in launches]
             table.row(
-                title, len(launches), max(code.registers for code in codes), sum(code.spilled for code in codes),
-                f"{sum(code.read or 0 for code in first):g}", f"{sum(code.written or 0 for code in first):g}",
+                title, len(launches), max(code.registers for code in codes), max(code.spilled for code in codes),
+                sum(code.read for code in first), sum(code.written for code in first), floor(optimizer),
             )  # fmt: skip
 
 
-def recorded(optimizer: Any) -> list[tuple[Launch, int]]:
-    """What a step of an optimizer launches, with the number of programs."""
-    recorder = Recorder()
-    with launching(recorder):
-        optimizer.step()
+def recorded(optimizer: Any, steps: int = 1) -> list[tuple[Launch, int]]:
+    """What the last of some steps of an optimizer launches, with the number of programs."""
+    for _ in range(steps):
+        recorder = Recorder()
+        with launching(recorder):
+            optimizer.step()
     return recorder.recorded
 
 
-def _compiled(launch: Launch, chips: list[int], known: dict[tuple[Launch, int], Code]) -> Iterator[Code]:
+def floor(optimizer: Any) -> float:
+    """Bytes a parameter of gradients, weights and the states that a step uses, read once, and written once if changed."""
+    (group,) = optimizer.param_groups
+    moved = count = 0
+    for p in group["params"]:
+        state = optimizer.state[p]
+        count += p.numel()
+        moved += 3 * p.numel() * p.element_size()
+        phase = Phase.at(state["step"], optimizer.config.warmup_steps)
+        due = {f"momentum_scale_{period}" for period in optimizer.config.momentum_scales if state["step"] % period == 0}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                name = key.removesuffix("_scale").removesuffix("_q")
+                changes = name in due if name.startswith("momentum_scale") else phase.warmup or name != "lr_mask"
+                if phase.early or name != "s":
+                    moved += (1 + changes) * value.numel() * value.element_size()
+    return moved / count
+
+
+def _compiled(launch: Launch, chips: Sequence[int], known: dict[tuple[Launch, int], Code]) -> Iterator[Code]:
     for chip in chips:
         if (launch, chip) not in known:
             known[launch, chip] = compiled(launch, chip)

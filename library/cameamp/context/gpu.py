@@ -93,8 +93,8 @@ class ContextKernels:
         with on(kept.device):
             self._launcher.launch(
                 gpu_kernels.compare_samples, 1, found if before is None else before, sample,
-                found if loss is None else loss, found if lost is None else lost, kept, newest.view(torch.uint16), found,
-                len(sample), CHUNK=_SAMPLE_CHUNK, BEGUN=begun, HAS_LOSS=loss is not None,
+                found if loss is None else loss, found if lost is None else lost, kept, newest.view(torch.uint16),
+                found, len(sample), CHUNK=_SAMPLE_CHUNK, BEGUN=begun, HAS_LOSS=loss is not None,
                 HAS_LOST=lost is not None, warps=_SAMPLE_WARPS,
             )  # fmt: skip
         memory.samples[name] = newest
