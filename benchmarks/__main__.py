@@ -20,6 +20,7 @@ NAMES = (
     "storage_time",
     "two_cores",
     "kernels",
+    "gpu",
     "convergence",
     "learning_rate_free",
     "eight_bit_quality",

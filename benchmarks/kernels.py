@@ -63,7 +63,7 @@ def recorded(optimizer: Any, steps: int = 1) -> list[tuple[Launch, int]]:
 
 
 def floor(optimizer: Any) -> float:
-    """Bytes a parameter of gradients, weights and the states that a step uses, read once, and written once if changed."""
+    """Bytes a parameter of gradients, weights and the states in use, read once, and written once if they change."""
     (group,) = optimizer.param_groups
     moved = count = 0
     for p in group["params"]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ pytest.importorskip("triton", reason="the kernels of GPUs need Triton")
 from test_equivalence import CONTEXTUAL, LORA, compare
 
 import library.automagic_cameamp as family
+from benchmarks import gpu
 from benchmarks.compiled import Recorder, launching
 from benchmarks.cost import operations
 from benchmarks.models import load, parameters
@@ -280,3 +284,28 @@ def test_confidence_is_that_of_the_tests(window):
         kernels.update_context(memory, gradient, torch.tensor(0.9), 1.0, None, 1.0, 0.95)
         expected = confidence(memory.values["loss_history"], memory.values["gradient_history"])
         assert float(memory.values["confidence"]) == pytest.approx(float(expected), abs=2e-5)
+
+
+# The benchmark --------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_everything_it_promises(monkeypatch, capsys):
+    for name, value in {"_SHAPES": [(8, 12), (7,)], "_STEPS": 3, "_UNMEASURED": 1}.items():
+        monkeypatch.setattr(gpu, name, value)
+    family = (BASE_CLASS.__name__, COPTIM_EIGHT_BITS.__name__)
+    monkeypatch.setattr(gpu.contenders, "FAMILY", family)
+    results = gpu.measure(torch.device("cpu"), {"small": [(4, 16), (16, 4)]}, rounds=2)
+    json.dumps(results, allow_nan=False)
+    assert [found["optimizer"] for found in results["equality"]] == list(family)
+    assert all(found["weights"] < 1e-3 and found["codes"] == 0 for found in results["equality"])
+    ours = [timing for timing in results["steps"] if timing["by"] == "kernels"]
+    assert len(ours) == 2 * len(family)
+    assert all(timing["milliseconds"] > 0 and timing["launches"] >= 6 for timing in ours)
+    assert "torch AdamW fused" in {timing["optimizer"] for timing in results["steps"]}
+    assert "small: 2 tensors" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_needs_a_gpu():
+    with pytest.raises(SystemExit, match="needs a GPU"):
+        gpu.run(argparse.Namespace())

@@ -198,6 +198,7 @@ def store_truths(row, STATE: tl.constexpr, offsets, mask, truths):
     entry = row + STATES + 3 * STATE
     if tl.load(entry + KIND) == _BOOL:
         pointer = tl.load(entry + ADDRESS).to(tl.pointer_type(tl.uint8))
+        tl.debug_barrier()  # All threads have read the old ones, on which the new ones do not depend.
         tl.store(pointer + offsets, truths.to(tl.uint8), mask)
 
 
