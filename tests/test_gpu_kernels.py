@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
+import numpy
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels of GPUs need Triton")
 
+import triton
+import triton.language as tl
 from test_equivalence import CONTEXTUAL, LORA, compare
 
 import library.automagic_cameamp as family
@@ -17,12 +20,20 @@ from benchmarks import gpu
 from benchmarks.compiled import Recorder, launching
 from benchmarks.cost import operations
 from benchmarks.models import load, parameters
+from library.cameamp.config import OptimizerConfig
 from library.cameamp.context.controller import ContextualOptimizationModule
 from library.cameamp.context.detection import confidence
 from library.cameamp.context.gpu import ContextKernels
 from library.cameamp.context.memory import Memory
+from library.cameamp.rounding import Dither
+from library.cameamp.states import TABLE
+from library.cameamp.step.kernels import table as fields
+from library.cameamp.step.kernels.gpu import codes
 from library.cameamp.step.kernels.gpu.launching import Launcher
-from library.cameamp.step.kernels.gpu.passes import Kernels
+from library.cameamp.step.kernels.gpu.passes import Kernels, maps_of_codes_on
+from library.cameamp.step.kernels.gpu.rules import Rules, numbers_of
+from library.cameamp.step.rules import StepScalars
+from library.cameamp.storage import blockwise
 
 STEPS, WARMUP = 9, 8  # early until the fourth step, after the warm-up at the ninth
 MATRICES = [(8, 40), (48, 8), (8, 40), (48, 8), (9,)]
@@ -188,6 +199,56 @@ def test_from_rules_to_kernels_and_back_at_any_step():
             optimizer.step()
     expected = trained(None, EIGHT_BITS, CODED, steps=5, warmup_steps=4)
     assert_same((optimizer, params), expected, codes_apart=2)
+
+
+# Codes ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def code_and_decode(table, numbers, maps, firsts, x, out, state: tl.constexpr, code: tl.constexpr, rules: tl.constexpr):
+    """One span of a state, written down and read again."""
+    offsets = tl.program_id(0) * 4096 + tl.arange(0, 4096)
+    mask = offsets < tl.load(table)
+    values = tl.load(x + offsets, mask, other=0.0)
+    codes.store_state(table, state, code, numbers, maps, firsts, offsets, mask, values, 4096, rules)
+    tl.store(out + offsets, codes.load_state(table, state, code, maps, offsets, mask, rules), mask)
+
+
+@pytest.mark.parametrize("block", [64, 256, 4096])
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_res", "lr_mask"])
+def test_codes_are_the_same_bits_as_those_of_the_rules(name, block):
+    """Also of numbers beside the midpoints between codes, of zeros, and of a block of zeros."""
+    config = OptimizerConfig(min_lr=1e-6, max_lr=2e-3)
+    row = next(state for state in TABLE if state.name == name)
+    shape = torch.Size((3, 4096 if block == 4096 else block * 7))
+    stored = row.code(config, shape, block).new(1, shape, torch.device("cpu"))
+    kernel = {"exp_avg": fields.SIGNED, "exp_avg_res": fields.ROOT, "lr_mask": fields.EVEN}[name]
+    x = torch.randn(shape.numel()) * torch.rand(shape.numel()) ** 4
+    midpoints = blockwise.tables_of(name == "exp_avg", torch.device("cpu")).midpoints[:-1]
+    beside = torch.cat([midpoints, midpoints.nextafter(torch.tensor(9.0)), midpoints.nextafter(torch.tensor(-9.0))])
+    x[: min(block, 765)] = beside[: min(block, 765)]
+    x[0], x[1], x[-block:] = 1.0, 0.0, 0.0
+    if name != "exp_avg":
+        x = x.square() if name == "exp_avg_res" else x.abs().clamp(0, 1) * 2e-3
+    table = numpy.zeros(fields.FIELDS, dtype=numpy.int64)
+    table[[fields.NUMEL, fields.POSITION, fields.BLOCK]] = shape.numel(), 5, block
+    found = [torch.zeros_like(tensor) for tensor in stored.tensors]
+    place = fields.STATES + 3 * fields.STATE_NUMBERS[name]
+    table[place : place + 3] = kernel, found[0].data_ptr(), found[1].data_ptr()
+    if name == "lr_mask":
+        found[1].copy_(torch.tensor([[1e-6, 2e-3]]))
+    numbers = torch.from_numpy(numbers_of(7, config, StepScalars.at(7, config, 1.0)))
+    maps, firsts = maps_of_codes_on(torch.device("cpu"))
+    decoded = torch.empty_like(x)
+    rules = Rules(gradients=0, weights=0, aligned=False, coded=True)
+    number = fields.STATE_NUMBERS[name]
+    grid = (-(-shape.numel() // 4096),)
+    code_and_decode[grid](torch.from_numpy(table), numbers, maps, firsts, x, decoded, number, kernel, rules)
+    stored.write(x.clone().view(1, *shape), Dither(torch.tensor([5], dtype=torch.int32), 7))
+    for ours, expected in zip(found, stored.tensors):
+        assert torch.equal(ours, expected)
+    # What the mask's codes stand for is rounded otherwise by torch.lerp on some devices.
+    assert torch.allclose(decoded, stored.read().flatten(), rtol=2e-7 if name == "lr_mask" else 0.0, atol=0.0)
 
 
 # Launches -------------------------------------------------------------------------------------------------------
