@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from unittest.mock import patch
 
 import numpy
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the kernels of GPUs need Triton")
+pytest.importorskip("triton", minversion="3.7", reason="Triton's interpreter is needed, of 3.7 or newer")
 
 import triton
 import triton.language as tl
@@ -20,19 +21,22 @@ from benchmarks import gpu
 from benchmarks.compiled import Recorder, launching
 from benchmarks.cost import operations
 from benchmarks.models import load, parameters
+from library.cameamp.compiling import Compiler
 from library.cameamp.config import OptimizerConfig
 from library.cameamp.context.controller import ContextualOptimizationModule
 from library.cameamp.context.detection import confidence
 from library.cameamp.context.gpu import ContextKernels
 from library.cameamp.context.memory import Memory
 from library.cameamp.rounding import Dither
+from library.cameamp.stacks.workspace import Workspace
 from library.cameamp.states import TABLE
 from library.cameamp.step.kernels import table as fields
 from library.cameamp.step.kernels.gpu import codes
-from library.cameamp.step.kernels.gpu.launching import Launcher
-from library.cameamp.step.kernels.gpu.passes import Kernels, maps_of_codes_on
+from library.cameamp.step.kernels.gpu.launching import Launcher, require_triton
+from library.cameamp.step.kernels.gpu.passes import GpuPasses, Kernels, maps_of_codes_on
 from library.cameamp.step.kernels.gpu.rules import Rules, numbers_of
-from library.cameamp.step.rules import StepScalars
+from library.cameamp.step.passes import Passes
+from library.cameamp.step.rules import ALL_TECHNIQUES, StepScalars
 from library.cameamp.storage import blockwise
 
 STEPS, WARMUP = 9, 8  # early until the fourth step, after the warm-up at the ninth
@@ -199,6 +203,28 @@ def test_from_rules_to_kernels_and_back_at_any_step():
             optimizer.step()
     expected = trained(None, EIGHT_BITS, CODED, steps=5, warmup_steps=4)
     assert_same((optimizer, params), expected, codes_apart=2)
+
+
+@pytest.mark.parametrize("optimizer_class", [BASE_CLASS, COPTIM_EIGHT_BITS])
+def test_a_second_pass_over_what_the_rules_have_measured(optimizer_class):
+    """As a check of the kernels on copies does it."""
+
+    class Mixed(GpuPasses):
+        def measure(self, group, stacks):
+            return Passes(self._states, Workspace(), Compiler(), self._watch_every, ALL_TECHNIQUES).measure(
+                group, stacks
+            )
+
+    options = {"optimizer_class": optimizer_class, "shapes": CODED, "steps": 2, "momentum_scales": (1, 2)}
+    with patch("benchmarks.compiled.GpuPasses", Mixed):
+        ours = trained(Kernels(), **options)
+    assert_same(ours, trained(None, **options), codes_apart=2)
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(ImportError, match=r"Triton 3\.3\.1 is too old"):
+        require_triton()
 
 
 # Codes ----------------------------------------------------------------------------------------------------------

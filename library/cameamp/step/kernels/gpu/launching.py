@@ -1,4 +1,4 @@
-"""Launches kernels."""
+"""Launches Triton's kernels. Nothing here imports Triton, which not everybody has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+# Older versions know no records among what a kernel is compiled for.
+_OLDEST_TRITON = (3, 4)
+
+
+def require_triton() -> None:
+    """Raise ImportError, saying what is missing, where kernels cannot be compiled."""
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        raise ImportError(f"Triton {triton.__version__} is too old for these kernels: {oldest} or newer is needed")
 
 
 class Launcher:

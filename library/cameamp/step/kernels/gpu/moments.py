@@ -69,7 +69,7 @@ def sum_squares(
     x, _ = unclipped(row, grad, numbers, maps, offsets, mask, RULES)
     found = partials + (tl.load(firsts + tensor) + span) * (1 + 2 * RULES.momenta)
     tl.store(found, tl.sum(x * x, axis=0))
-    for place in tl.static_range(RULES.momenta):
+    for place in range(0, RULES.momenta):
         entry = momenta + (tensor * RULES.momenta + place) * MOMENTUM_FIELDS
         if (tl.load(entry + KIND) == FOUR_BITS) & (momentum_number(numbers, place, RATE) > 0):
             levels = load_levels(tl.load(entry + ADDRESS), size_of(row, RULES), offsets, mask)
@@ -90,7 +90,7 @@ def clip_tensor(table, momenta, work, firsts, numbers, partials, sums, CHUNK: tl
         root = tl.sqrt(squares / tl.load(row + NUMEL).to(tl.float64))
         clip = 1.0 / tl.maximum(root / tl.load(numbers + _CLIP_THRESHOLD), 1.0)
     tl.store(sums + tensor * sums_a_tensor(RULES) + CLIP, clip.to(tl.float32))
-    for place in tl.static_range(RULES.momenta):
+    for place in range(0, RULES.momenta):
         entry = momenta + (tensor * RULES.momenta + place) * MOMENTUM_FIELDS
         if (tl.load(entry + KIND) == FOUR_BITS) & (momentum_number(numbers, place, RATE) > 0):
             scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))

@@ -151,8 +151,6 @@ class GpuPasses:
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over the gradients of the stacks that take the step, which are on one device."""
-        for stack in stacks:
-            group.bind(stack, self._states)
         device = stacks[0].device
         with on(device):
             begun = self._begin(group, stacks)
@@ -163,7 +161,7 @@ class GpuPasses:
         strengths = _by_stacks(begun.strengths, begun.stacks) if len(begun.strengths) else [None] * len(stacks)
         watched = [sample] * len(stacks) if self._watch_every else []
         sums = GroupSums(begun.total, strengths)
-        return Measured(group, begun.stacks, sums, [unusable], watched, [], self._kernels)
+        return Measured(group, begun.stacks, sums, [unusable], watched, [None] * len(stacks), self._kernels)
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: every tensor through the rules, and the weights written.
@@ -175,7 +173,9 @@ class GpuPasses:
         Returns:
             What the context sees of all tensors, once for each stack; nothing without a context.
         """
-        begun = self._begun.pop(measured.group.number)
+        begun = self._begun.pop(measured.group.number, None)
+        if begun is None or begun.stacks is not measured.stacks:
+            begun = self._begin_with(measured)
         device = begun.on_device.device
         factor = begun.total if multiplier is None else multiplier.to(device)
         _, sample, changes = self._sample(device)
@@ -191,6 +191,8 @@ class GpuPasses:
 
     def _begin(self, group: Group, stacks: list[Stack]) -> _Begun:
         """Look up where everything is."""
+        for stack in stacks:
+            group.bind(stack, self._states)
         device, config = stacks[0].device, group.config
         batches = self._kernels.tables.batches(stacks, group.periods)
         tables, written_back, kept = zip(*(with_gradients(batch) for batch in batches))
@@ -211,6 +213,14 @@ class GpuPasses:
             _floats(len(table) if decays else 0, device), ordered,
             [pair for pairs in written_back for pair in pairs], [grad for grads in kept for grad in grads],
         )  # fmt: skip
+
+    def _begin_with(self, measured: Measured) -> _Begun:
+        """As `_begin`, for stacks that were measured otherwise."""
+        begun = self._begin(measured.group, measured.stacks)
+        strengths = [strength for strength in measured.sums.decay_strengths if strength is not None]
+        begun.total = measured.sums.magnitude
+        begun.strengths = torch.cat(strengths) if strengths else begun.strengths
+        return begun
 
     def _parts(self, group: Group, batch: Batch, table: numpy.ndarray, rows: slice, decays: bool) -> list[_Part]:
         """The tensors of a batch, divided further by formats and alignment."""
