@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from library.cameamp.phase import Phase
 
 from . import contenders
-from .compiled import Code, Launch, Recorder, compiled, launching
 from .models import load, parameters
 from .table import Table
+
+if TYPE_CHECKING:  # It needs Triton, which the options do not.
+    from .compiled import Code, Launch
 
 CHIPS = (75, 80, 86, 89, 90, 100, 120)
 
@@ -36,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compile and print."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"Triton is missing: pip install triton, on Windows triton-windows ({error})") from None
     shapes = load("sdxl_lora16", _ELEMENTS)
     print(f"compute capabilities {', '.join(map(str, args.chips))}; a LoRA of SDXL, in the second step of a phase")
     table = Table("{:<48}{:>9}{:>11}{:>9}{:>7.1f}{:>9.1f}{:>7.1f}", "optimizer and phase", "launches", "registers",
@@ -55,6 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
 def recorded(optimizer: Any, steps: int = 1) -> list[tuple[Launch, int]]:
     """What the last of some steps of an optimizer launches, with the number of programs."""
+    from .compiled import Recorder, launching
+
     for _ in range(steps):
         recorder = Recorder()
         with launching(recorder):
@@ -82,6 +90,8 @@ def floor(optimizer: Any) -> float:
 
 
 def _compiled(launch: Launch, chips: Sequence[int], known: dict[tuple[Launch, int], Code]) -> Iterator[Code]:
+    from .compiled import compiled
+
     for chip in chips:
         if (launch, chip) not in known:
             known[launch, chip] = compiled(launch, chip)
