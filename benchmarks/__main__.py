@@ -19,6 +19,8 @@ NAMES = (
     "step_profile",
     "storage_time",
     "two_cores",
+    "kernels",
+    "gpu",
     "convergence",
     "learning_rate_free",
     "eight_bit_quality",

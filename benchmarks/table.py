@@ -17,7 +17,7 @@ class Table:
     def __init__(self, layout: str, *headings: object) -> None:
         self._layout = layout
         # Headings are text: they take the widths of the columns without the formats of the numbers.
-        print(re.sub(r"\.\d+[f%]", "", layout).format(*map(str, headings)), flush=True)
+        print(re.sub(r"\.\d+[ef%]", "", layout).format(*map(str, headings)), flush=True)
 
     def row(self, *cells: Any) -> None:
         """Print one row."""

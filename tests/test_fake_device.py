@@ -38,7 +38,7 @@ def cuda_without_a_card(monkeypatch):
 
 def on(device, tables):
     """Tables of the same shapes on a device."""
-    return blockwise._Tables(*(torch.empty_like(table, device=device) for table in tables))
+    return blockwise.Tables(*(torch.empty_like(table, device=device) for table in tables))
 
 
 def view_at(x, key):

@@ -154,7 +154,8 @@ class CameAMP(Optimizer):
             group.count_step(params, self.state)
             stacks.append(group.stacks(params, self.state) if params else [])
         taking = [(group, own) for group, own in zip(groups, stacks) if own]
-        step = self._engine.begin_step(taking, self.state, self._driver.watch_every(groups), self._techniques)
+        watched_at = self._driver.watch_every(groups), self._driver.watch_places(groups)
+        step = self._engine.begin_step(taking, self.state, *watched_at, self._techniques)
         measured = [step.measure(group, own) for group, own in taking]
         for found in measured:
             measure.tally(self._unusable, found.unusable)

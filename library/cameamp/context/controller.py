@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +26,13 @@ FLOOR = 1e-9
 # The offset is added only where the alignments of the last steps can be told from those of pure noise: where their sum,
 # each step forgetting a tenth, is this many standard deviations from 0. Noise would otherwise carry the multiplier
 # to its bound in a hundred steps.
-_EVIDENCE = 3.0
-_MEMORY = 0.9
+EVIDENCE = 3.0
+KEPT = 0.9
 
 # The share of the multiplier that a step uses while an edge case lasts.
-_EDGE_SHARE = 0.5
+EDGE_SHARE = 0.5
 
-_SMALLEST_SQUARE = 1e-30
+SMALLEST_SQUARE = 1e-30
 
 
 class Law(NamedTuple):
@@ -48,6 +48,34 @@ class Law(NamedTuple):
 
 
 STANDARD_LAW = Law()
+
+
+class Deciding(Protocol):
+    """What kernels of a device do in place of `update_context` and `follow`, in a launch or two."""
+
+    def update_context(
+        self,
+        memory: Memory,
+        gradient: Tensor,
+        loss: Tensor | None,
+        lr: float,
+        unusable: Tensor | None,
+        start: float,
+        threshold: float,
+    ) -> Tensor:
+        """As `ContextualOptimizationModule.update_context`, of a multiplier that begins at `start`."""
+
+    def follow(
+        self,
+        memory: Memory,
+        scaled_grad: Tensor,
+        change: Tensor,
+        gain: float,
+        offset: float,
+        threshold: float,
+        highest: float,
+    ) -> None:
+        """As `ContextualOptimizationModule.follow`, of a gain that has the adaptation rate in it."""
 
 
 class ContextualOptimizationModule:
@@ -82,6 +110,7 @@ class ContextualOptimizationModule:
         loss: Tensor | float | None,
         lr: Tensor | float,
         unusable: Tensor | None = None,
+        kernels: Deciding | None = None,
     ) -> Tensor:
         """Take in what is known before a step is taken.
 
@@ -90,11 +119,17 @@ class ContextualOptimizationModule:
             loss: loss of this step, a number or a tensor of one element; None where it is not known.
             lr: largest learning rate of a group at this step, before the multiplier.
             unusable: how many elements of the gradient were not finite, 0-d; None for none.
+            kernels: what does this on the gradient's device; None for the operations below.
 
         Returns:
             The factor of this step's learning rates, as `multiplier` gives it.
         """
         self._memory.go_to(gradient.device)
+        if kernels is not None:
+            known = None if loss is None else as_scalar(loss, gradient.device)
+            return kernels.update_context(
+                self._memory, gradient, known, float(lr), unusable, self._start, self._threshold
+            )
         values = self._memory.values
         values["multiplier"] = torch.where(values["multiplier"].isnan(), self._start, values["multiplier"])
         last = self._memory.sample_like("last_gradient", gradient)
@@ -123,26 +158,31 @@ class ContextualOptimizationModule:
         """The factor of this step's learning rates, 0-d, on the device."""
         value = self._memory.values["multiplier"]
         begun = torch.where(value.isnan(), self._start, value)
-        return torch.where(self._is_edge_case(), begun * _EDGE_SHARE, begun)
+        return torch.where(self._is_edge_case(), begun * EDGE_SHARE, begun)
 
-    def follow(self, scaled_grad: Tensor, change: Tensor) -> None:
+    def follow(self, scaled_grad: Tensor, change: Tensor, kernels: Deciding | None = None) -> None:
         """Update the multiplier, for the next step, by how well this step's gradient agrees with the step before.
 
         Args:
             scaled_grad: sample of this step's scaled gradient, 1-d.
             change: sample of the step taken now, learning rate times update, 1-d.
+            kernels: as of `update_context`.
         """
+        if kernels is not None:
+            gain, law = self._law.gain * self._rate, self._law
+            kernels.follow(self._memory, scaled_grad, change, gain, law.offset, self._threshold, self._highest)
+            return
         values = self._memory.values
         last = self._memory.sample_like("last_change", change)
         # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
         *products, of_squares = distributed.average(torch.stack(_products(last, scaled_grad))).unbind()
         alignment = _cosine(products, absent=0.0)
         # The variance of a cosine of vectors whose signs have nothing to do with one another.
-        variance = of_squares / (products[1] * products[2]).clamp_min(_SMALLEST_SQUARE)
-        total = values["alignment_sum"] * _MEMORY + alignment
-        spread = values["alignment_variance"] * _MEMORY**2 + variance
+        variance = of_squares / (products[1] * products[2]).clamp_min(SMALLEST_SQUARE)
+        total = values["alignment_sum"] * KEPT + alignment
+        spread = values["alignment_variance"] * KEPT**2 + variance
         values["alignment_sum"], values["alignment_variance"] = total, spread
-        offset = (total.square() > _EVIDENCE**2 * spread).to(torch.float32) * self._law.offset
+        offset = (total.square() > EVIDENCE**2 * spread).to(torch.float32) * self._law.offset
         begun = (last != 0).any()
         growth = torch.exp(self._law.gain * self._rate * (alignment + offset))
         growth = torch.where(begun, growth, 1.0)

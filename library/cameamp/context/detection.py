@@ -25,9 +25,9 @@ FEWEST_COSINES = 4
 RECENT_COSINES = 8
 
 # A Gaussian's standard deviation is this many median absolute deviations.
-_DEVIATIONS_PER_MAD = 1.4826
+DEVIATIONS_PER_MAD = 1.4826
 # Estimated that way it is as uncertain as the usual estimate from only this share of the values.
-_MAD_EFFICIENCY = 0.37
+MAD_EFFICIENCY = 0.37
 
 
 class Statistic(NamedTuple):
@@ -82,12 +82,12 @@ def spike(losses: Tensor) -> Statistic:
     count = _count(others)
     middle = ((count.unsqueeze(-1) - 1).clamp_min(0) / 2).long()
     median = _in_order(others, middle)
-    spread = _in_order((others - median).abs(), middle).squeeze(-1) * _DEVIATIONS_PER_MAD
+    spread = _in_order((others - median).abs(), middle).squeeze(-1) * DEVIATIONS_PER_MAD
     median, size = median.squeeze(-1), median.abs()
     # The median is itself uncertain, by a variance of pi / 2n.
     rounding = torch.where(positive, size.clamp_min(1.0), size).squeeze(-1) * 1e-6 + 1e-12
     t = (newest - median) / (spread * (1 + math.pi / 2 / count).sqrt()).clamp_min(rounding)
-    return Statistic(t, _MAD_EFFICIENCY * count, (count >= FEWEST_LOSSES) & (newest == newest))
+    return Statistic(t, MAD_EFFICIENCY * count, (count >= FEWEST_LOSSES) & (newest == newest))
 
 
 def rising(losses: Tensor) -> Statistic:

@@ -18,7 +18,7 @@ from ..groups import Group
 from ..step.passes import Measured
 from ..step.rules import Watched
 from ..techniques import lr_mask
-from .controller import STANDARD_LAW, ContextualOptimizationModule, Law, as_scalar
+from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar
 from .sampling import Sampler
 
 # Options that groups of one optimizer share, because they share the context.
@@ -42,6 +42,9 @@ class Driver(Protocol):
 
     def watch_every(self, groups: Sequence[Group]) -> int:
         """Distance between the elements of each tensor that are to be watched; 0 for none."""
+
+    def watch_places(self, groups: Sequence[Group]) -> Sequence[int]:
+        """For each parameter, and one past the last, where its watched elements begin among all; empty for none."""
 
     def report_loss(self, loss: Tensor | float) -> None:
         """Take in a loss of the next step."""
@@ -89,6 +92,9 @@ class NoContext:
 
     def watch_every(self, groups: Sequence[Group]) -> int:
         return 0
+
+    def watch_places(self, groups: Sequence[Group]) -> Sequence[int]:
+        return ()
 
     def report_loss(self, loss: Tensor | float) -> None:
         pass
@@ -160,6 +166,9 @@ class Context:
     def watch_every(self, groups: Sequence[Group]) -> int:
         return self._sampler_of(groups).every
 
+    def watch_places(self, groups: Sequence[Group]) -> Sequence[int]:
+        return self._sampler_of(groups).starts
+
     def report_loss(self, loss: Tensor | float) -> None:
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach().float().mean())
@@ -175,10 +184,13 @@ class Context:
         stacks = [stack for group in measured for stack in group.stacks]
         gradient = self._sampler_of(groups).gather(stacks, [piece for group in measured for piece in group.watched])
         device = gradient.device
-        unusable = torch.stack([count.to(device) for group in measured for count in group.unusable]).sum()
-        loss = torch.stack([as_scalar(reported, device) for reported in losses]).mean() if losses else None
+        counts = [count.to(device) for group in measured for count in group.unusable]
+        unusable = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+        reported = [as_scalar(loss, device) for loss in losses]
+        loss = torch.stack(reported).mean() if len(reported) > 1 else reported[0] if reported else None
         self._set_bounds(groups)
-        return self.module.update_context(gradient, loss, max(float(group.entry["lr"]) for group in groups), unusable)
+        largest = max(float(group.entry["lr"]) for group in groups)
+        return self.module.update_context(gradient, loss, largest, unusable, _kernels(measured))
 
     def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         if not watched:
@@ -186,7 +198,8 @@ class Context:
         stacks = [stack for group in measured for stack in group.stacks]
         grads, changes = (list(pieces) for pieces in zip(*watched))
         assert self._sampler is not None
-        self.module.follow(self._sampler.gather(stacks, grads), self._sampler.gather(stacks, changes))
+        grad, change = self._sampler.gather(stacks, grads), self._sampler.gather(stacks, changes)
+        self.module.follow(grad, change, _kernels(measured))
 
     def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
         return lr_mask.scaled(mask, self.module.multiplier().to(mask.device), config.min_lr, config.max_lr)
@@ -216,3 +229,13 @@ class Context:
         if self._sampler is None:
             self._sampler = Sampler([p.numel() for group in groups for p in group.params])
         return self._sampler
+
+
+def _kernels(measured: Sequence[Measured]) -> Deciding | None:
+    """The kernels of a context, if the first group's gradients were measured by kernels of a GPU."""
+    launcher = measured[0].launcher
+    if launcher is None:
+        return None
+    from .gpu import ContextKernels  # It needs Triton.
+
+    return ContextKernels(launcher)

@@ -23,13 +23,14 @@ class Memory:
         window: how many steps the histories go back.
 
     Attributes:
+        window: how many steps the histories go back.
         values: 0-d tensors and histories, (window,) float32, newest last, by name; `multiplier` is not a number until
             the first step.
         samples: the last samples of the gradient and of the step taken, 1-d bfloat16, by name; None before them.
     """
 
     def __init__(self, window: int) -> None:
-        self._window = window
+        self.window = window
         self.reset()
 
     def reset(self) -> None:
@@ -40,7 +41,7 @@ class Memory:
                 "multiplier": torch.tensor(torch.nan, dtype=torch.float32),
                 **{name: torch.zeros((), dtype=torch.float32) for name in _SCALARS},
                 "edge_cases": torch.zeros((), dtype=torch.int64),
-                **{name: torch.full((self._window,), torch.nan, dtype=torch.float32) for name in HISTORIES},
+                **{name: torch.full((self.window,), torch.nan, dtype=torch.float32) for name in HISTORIES},
             }
         self.samples: dict[str, Tensor | None] = dict.fromkeys(SAMPLES)
 
@@ -88,8 +89,8 @@ class Memory:
         for name in _SCALARS:
             self.values[name] = context[name].clone()
         for name in HISTORIES:
-            newest = context[name][-self._window :]
-            self.values[name][self._window - len(newest) :] = newest
+            newest = context[name][-self.window :]
+            self.values[name][self.window - len(newest) :] = newest
         begun = any(name in context for name in SAMPLES)
         multiplier = float(saved["contextual_lr_multiplier"]) if begun else torch.nan
         self.values["multiplier"] = torch.tensor(multiplier, dtype=torch.float32)

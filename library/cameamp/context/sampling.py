@@ -27,6 +27,7 @@ class Sampler:
 
     Attributes:
         every: distance between sampled elements of a parameter.
+        starts: for each parameter, and one past the last, where its elements begin in the vector.
         size: length of the vector.
     """
 
@@ -34,10 +35,10 @@ class Sampler:
         # Each parameter may give one element more than its share.
         room = max(LARGEST_SAMPLE - len(sizes), LARGEST_SAMPLE // 2)
         self.every = _coprime_from(-(-sum(sizes) // room), {size for size in sizes if size > 1})
-        self._starts = [0]
+        self.starts = [0]
         for size in sizes:
-            self._starts.append(self._starts[-1] - (-size // self.every))
-        self.size = self._starts[-1]
+            self.starts.append(self.starts[-1] - (-size // self.every))
+        self.size = self.starts[-1]
         self._places: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
     def gather(self, stacks: Sequence[Stack], pieces: Sequence[Tensor]) -> Tensor:
@@ -45,8 +46,10 @@ class Sampler:
 
         Args:
             stacks: the stacks of all groups that take this step.
-            pieces: what was taken of each, at every `every`-th element.
+            pieces: what was taken of each, at every `every`-th element; or of each the same, which is the vector.
         """
+        if all(piece is pieces[0] for piece in pieces) and pieces[0].shape == (self.size,):
+            return pieces[0]
         device = pieces[0].device
         flat = torch.cat([moved(piece.flatten(), device) for piece in pieces])
         vector = torch.zeros(self.size, dtype=torch.float32, device=device)
@@ -58,7 +61,7 @@ class Sampler:
         places = self._places.get(key)
         if places is None or places.device != device:
             numbers = chain.from_iterable(key)
-            ranges = [torch.arange(self._starts[n], self._starts[n + 1], device="cpu") for n in numbers]
+            ranges = [torch.arange(self.starts[n], self.starts[n + 1], device="cpu") for n in numbers]
             places = moved(torch.cat(ranges), device)
             self._places = {key: places}
         return places

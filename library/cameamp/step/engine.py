@@ -34,7 +34,7 @@ class TakesSteps(Protocol):
 class Kernels(Protocol):
     """The kernels of one kind of device, as long as an optimizer's states stay."""
 
-    def at_step(self, states: States, watch_every: int) -> TakesSteps:
+    def at_step(self, states: States, watch_every: int, watch_places: Sequence[int]) -> TakesSteps:
         """What takes the steps of groups now."""
 
     def difference(self, measured: Measured, states: States, multiplier: Tensor | None, techniques: Techniques) -> str:
@@ -64,6 +64,7 @@ class Engine:
         groups: Sequence[tuple[Group, list[Stack]]],
         states: States,
         watch_every: int,
+        watch_places: Sequence[int],
         techniques: Techniques,
     ) -> Step:
         """Decide who takes the step of each group.
@@ -72,6 +73,7 @@ class Engine:
             groups: those that take a step, with their stacks.
             states: the optimizer's.
             watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
+            watch_places: for each parameter, and one past the last, where its elements begin among all that it sees.
             techniques: the rule in each place.
         """
         served = {}
@@ -81,7 +83,7 @@ class Engine:
                 served[group] = kernels
         self._workspace.begin_step([stack for group, own in groups if group not in served for stack in own])
         rules = Passes(states, self._workspace, watch_every, techniques)
-        return Step(self, rules, served, states, watch_every, techniques)
+        return Step(self, rules, served, states, watch_every, watch_places, techniques)
 
     def proves(self, measured: Measured, difference: Callable[[], str]) -> bool:
         """Whether kernels may take a step: at the first one of each phase they must not differ from the rules."""
@@ -120,7 +122,9 @@ class Engine:
                 level = logging.WARNING if fused is True else logging.INFO
                 self._say(level, f"fused: {_HELP[device]} ({_first_line(error)})")
                 return None
-        whole = all(type(p) in _PLAIN and p.device.type == device for stack in stacks for p in stack.params)
+        first = stacks[0].device
+        whole = all(type(p) in _PLAIN and p.device == first for stack in stacks for p in stack.params)
+        whole = whole and all(stack.rows * stack.columns <= _LARGEST for stack in stacks)
         return self._kernels[device] if whole else None
 
     def _say(self, level: int, text: str) -> None:
@@ -139,6 +143,7 @@ class Step:
         served: dict[Group, Kernels],
         states: States,
         watch_every: int,
+        watch_places: Sequence[int],
         techniques: Techniques,
     ) -> None:
         self._engine = engine
@@ -146,7 +151,7 @@ class Step:
         self._served = served
         self._states = states
         self._techniques = techniques
-        self._takers = {kernels: kernels.at_step(states, watch_every) for kernels in served.values()}
+        self._takers = {kernels: kernels.at_step(states, watch_every, watch_places) for kernels in served.values()}
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over the gradients of a group."""
@@ -179,9 +184,24 @@ def _cpu_kernels() -> Kernels:
     return CpuKernels()
 
 
-_LOADERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu_kernels}
+def _gpu_kernels() -> Kernels:
+    from .kernels.gpu.launching import require_triton
+
+    require_triton()
+    from .kernels.gpu.passes import GpuKernels
+
+    return GpuKernels()
+
+
+_LOADERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu_kernels, "cuda": _gpu_kernels}
 _AUTOMATIC = {"cpu"}
-_HELP = {"cpu": "steps would take a third of the time with numba: pip install numba"}
+_HELP = {
+    "cpu": "steps would take a third of the time with numba: pip install numba",
+    "cuda": "the kernels of GPUs need Triton: pip install triton, on Windows pip install triton-windows",
+}
+
+# Kernels count the elements of a tensor in 32 bits.
+_LARGEST = 2**31 - 1
 
 # Other kinds hold their elements elsewhere, or only a part of them.
 _PLAIN: tuple[Any, ...] = (torch.Tensor, torch.nn.Parameter)

@@ -106,8 +106,9 @@ def check_whole(params: Iterable[Tensor]) -> None:
 def tally(tallies: dict[torch.device, Tensor], counts: Sequence[Tensor]) -> None:
     """Add counts of unusable elements to a tally for each device."""
     for device in {count.device for count in counts}:
+        own = [count for count in counts if count.device == device]
         # float32 would lose count at 2^24, which a few steps of nothing but NaN reach.
-        more = torch.stack([c for c in counts if c.device == device]).sum(dtype=torch.int64)
+        more = torch.stack(own).sum(dtype=torch.int64) if len(own) > 1 else own[0].to(torch.int64)
         tallies[device] = tallies[device] + more if device in tallies else more
 
 

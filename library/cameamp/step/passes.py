@@ -12,6 +12,7 @@ from ..rounding import stochastic_round
 from ..stacks.stack import Stack
 from ..stacks.workspace import Workspace
 from . import measure
+from .kernels.gpu.launching import Launcher
 from .measure import GroupSums
 from .rules import StackOptions, StepScalars, Techniques, Watched, take_step_
 
@@ -26,6 +27,7 @@ class Measured(NamedTuple):
         unusable: how many gradient elements are not usable, 0-d.
         watched: the gradient's elements that the context sees; empty without a context.
         gradients: the usable gradients, if they are held for the second pass, which takes them out.
+        launcher: what launches kernels on its device; None where no kernels ran.
     """
 
     group: Group
@@ -34,6 +36,7 @@ class Measured(NamedTuple):
     unusable: list[Tensor]
     watched: list[Tensor]
     gradients: list[Tensor | None]
+    launcher: Launcher | None = None
 
 
 class Passes:

@@ -20,7 +20,7 @@ from . import AverageFormat, Part, StoredAverage
 
 LARGEST_CODE = 127
 # Below it only what is all zeros is divided.
-_SMALLEST_NORM = 1e-37
+SMALLEST_NORM = 1e-37
 # Of a direction's length, what must lie outside of the directions before it to be one of its own.
 SMALLEST_NEW_PART = 1e-3
 
@@ -91,7 +91,7 @@ class StoredLowRank(StoredAverage):
         for factor, part in ((left, codes[:, :, :rows]), (right, codes[:, :, rows:])):
             step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(LARGEST_CODE)
             scale.mul_(step)
-            part.copy_(factor.div_(step.clamp_min_(_SMALLEST_NORM).unsqueeze(2)).round_())
+            part.copy_(factor.div_(step.clamp_min_(SMALLEST_NORM).unsqueeze(2)).round_())
 
 
 def add_to(stack: Tensor, stack_share: float, states: Sequence[tuple[StoredLowRank, float]]) -> None:
@@ -139,7 +139,7 @@ def _orthonormal(x: Tensor) -> Tensor:
     A row that lies in the span of the rows before it becomes zeros: what is left of it is rounding error.
     """
     first, *others = x.unbind(1)
-    made = [first / torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)]
+    made = [first / torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min_(SMALLEST_NORM)]
     for row in others:
         least = torch.linalg.vector_norm(row, dim=1, keepdim=True).mul_(SMALLEST_NEW_PART)
         for known in made:

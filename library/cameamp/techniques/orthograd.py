@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SMALLEST_NORM = 1e-30
+SMALLEST_NORM = 1e-30
 
 
 def remove_part_along_weights_(update: Tensor, p: Tensor, eps: float, scratch: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def remove_part_along_weights_(update: Tensor, p: Tensor, eps: float, scratch: T
         return update
     u, w = update.flatten(1), p.flatten(1)
     u_norm, w_norm = _norms(u), _norms(w)
-    has_direction = w_norm > _SMALLEST_NORM
+    has_direction = w_norm > SMALLEST_NORM
     # Dividing twice by the norm, not once by its square, which underflows for small weights.
     products = torch.mul(update, p, out=scratch).flatten(1)
     along = products.sum(dim=1, keepdim=True).div_(w_norm).div_(w_norm)

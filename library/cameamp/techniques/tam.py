@@ -11,7 +11,7 @@ from torch import Tensor
 # The paper's decay rate, both of the momentum and of the smoothed correlation.
 DECAY = 0.9
 
-_SMALLEST_NORM = 1e-12
+SMALLEST_NORM = 1e-12
 
 # A larger stack is always a single tensor. It is processed in parts of this many elements, which bounds the memory for
 # intermediate results.
@@ -76,7 +76,7 @@ def _column_norms(x: Tensor, scratch: Tensor | None) -> Tensor:
     total, *others = [torch.mul(part, part, out=room).sum(dim=1, keepdim=True) for part, room in _by_rows(x, scratch)]
     for more in others:
         total.add_(more)
-    return total.sqrt_().clamp_min_(_SMALLEST_NORM)
+    return total.sqrt_().clamp_min_(SMALLEST_NORM)
 
 
 def _by_rows(first: Tensor, *others: Tensor | None) -> list[tuple[Any, ...]]:

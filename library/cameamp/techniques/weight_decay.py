@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ALPHA = 4.0
+ALPHA = 4.0
 
 # Beyond this float32 rounds the sigmoid to 0 or 1, and the strength out of its open interval.
-_SATURATION = 16.0
+SATURATION = 16.0
 
 
 def decay_strengths(means: Tensor, deviations: Tensor, counts: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def decay_strengths(means: Tensor, deviations: Tensor, counts: Tensor) -> Tensor
     # Chan's rule: spread within the tensors plus spread between them, without the cancellation of E[x^2] - E[x]^2.
     variance = (deviations + counts * (means - mean).square()).sum() / total
     z = torch.where(variance > 0, (means - mean) * variance.rsqrt(), 0.0)
-    return 2 * torch.sigmoid((_ALPHA * z).clamp_(-_SATURATION, _SATURATION))
+    return 2 * torch.sigmoid((ALPHA * z).clamp_(-SATURATION, SATURATION))
 
 
 def add_decay_(update: Tensor, p: Tensor, strength: Tensor, weight_decay: float) -> Tensor:

@@ -130,7 +130,8 @@ def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tens
             kept.append(grad)
         weight = p
         if p.dtype not in DTYPES or not p.is_contiguous():
-            weight = p.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            dtype = p.dtype if p.dtype in DTYPES else torch.float32
+            weight = p.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
             written_back.append((p, weight))
         grads.append((grad.data_ptr(), DTYPES[grad.dtype]))
         weights.append((weight.data_ptr(), DTYPES[weight.dtype]))

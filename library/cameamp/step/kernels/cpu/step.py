@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -21,7 +21,6 @@ from .. import table as fields
 from ..check import TakeStep, difference
 from ..table import MOMENTUM, ROW, Batch, Tables, with_gradients
 from . import passes
-from .momenta import factors_of
 from .settings import Settings
 from .threads import spread
 
@@ -46,7 +45,6 @@ class _Work:
         batch: its stacks.
         rows: of `table.ROW`, with the addresses of this step's gradients and weights.
         momenta: (tensors, periods) of `table.MOMENTUM`.
-        factors: of the momenta of low rank, (tensors, some) of `momenta.FACTOR`.
         written_back: weights that a kernel works on as copies, each beside its copy.
         gradients: those that are copies, which must outlive the step.
         sample_ends: where in a sample each stack's elements end.
@@ -55,7 +53,6 @@ class _Work:
     batch: Batch
     rows: numpy.ndarray
     momenta: numpy.ndarray
-    factors: numpy.ndarray
     written_back: list[tuple[Tensor, Tensor]]
     gradients: list[Tensor]
     sample_ends: list[int]
@@ -68,12 +65,10 @@ class _Work:
         ends = numpy.cumsum(counts)
         table[:, fields.SAMPLE] = ends - counts
         last = accumulate(len(stack) for stack in batch.stacks)
-        momenta = _records(batch.momenta, MOMENTUM)
         return cls(
             batch,
             _records(table, ROW),
-            momenta,
-            factors_of(momenta),
+            _records(batch.momenta, MOMENTUM),
             written_back,
             gradients,
             [int(ends[tensor - 1]) for tensor in last],
@@ -95,7 +90,7 @@ class CpuKernels:
     def __init__(self) -> None:
         self._tables = Tables()
 
-    def at_step(self, states: States, watch_every: int) -> CpuPasses:
+    def at_step(self, states: States, watch_every: int, watch_places: Sequence[int]) -> CpuPasses:
         """What takes the steps of groups now; see `CpuPasses`."""
         return CpuPasses(states, self._tables, watch_every, _LARGEST_WHOLE)
 
@@ -192,7 +187,6 @@ class CpuPasses:
         own = [strength for stack in work.batch.stacks if (strength := strengths[stack]) is not None]
         settings = Settings(measured.group, work.batch, measured.sums.magnitude, bool(own), multiplier, self._every)
         facts = numpy.zeros((len(work.rows), passes.SPACINGS + work.momenta.shape[1]))
-        facts[:, passes.LENGTHENING] = 1.0  # where no pass finds another
         if own:
             facts[:, passes.STRENGTH] = torch.cat(own).numpy()
         scaled_grad, change = work.new_sample(), work.new_sample()
@@ -216,17 +210,7 @@ def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: nu
     def step(first: int, last: int) -> None:
         widths = numpy.empty(width, dtype=_f)
         passes.step_whole(
-            whole,
-            first,
-            last,
-            rows,
-            work.momenta,
-            work.factors,
-            settings.record,
-            facts,
-            _PACKED,
-            *_memory(block),
-            widths,
+            whole, first, last, rows, work.momenta, settings.record, facts, _PACKED, *_memory(block), widths
         )
 
     if len(whole):
@@ -251,7 +235,6 @@ def _step_cut(work: _Work, tensor: int, settings: Settings, facts: numpy.ndarray
             tensor,
             work.rows,
             work.momenta,
-            work.factors,
             settings.record,
             facts,
             sums,

@@ -1,0 +1,99 @@
+"""What does the GPU code of a step ask of a GPU: launches, registers, and bytes a parameter beside the least possible?
+
+    python -m benchmarks kernels
+    python -m benchmarks kernels --chips 86 89
+
+Needs Triton and no GPU: kernels are compiled ahead for each chip, and nothing runs. Registers and spilled bytes are
+the most of any kernel on any of the chips. Bytes are those of gradients, weights and states, counted in the compiled
+code over all passes; the floor is every one of them read once and, if the step changes it, written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from library.cameamp.phase import Phase
+
+from . import contenders
+from .models import load, parameters
+from .table import Table
+
+if TYPE_CHECKING:  # It needs Triton, which the options do not.
+    from .compiled import Code, Launch
+
+CHIPS = (75, 80, 86, 89, 90, 100, 120)
+
+# Launches do not depend on the number of tensors, nor kernels on their sizes.
+_ELEMENTS = 1_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--chips", type=int, nargs="+", default=CHIPS, help="compute capabilities (default: all)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compile and print."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"Triton is missing: pip install triton, on Windows triton-windows ({error})") from None
+    shapes = load("sdxl_lora16", _ELEMENTS)
+    print(f"compute capabilities {', '.join(map(str, args.chips))}; a LoRA of SDXL, in the second step of a phase")
+    table = Table("{:<48}{:>9}{:>11}{:>9}{:>7.1f}{:>9.1f}{:>7.1f}", "optimizer and phase", "launches", "registers",
+                  "spilled", "read", "written", "floor")  # fmt: skip
+    known: dict[tuple[Launch, int], Code] = {}
+    for name in contenders.FAMILY:
+        for title, build in contenders.in_phases(name).items():
+            optimizer = build(parameters(shapes))
+            launches = recorded(optimizer, steps=2)
+            codes = [code for launch, _ in launches for code in _compiled(launch, args.chips, known)]
+            first = [known[launch, args.chips[0]] for launch, _ in launches]
+            table.row(
+                title, len(launches), max(code.registers for code in codes), max(code.spilled for code in codes),
+                sum(code.read for code in first), sum(code.written for code in first), floor(optimizer),
+            )  # fmt: skip
+
+
+def recorded(optimizer: Any, steps: int = 1) -> list[tuple[Launch, int]]:
+    """What the last of some steps of an optimizer launches, with the number of programs."""
+    from .compiled import Recorder, launching
+
+    recorder = Recorder()
+    for _ in range(steps):
+        recorder.recorded.clear()
+        with launching(recorder):
+            optimizer.step()
+    return recorder.recorded
+
+
+def floor(optimizer: Any) -> float:
+    """Bytes a parameter of gradients, weights and the states in use, read once, and written once if they change."""
+    (group,) = optimizer.param_groups
+    moved = count = 0
+    for p in group["params"]:
+        state = optimizer.state[p]
+        count += p.numel()
+        moved += 3 * p.numel() * p.element_size()
+        phase = Phase.at(state["step"], optimizer.config.warmup_steps)
+        due = {f"momentum_scale_{period}" for period in optimizer.config.momentum_scales if state["step"] % period == 0}
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                name = key.removesuffix("_scale").removesuffix("_q")
+                changes = name in due if name.startswith("momentum_scale") else phase.warmup or name != "lr_mask"
+                if phase.early or name != "s":
+                    moved += (1 + changes) * value.numel() * value.element_size()
+    return moved / count
+
+
+def _compiled(launch: Launch, chips: Sequence[int], known: dict[tuple[Launch, int], Code]) -> Iterator[Code]:
+    from .compiled import compiled
+
+    for chip in chips:
+        if (launch, chip) not in known:
+            known[launch, chip] = compiled(launch, chip)
+        yield known[launch, chip]

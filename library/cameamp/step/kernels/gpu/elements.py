@@ -1,0 +1,92 @@
+"""Gradients, weights and states, read and written where they are.
+
+A table has a row for each tensor, see `table.py`. Elements are chosen by their offsets in the flat tensor, of any shape
+of block; those that a mask excludes are read as 0 and not written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import table as fields
+
+FIELDS = tl.constexpr(fields.FIELDS)
+STATES = tl.constexpr(fields.STATES)
+KIND, ADDRESS, SCALE = tl.constexpr(fields.KIND), tl.constexpr(fields.ADDRESS), tl.constexpr(fields.SCALE)
+NUMEL, ROWS, COLUMNS = tl.constexpr(fields.NUMEL), tl.constexpr(fields.ROWS), tl.constexpr(fields.COLUMNS)
+POSITION, BLOCK = tl.constexpr(fields.POSITION), tl.constexpr(fields.BLOCK)
+GRAD, WEIGHT, SAMPLE = tl.constexpr(fields.GRAD), tl.constexpr(fields.WEIGHT), tl.constexpr(fields.SAMPLE)
+FLOAT = tl.constexpr(fields.FLOAT)
+
+_FLOAT32, _BFLOAT16 = tl.constexpr(fields.FLOAT32), tl.constexpr(fields.BFLOAT16)
+_LARGEST_MAGNITUDE = tl.constexpr(1e18)
+
+
+@triton.jit
+def size_of(row, RULES: tl.constexpr):
+    """How many elements a tensor has."""
+    numel = tl.load(row + NUMEL).to(tl.int32)
+    if RULES.aligned:
+        numel = tl.multiple_of(numel, 16)
+    return numel
+
+
+@triton.jit
+def pointer_to(address, dtype: tl.constexpr, RULES: tl.constexpr):
+    """An address from a table as a pointer; the compiler is told of its alignment, for wider loads."""
+    pointer = address.to(tl.pointer_type(dtype))
+    if RULES.aligned:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_floats(address, offsets, mask, FORMAT: tl.constexpr, RULES: tl.constexpr):
+    """Numbers of any floating-point format, as float32."""
+    if FORMAT == _FLOAT32:
+        x = tl.load(pointer_to(address, tl.float32, RULES) + offsets, mask, other=0.0)
+    elif FORMAT == _BFLOAT16:
+        # The upper half of a float32's bits. Older GPUs have no bfloat16 of their own.
+        bits = tl.load(pointer_to(address, tl.uint16, RULES) + offsets, mask, other=0)
+        x = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        x = tl.load(pointer_to(address, tl.float16, RULES) + offsets, mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def store_floats(address, offsets, mask, x, FORMAT: tl.constexpr, RULES: tl.constexpr):
+    """Write float32 numbers that the format can hold exactly."""
+    if FORMAT == _FLOAT32:
+        tl.store(pointer_to(address, tl.float32, RULES) + offsets, x, mask)
+    elif FORMAT == _BFLOAT16:
+        bits = x.to(tl.uint32, bitcast=True) >> 16
+        tl.store(pointer_to(address, tl.uint16, RULES) + offsets, bits.to(tl.uint16), mask)
+    else:
+        tl.store(pointer_to(address, tl.float16, RULES) + offsets, x.to(tl.float16), mask)
+
+
+@triton.jit
+def gradient(row, offsets, mask, RULES: tl.constexpr):
+    """The gradient as it is: elements may not be usable."""
+    return load_floats(tl.load(row + GRAD), offsets, mask, RULES.gradients, RULES)
+
+
+@triton.jit
+def is_usable(g):
+    """Whether elements are finite, and at most 1e18 in magnitude; false for NaN."""
+    return tl.abs(g) <= _LARGEST_MAGNITUDE
+
+
+@triton.jit
+def usable_gradient(row, offsets, mask, RULES: tl.constexpr):
+    """The gradient, with 0 for elements that are not usable."""
+    g = gradient(row, offsets, mask, RULES)
+    return tl.where(is_usable(g), g, 0.0)
+
+
+@triton.jit
+def weights(row, offsets, mask, RULES: tl.constexpr):
+    """The weights."""
+    return load_floats(tl.load(row + WEIGHT), offsets, mask, RULES.weights, RULES)
