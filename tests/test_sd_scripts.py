@@ -391,13 +391,15 @@ def test_the_hosts_options_work(tmp_path, common):
         "norms": ["--scale_weight_norms", "1.0", "--network_train_unet_only"],
         "bf16": ["--full_bf16", "--mixed_precision", "bf16"],
         "text": ["--network_train_text_encoder_only"],
+        "dropout": ["--network_args", "module_dropout=0.5", "rank_dropout=0.2"],
     }
     shared = [OWN_OPTIMIZERS[-1], 3, "--save_state", "--logging_dir"]
     many(tmp_path, common, [ours(tmp_path / key, *shared, f"{tmp_path / key}/logs", *runs[key]) for key in runs])
     for key in runs:
         assert load_file(str(tmp_path / key / "a.safetensors"))
         saved = torch.load(tmp_path / key / "a-state" / "optimizer.bin", weights_only=True)
-        assert {state["step"] for state in saved["state"].values()} == {3}, key
+        steps = {state["step"] for state in saved["state"].values()}
+        assert steps <= {1, 2, 3} if key == "dropout" else steps == {3}, key
         scalars = read_scalars(tmp_path / key / "logs")
         shown = {name.split("/")[1] for name in scalars if name.startswith("effective_lr/")}
         text, unet = {"textencoder"}, {"unet"}
