@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import types
@@ -13,7 +14,12 @@ from test_checkpoint import assert_same
 
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
-from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim8bit
+from library.automagic_cameamp import (
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_COptim,
+    Automagic_CameAMP_COptim8bit,
+)
 from library.cameamp import states
 from library.cameamp.storage.blockwise import StoredBlockwise
 
@@ -192,6 +198,18 @@ def test_what_was_once_too_small_for_codes_is_coded_on_loading(optimizer_class, 
     for mask, p in zip(masks, after.params):
         assert torch.allclose(mask, after.optimizer.get_lr_mask(p), atol=4e-6)
     assert after.run(20).loss() == pytest.approx(straight.loss(), rel=0.04)
+
+
+def test_momenta_of_small_parameters_convert_both_ways(monkeypatch):
+    """The 8-bit contextual optimizer codes them from 256 elements on, the 32-bit one from 4,096."""
+    monkeypatch.setattr("test_8bit.SHAPES", [(16, 512), (8, 64), (4, 40), (257,)])
+    pair = (Automagic_CameAMP_COptim8bit, Automagic_CameAMP_COptim)
+    for (first, second), expected in zip(itertools.permutations(pair), ([1, 0, 0, 0], [1, 1, 0, 1])):
+        before = Training(first).run(12)
+        after = resumed(before, second)
+        coded = ["momentum_scale_1_q" in after.optimizer.state[p] for p in after.params]
+        assert coded == expected
+        assert after.run(20).loss() == pytest.approx(before.run(20).loss(), rel=0.04)
 
 
 def test_converting_to_32_bits_is_exact():
