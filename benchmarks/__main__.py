@@ -21,6 +21,7 @@ NAMES = (
     "two_cores",
     "kernels",
     "gpu",
+    "lora_bytes",
     "convergence",
     "learning_rate_free",
     "eight_bit_quality",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import types
@@ -13,7 +14,13 @@ from test_checkpoint import assert_same
 
 from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
-from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
+from library.automagic_cameamp import (
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_COptim,
+    Automagic_CameAMP_COptim8bit,
+)
+from library.cameamp import states
 from library.cameamp.storage.blockwise import StoredBlockwise
 
 # Two that are quantized with blocks of 4096 and 64, one LoRA pair, one too small, one of an awkward count.
@@ -170,6 +177,39 @@ def test_checkpoints_convert_both_ways(at, first, second, caplog):
     keys = set(after.optimizer.state[after.params[0]])
     assert ("exp_avg_q" in keys) == (second is Automagic_CameAMP8bit)
     assert ("exp_avg" in keys) == (second is Automagic_CameAMP)
+
+
+@pytest.mark.parametrize("at", [3, 6, 11])
+@pytest.mark.parametrize("optimizer_class", [Automagic_CameAMP8bit, Automagic_CameAMP_COptim8bit])
+def test_what_was_once_too_small_for_codes_is_coded_on_loading(optimizer_class, at, monkeypatch, caplog):
+    """Checkpoints from when 4,096 elements were the least hold smaller parameters in 32 bits."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("test_8bit.SHAPES", [(16, 512), (8, 64), (64, 8), (4, 40), (320,), (15, 17)])
+    with monkeypatch.context() as then:
+        then.setattr(states, "SMALLEST_CODED", 4096)
+        before, straight = Training(optimizer_class).run(at), Training(optimizer_class).run(at + 20)
+        masks = [before.optimizer.get_lr_mask(p) for p in before.params]
+    held = [before.optimizer.state[p] for p in before.params]
+    assert ["exp_avg_q" in state for state in held] == [True] + [False] * 5
+    after = resumed(before, optimizer_class)
+    assert "the states of 3 parameters are converted" in caplog.text
+    held = [after.optimizer.state[p] for p in after.params]
+    assert ["exp_avg_q" in state for state in held] == [True, True, True, False, True, False]
+    for mask, p in zip(masks, after.params):
+        assert torch.allclose(mask, after.optimizer.get_lr_mask(p), atol=4e-6)
+    assert after.run(20).loss() == pytest.approx(straight.loss(), rel=0.04)
+
+
+def test_momenta_of_small_parameters_convert_both_ways(monkeypatch):
+    """The 8-bit contextual optimizer codes them from 256 elements on, the 32-bit one from 4,096."""
+    monkeypatch.setattr("test_8bit.SHAPES", [(16, 512), (8, 64), (4, 40), (257,)])
+    pair = (Automagic_CameAMP_COptim8bit, Automagic_CameAMP_COptim)
+    for (first, second), expected in zip(itertools.permutations(pair), ([1, 0, 0, 0], [1, 1, 0, 1])):
+        before = Training(first).run(12)
+        after = resumed(before, second)
+        coded = ["momentum_scale_1_q" in after.optimizer.state[p] for p in after.params]
+        assert coded == expected
+        assert after.run(20).loss() == pytest.approx(before.run(20).loss(), rel=0.04)
 
 
 def test_converting_to_32_bits_is_exact():

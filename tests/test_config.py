@@ -74,6 +74,11 @@ def test_wrong_types(options):
         Automagic_CameAMP(one_parameter(), **options)
 
 
+def test_all_options_of_another_optimizer_are_named():
+    with pytest.raises(TypeError, match=r"^unknown options 'scale_parameter', 'relative_step'\. Known options: lr, "):
+        OptimizerConfig.from_options({"scale_parameter": False, "eta": 1.0, "relative_step": False})
+
+
 def test_unknown_option_names_the_nearest():
     with pytest.raises(TypeError, match=r"'warmup_step', did you mean 'warmup_steps'\?$"):
         Automagic_CameAMP(one_parameter(), warmup_step=5)

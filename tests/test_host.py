@@ -235,6 +235,13 @@ def test_a_learning_rate_of_0_freezes_what_has_no_rate_of_its_own():
     assert "learning_rate = 0.0 " in as_toml(resolve(args), args.learning_rate)
 
 
+def test_nothing_to_train_says_what_the_rates_are():
+    train_util = SimpleNamespace(read_config_from_file=None, prepare_accelerator=None, get_optimizer=None)
+    Plugin().install(train_util)
+    with pytest.raises(UserError, match=r"^there is nothing to train: learning_rate is 0\.0001, unet_lr is 0\.0; what"):
+        train_util.get_optimizer(host_args(unet_lr=0.0), [])
+
+
 @pytest.mark.parametrize(
     "words",
     [["betas=0.8,0.99,0.999", "momentum_scales=1,5"], ["betas=(0.8,0.99,0.999)", "momentum_scales=[1,5]"]],

@@ -274,7 +274,17 @@ def test_averaged_models(optimizer_class):
     assert states_are_finite(optimizer)
 
 
+class PlaceInGroups(lr_scheduler.LRScheduler):
+    """Keeps its place in the groups of the optimizer, as schedulers of LoRA_Easy_Training_Scripts do."""
+
+    def get_lr(self):
+        for group in self.optimizer.param_groups:
+            group["current_cycle_step"] = (group.get("current_cycle_step", -1) + 1) % 5
+        return [group["initial_lr"] * 0.7 ** group["current_cycle_step"] for group in self.optimizer.param_groups]
+
+
 SCHEDULERS = {
+    "PlaceInGroups": PlaceInGroups,
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
     "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
     "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=5),

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.models import load
 from library.automagic_cameamp import Automagic_CameAMP
-from library.cameamp.lora import find_factors, is_factor_name
+from library.cameamp.lora import find_factors, is_factor_name, why_none
 
 
 def tensors(shapes):
@@ -84,6 +84,45 @@ def test_a_few_thin_layers_do_not_hide_a_lora():
     assert factors_of([(16, 36), (320, 16), (16, 320), (4, 16), (16, 320), (320, 16)]) == (6, 6)
 
 
+def loha(rank, *layers):
+    """The factors of LoHas of layers with these outputs and inputs."""
+    return [shape for out, into in layers for shape in [(out, rank), (rank, into)] * 2]
+
+
+LAYERS = [(320, 320), (320, 768), (2560, 320), (320, 1280), (4, 2880)]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 64])
+def test_loha_by_structure(rank):
+    shapes = loha(rank, *LAYERS)
+    assert factors_of(shapes) == (20, 20)
+    assert factors_of(shapes[:12], shapes[12:]) == (20, 20)
+    assert factors_of([*shapes, (320,)]) == (0, 21)
+    assert factors_of([*shapes, (320, 320)]) == (0, 21)
+    assert factors_of([*shapes, (320, rank), (rank, 768)] if rank > 1 else [(1, 1)])[0] == 0
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize("by_output", [True, False], ids=["of outputs", "of inputs"])
+def test_dora_by_structure_where_magnitudes_are_matrices(by_output, rank):
+    def magnitude(out, into):
+        return (out, 1) if by_output else (1, into)
+
+    layers = [(320, 320), (320, 768), (2560, 320)]
+    dora = [shape for o, i in layers for shape in (magnitude(o, i), (rank, i), (o, rank))]
+    kernel = [(128, 1, 1, 1) if by_output else (1, 64, 1, 1), (rank, 64, 3, 3), (128, rank, 1, 1)]
+    hada = [shape for o, i in layers for shape in (*loha(rank, (o, i)), magnitude(o, i))]
+    assert factors_of(dora) == (6, 9)
+    assert factors_of(dora, kernel) == (8, 12)
+    assert factors_of(hada) == (12, 15)
+    params = tensors(dora)
+    assert find_factors([params], {}) == {p for number, p in enumerate(params) if number % 3}
+    # A magnitude of another layer, a vector as a bias has it, and one layer alone.
+    assert factors_of([magnitude(640, 640), *dora[1:]])[0] == 0
+    assert factors_of([(320,), *dora[1:]])[0] == 0
+    assert factors_of(dora[3:6])[0] == 0
+
+
 @pytest.mark.parametrize("model", ["sd15_full", "sdxl_full"])
 def test_full_models_never(model):
     shapes = load(model)
@@ -135,6 +174,50 @@ def test_unpaired_never(groups):
     assert factors_of(*groups)[0] == 0
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 4, 6, 12, 24])
+@pytest.mark.parametrize(
+    "block",
+    [
+        [(256, 64), (64, 256)],  # feed-forward
+        [(512, 64), (64, 256)],  # with both halves of a gated one in one matrix
+        [(256, 64), (256, 64), (64, 256)],
+        [(256, 64), (64, 256), (256, 64)],
+        [(64, 64), (16, 64), (16, 64), (64, 64), (256, 64), (64, 256)],  # with attention to grouped keys
+        [(64, 64), (64, 64), (64, 64), (64, 64), (512, 64), (64, 256)],
+        [(32, 16), (16, 32), (256, 64), (64, 256)],  # a mixer, of tokens and channels
+        [(64, 256), (64, 64, 3, 3), (256, 64)],  # a bottleneck of convolutions
+        [(256, 64, 3, 3), (64, 256, 3, 3)],
+        [(1, 64), (16, 64), (64, 16)],  # a narrow expert, and its gate
+        [(64, 1), (16, 64), (64, 16)],  # an embedding of one number
+        [(1, 64), (256, 64), (64, 256)],
+    ],
+    ids=str,
+)
+def test_transformers_of_matrices_alone_never(block, blocks):
+    assert factors_of(block * blocks)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "why"),
+    [
+        ([(4, 32), (48, 4), (48,)] * 2, "vectors beside low-rank pairs may be biases"),
+        ([*loha(4, (48, 32), (32, 48)), (48,)], "vectors beside low-rank pairs may be biases"),
+        (loha(4, (32, 32)), "a model's own layers can have these shapes"),
+        ([(32, 1), (4, 32), (32, 4)] * 2, "a model's own layers can have these shapes"),
+        ([(48, 32), (48,)], ""),
+        ([(4, 32, 3, 3), (48, 4), (48, 48)], ""),
+        ([(), (48,), (0, 3)], ""),
+        ([], ""),
+    ],
+    ids=str,
+)
+def test_the_reason_for_a_doubt(shapes, why):
+    params = tensors(shapes)
+    assert find_factors([params], {}) == set()
+    assert why_none([params], {}) == why
+    assert why_none([params], dict.fromkeys(params, "layer.weight")) == ""
+
+
 def run_once(optimizer):
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -150,6 +233,15 @@ def test_one_line_says_what_was_found(caplog):
     run_once(optimizer)
     assert [r.message for r in caplog.records] == [
         "2 of 2 parameters are LoRA factors: ALLoRA is on, unless full_finetune"
+    ]
+
+
+def test_the_line_says_what_hides_factors(caplog):
+    caplog.set_level(logging.INFO)
+    run_once(Automagic_CameAMP([nn.Parameter(torch.randn(shape)) for shape in [(4, 32), (48, 4), (48,)]]))
+    assert [r.message for r in caplog.records] == [
+        "none of 3 parameters is a LoRA factor: ALLoRA is off "
+        "(vectors beside low-rank pairs may be biases; set_parameter_names decides)"
     ]
 
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from sd_scripts.data import make_data
 from sd_scripts.runs import ROOT, TINY, ours, run, skip_without_sd_scripts
 
+from library.cameamp.lora import find_factors
+
 skip_without_sd_scripts()
 
 NETWORKS = {
@@ -32,6 +34,16 @@ text_encoder_target_name = []
 """
 EIGHT_BITS = "Automagic_CameAMP_COptim8bit"
 OPTIONS = ["warmup_steps=4", "momentum_scales=(1,2,3)"]
+
+# Of networks without names, the options, and how many of the parameters of each layer are factors, if they are known.
+SHAPES = {
+    "lora": ({"algo": "lora"}, 2, 2),
+    "glora": ({"algo": "glora"}, 4, 4),
+    "loha": ({"algo": "loha"}, 4, 4),
+    "dora": ({"algo": "lora", "dora_wd": True}, 3, 2),
+    "loha and dora": ({"algo": "loha", "dora_wd": True}, 5, 4),
+    "lokr": ({"algo": "lokr", "factor": 4}, 3, 0),
+}
 
 needs_lycoris = pytest.mark.skipif(
     importlib.util.find_spec("lycoris") is None, reason="lycoris_lora is not installed: no LyCORIS to train"
@@ -66,6 +78,23 @@ def assert_resumed(straight, resumed, half):
         for entry, value in state.items():
             same = torch.equal(value, other[key][entry]) if torch.is_tensor(value) else value == other[key][entry]
             assert same, (key, entry)
+
+
+@needs_lycoris
+@pytest.mark.parametrize("network", SHAPES)
+def test_factors_without_names(network):
+    from lycoris import LycorisNetwork, create_lycoris
+
+    options, parameters, factors = SHAPES[network]
+    layers = [torch.nn.Linear(64, 64), torch.nn.Linear(96, 64), torch.nn.Linear(64, 256), torch.nn.Conv2d(32, 48, 3)]
+    LycorisNetwork.apply_preset({"target_module": ["Linear", "Conv2d"]})
+    made = create_lycoris(torch.nn.Sequential(*layers), 1.0, linear_dim=4, linear_alpha=4, **options)
+    made.apply_to()
+    groups = [list(made.parameters())]
+    assert len(groups[0]) == parameters * len(layers)
+    found = find_factors(groups, {})
+    assert len(found) == factors * len(layers)
+    assert {p for name, p in made.named_parameters() if "dora_scale" not in name} >= found
 
 
 @pytest.fixture(scope="module")

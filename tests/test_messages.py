@@ -158,6 +158,7 @@ def from_the_log(monkeypatch, caplog):
     pairs[0].grad = torch.ones(2, 8)
     Automagic_CameAMP(pairs).step()
     stepped(Automagic_CameAMP, *[(8, 8)] * 13, (8,))
+    stepped(Automagic_CameAMP, *[(2, 8), (8, 2), (8,)] * 32)
 
     def fail(*_, **__):
         raise NotImplementedError("no kernel for this device")

@@ -217,8 +217,9 @@ def test_coded_momenta_drive_as_far_as_exact_ones(scales):
     assert coded["exp_avg"].norm().item() == pytest.approx(exact["exp_avg"].norm().item(), rel=0.05)
 
 
-def test_bytes_go_to_the_largest_weights():
-    formats = average_formats((25, 1, 10, 5), torch.Size((128, 32)))
+@pytest.mark.parametrize("shape", [(128, 32), (256,), (8, 64), (4, 320)])
+def test_bytes_go_to_the_largest_weights(shape):
+    formats = average_formats((25, 1, 10, 5), torch.Size(shape))
     assert isinstance(formats[1], Nibbles)
     assert formats[5].rank >= formats[10].rank >= formats[25].rank >= 1
 

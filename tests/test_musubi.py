@@ -29,11 +29,11 @@ if MISSING:
 RUN = Path(__file__).parent / "trainers" / "musubi_run.py"
 
 # The module of each network, its options, and whether its factors are known by their shapes: musubi-tuner gives no
-# names, and only a LoRA has the shapes of one.
+# names, and the matrices of a LoKr could be anything.
 NETWORKS = {
     "lora": ("lora_zimage", [], True),
     "loraplus": ("lora_zimage", ["loraplus_lr_ratio=4"], True),
-    "loha": ("loha", [], False),
+    "loha": ("loha", [], True),
     "lokr": ("lokr", ["factor=4"], False),
 }
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from documents import ROOT, read, tables
+from documents import READMES, ROOT, read, tables
 
 import library.automagic_cameamp as family
 from benchmarks.cost import tensors_in
+from benchmarks.lora_bytes import bytes_of_lora
 from library.cameamp.phase import Phase
 from library.cameamp.states import DERIVED, EIGHT_BITS, TABLE, THIRTY_TWO_BITS, State, bytes_of, momentum
 
@@ -35,6 +36,21 @@ def test_bytes_are_those_of_real_states(name, warmup_steps, came):
         held = sum(tensor.nbytes for tensor in tensors_in(optimizer.state[p]))
         periods = config.momentum_scales if contextual else ()
         assert held == bytes_of(p.shape, Phase.at(1, warmup_steps), config, precision, periods)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 64])
+@pytest.mark.parametrize(("warmup", "most"), [(True, 6.4), (False, 5.2)], ids=["warm-up", "after"])
+def test_small_loras_have_small_states(rank, warmup, most):
+    """8-bit states and momenta of several scales, with what the blocks of small factors cost."""
+    assert bytes_of_lora("Automagic_CameAMP_COptim8bit", "sd15_lora16", rank, warmup) <= most
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_the_readme_has_the_bytes_of_three_ranks(path):
+    written = {cells[0].strip().strip("`"): cells[2].strip() for table in tables(path) for cells in table}
+    for name in CLASSES:
+        counted = [bytes_of_lora(name, "sd15_lora16", rank, warmup=False) for rank in (4, 16, 64)]
+        assert written[name] == ", ".join(f"{number:.2f}" for number in counted)
 
 
 def test_what_is_saved_is_in_the_table():

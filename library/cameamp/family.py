@@ -20,7 +20,7 @@ class Automagic_CameAMP(CameAMP):
 
 
 class Automagic_CameAMP8bit(CameAMP):
-    """States in 8 bits: a quarter of the memory. Parameters of fewer than 4,096 elements stay in 32 bits.
+    """States in 8 bits: a quarter of the memory. Parameters of fewer than 256 elements stay in 32 bits.
 
     Raises:
         RuntimeError: bitsandbytes is missing or broken.

@@ -154,13 +154,13 @@ class Group:
         # A group built with lr 0 and given a rate later is thawed: there is no ratio, so its mask alone decides.
         return lr / initial if initial != 0 else 1.0
 
-    def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Set `lr` and `initial_lr`; a rate that is a tensor stays the same tensor."""
-        for name, rate in rates.items():
-            if isinstance(self.entry.get(name), Tensor):
-                self.entry[name].fill_(rate)
+    def restore(self, entries: Mapping[str, Any]) -> None:
+        """Set entries of its dictionary; `lr` and `initial_lr` stay the same tensors if they are tensors."""
+        for name, value in entries.items():
+            if name in ("lr", "initial_lr") and isinstance(self.entry.get(name), Tensor):
+                self.entry[name].fill_(value)
             else:
-                self.entry[name] = rate
+                self.entry[name] = value
 
     # States -----------------------------------------------------------------------------------------------------
 

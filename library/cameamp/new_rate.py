@@ -53,5 +53,5 @@ def rescale(optimizer: CameAMP, lrs: Sequence[float]) -> None:
             for key, value in written.items():
                 state[key].copy_(value.view(state[key].shape))
         # A frozen group's scheduler writes 0 whatever its factor is; its next step writes the right rate.
-        group.set_rates({"initial_lr": lr, "lr": lr * (factor if old != 0 else 1.0)})
+        group.restore({"initial_lr": lr, "lr": lr * (factor if old != 0 else 1.0)})
     optimizer._forget()

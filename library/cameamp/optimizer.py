@@ -258,6 +258,8 @@ class CameAMP(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from a checkpoint. `lr` and `initial_lr` come from it, every other option stays the constructor's.
 
+        What schedulers and trainers have added to the groups is restored too.
+
         Unlike torch's own, every state keeps its dtype: torch would cast it to the parameter's, and a learning-rate
         mask in bfloat16 would stop changing.
 
@@ -272,8 +274,8 @@ class CameAMP(Optimizer):
         restored = restore(state_dict, groups, self._parameters.names, self._driver)
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
-        for group, rates, (uncoded, reason) in zip(groups, restored.learning_rates, restored.uncoded):
-            group.set_rates(rates)
+        for group, entries, (uncoded, reason) in zip(groups, restored.entries, restored.uncoded):
+            group.restore(entries)
             if uncoded:
                 group.leave_uncoded(uncoded, restored.state, reason)
         self._driver.load(restored.context)

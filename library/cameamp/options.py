@@ -17,11 +17,16 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def check_names(options: Iterable[str], known: Collection[str]) -> None:
-    """Raise TypeError for the first option that does not exist, with the nearest one, or all if none is near."""
-    for name in options:
-        if name not in known:
-            nearest = nearest_name(name, known) or f". Known options: {', '.join(known)}."
+    """Raise TypeError for options that do not exist, with the one nearest to one of them, or all if none is near."""
+    unknown = [name for name in options if name not in known]
+    for name in unknown:
+        nearest = nearest_name(name, known)
+        if nearest:
             raise TypeError(f"unknown option '{name}'{nearest}")
+    if unknown:
+        # What another optimizer takes comes in numbers, and is to be taken out in one go.
+        listed = ", ".join(f"'{name}'" for name in unknown)
+        raise TypeError(f"unknown option{'s' * (len(unknown) > 1)} {listed}. Known options: {', '.join(known)}.")
 
 
 def check_group_names(group: Iterable[str], known: Collection[str]) -> None:

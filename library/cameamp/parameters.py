@@ -81,7 +81,9 @@ class Parameters:
             if count:
                 logger.info("%d of %d parameters are LoRA factors: ALLoRA is on, unless full_finetune", count, total)
             else:
-                logger.info("none of %d parameters is a LoRA factor: ALLoRA is off", total)
+                doubt = lora.why_none(groups, self.names)
+                why = f" ({doubt}; set_parameter_names decides)" if doubt else ""
+                logger.info("none of %d parameters is a LoRA factor: ALLoRA is off%s", total, why)
 
     def position(self, p: Tensor) -> int:
         """The parameter's number in the optimizer."""

@@ -25,8 +25,10 @@ from .storage.blockwise import SMALLEST_BLOCK, Blockwise, block_of
 from .storage.full import Full
 from .storage.linear import Linear
 
-# Smaller parameters are not coded: there is nothing to save.
-SMALLEST_CODED = 4096
+# The 8-bit optimizers do not code smaller parameters: there is nothing to save.
+SMALLEST_CODED = 256
+# The 32-bit optimizers keep the momenta of smaller parameters exact: who takes them has the memory.
+SMALLEST_CODED_MOMENTUM = 4096
 
 # The code of a state, by the group's options, the parameter's shape, and a block that divides its element count.
 _Code = Callable[[OptimizerConfig, torch.Size, int], Format]
@@ -189,7 +191,8 @@ class Precision:
     def format(self, state: State, shape: torch.Size, config: OptimizerConfig) -> Format:
         """The format of a state of a parameter of `shape` under a group's options."""
         count = shape.numel()
-        if self.codes_none or count < SMALLEST_CODED or not (self.codes_all or state.always_coded):
+        smallest = SMALLEST_CODED if self.codes_all else SMALLEST_CODED_MOMENTUM
+        if self.codes_none or count < smallest or not (self.codes_all or state.always_coded):
             return state.full
         block = block_of(count, config.blocksize)
         if block is None and not state.always_coded:

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = str(ROOT / "tests" / "sd_scripts" / "tiny_network.py")
 TINY_SDXL = str(ROOT / "tests" / "sd_scripts" / "tiny_sdxl.py")
+TINY_FLUX = str(ROOT / "tests" / "sd_scripts" / "tiny_flux.py")
 
 SD_SCRIPTS = os.environ.get("SD_SCRIPTS_DIR", "")
 SD15 = os.environ.get("SD15_DIR", "")
@@ -57,11 +58,17 @@ def ours(output, name="Automagic_CameAMP", steps=4, *more, options=()):
 
 def sdxl(common, output, *more, name="Automagic_CameAMP_COptim", steps=4, groups=3):
     """The options of a run of all weights of a tiny SDXL, with several optimizers."""
+    more = ("--train_script", TINY_SDXL, "--fused_optimizer_groups", str(groups), *more)
+    return all_weights(common, output, *more, name=name, steps=steps)
+
+
+def all_weights(common, output, *more, name="Automagic_CameAMP_COptim", steps=4):
+    """The options of a run of all weights of a model."""
     words = common[: common.index("--network_dim")]
     return [
         *words, "--output_dir", str(output), "--optimizer_type", name, "--max_train_steps", str(steps),
-        "--learning_rate", "1e-4", "--fused_optimizer_groups", str(groups), "--optimizer_args", "warmup_steps=6",
-        "momentum_scales=(1,2,3)", "--save_state", *more,
+        "--learning_rate", "1e-4", "--optimizer_args", "warmup_steps=6", "momentum_scales=(1,2,3)", "--save_state",
+        *more,
     ]  # fmt: skip
 
 

@@ -22,6 +22,9 @@ CHECKSUMS = ("state_checksums", "group_checksum")
 # What the checksum of a saved group covers.
 _SEALED = ("initial_lr", "param_names", "state_checksums", *CONTEXT, *OPTION_NAMES)
 
+# What a saved group has of this family. Schedulers and trainers may add to a group, some of them their place in a run.
+OWN_ENTRIES = {"params", *CHECKSUMS, *_SEALED}
+
 
 def group_checksum(saved_group: Mapping[str, Any]) -> int:
     """The checksum of a saved group's options and, through `state_checksums`, of all its states."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in
 from ..storage import Format
 from ..storage.trial import can_store
 from . import older_layout
-from .layout import CHECKSUMS, VERSION, group_checksum
+from .layout import CHECKSUMS, OWN_ENTRIES, VERSION, group_checksum
 
 _DAMAGED = "damaged or edited after it was saved"
 
@@ -33,14 +34,14 @@ class Restored:
 
     Attributes:
         state: the new state of each parameter that has one.
-        learning_rates: for each group, `lr` and `initial_lr`.
+        entries: for each group, `lr`, `initial_lr`, and what schedulers and trainers have added.
         context: what the context is to take over; None if the checkpoint has none.
         notes: what differs from the checkpoint, a log line each.
         uncoded: for each group, the parameters whose states could not be coded, and why.
     """
 
     state: dict[Tensor, dict[str, Any]] = field(default_factory=dict)
-    learning_rates: list[dict[str, float]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     context: Mapping[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
     uncoded: list[tuple[set[Tensor], str]] = field(default_factory=list)
@@ -85,7 +86,8 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
     seen = set()
     position = 0
     for group, saved_group in zip(groups, saved["param_groups"]):
-        restored.learning_rates.append(_learning_rates(group.number, saved_group))
+        added = {name: copy.deepcopy(value) for name, value in saved_group.items() if name not in OWN_ENTRIES}
+        restored.entries.append({**added, **_learning_rates(group.number, saved_group)})
         differences += _option_differences(group.number, saved_group, group.config)
         reader = _Reader(group, saved_group, has_momenta, changes)
         checksums = saved_group["state_checksums"] if carries_checksums else [None] * len(group.params)

@@ -22,6 +22,7 @@ from ..command_line import OWN_OPTIMIZERS, UserError, config_path, optimizer_nam
 from ..optimizer import CameAMP
 from .document import check_places
 from .monitor import Monitor
+from .rates import given_rates
 from .resuming import Resume
 from .schedule import PlannedEnd
 from .settings import as_toml, resolve, warn_of_miscounted_steps
@@ -95,6 +96,8 @@ class Plugin:
             config = resolve(args)
             if config is None:
                 return original(args, trainable_params)
+            if isinstance(trainable_params, list) and not trainable_params:
+                raise UserError(f"there is nothing to train: {given_rates(args)}; what trains needs a rate above 0")
             if args.learning_rate == 0:  # It is for what has no rate of its own, and none for a whole optimizer.
                 trainable_params = [{"lr": 0.0, **group} for group in trainable_params]
                 args = argparse.Namespace(**{**vars(args), "learning_rate": config.lr})

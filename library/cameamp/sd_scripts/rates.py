@@ -61,6 +61,11 @@ def check_rates(args: argparse.Namespace, config: OptimizerConfig) -> None:
             )
 
 
+def given_rates(args: argparse.Namespace) -> str:
+    """The rates that are set, in words."""
+    return ", ".join(f"{name} is {value}" for name, value in _given(args))
+
+
 def _given(args: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """The rates that are set, one by one."""
     for name in RATES:
