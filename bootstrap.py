@@ -19,7 +19,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 DEMO = ["train_network_patch.py", "--config_file", "configs/embedded_lora.toml"]
-NEEDED_BY_DEMO = ["requirements.txt", "requirements-demo.txt"]
+NEEDED_BY_DEMO = ["requirements.txt", "requirements-kernels.txt", "requirements-demo.txt"]
 NEEDED_BY_TESTS = [*NEEDED_BY_DEMO, "requirements-dev.txt"]
 CHECKS = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."], ["-m", "mypy"]]
 TESTS = ["-m", "pytest"]

@@ -26,8 +26,8 @@ def test_it_installs_once_for_each_command(installed):
         bootstrap.install(bootstrap.NEEDED_BY_DEMO)
         bootstrap.install(bootstrap.NEEDED_BY_TESTS)
     assert installed == [
-        ["requirements.txt", "requirements-demo.txt"],
-        ["requirements.txt", "requirements-demo.txt", "requirements-dev.txt"],
+        ["requirements.txt", "requirements-kernels.txt", "requirements-demo.txt"],
+        ["requirements.txt", "requirements-kernels.txt", "requirements-demo.txt", "requirements-dev.txt"],
     ]
 
 

@@ -91,7 +91,7 @@ def imported(path):
 
 
 # What kernels need. Triton comes with PyTorch where there is one, in the version that fits.
-OPTIONAL = {"triton", "numpy"}
+OPTIONAL = {"triton", "numpy", "numba", "llvmlite"}
 
 
 def test_it_depends_on_what_the_engine_imports(metadata):

@@ -102,7 +102,7 @@ class Group:
         self.periods = periods
         self._lr = options.lr
         self._parameters = parameters
-        self._precision = precision
+        self.precision = precision
         self._momenta = [momentum(period) for period in periods]
         # Parameters whose states stay in 32 bits because their device failed to code them.
         self.uncoded: set[Tensor] = set()
@@ -119,7 +119,7 @@ class Group:
         """Drop everything built on the states so far; they may be other tensors now."""
         # Multi-scale momenta add two dozen passes over a stack, so it pays to have it in the caches. If all states are
         # coded, coding takes most of the time and it makes no difference.
-        self._layout = Layout(cached=bool(self.periods) and not self._precision.codes_all)
+        self._layout = Layout(cached=bool(self.periods) and not self.precision.codes_all)
         self._bindings: dict[tuple[Any, ...], dict[str, Binding]] = {}
 
     # Options and rates ------------------------------------------------------------------------------------------
@@ -129,11 +129,6 @@ class Group:
         """Its parameters."""
         params: list[Tensor] = self.entry["params"]
         return params
-
-    @property
-    def codes_all(self) -> bool:
-        """Whether it is an 8-bit optimizer's."""
-        return self._precision.codes_all
 
     @property
     def initial_lr(self) -> float:
@@ -170,7 +165,7 @@ class Group:
 
     def format(self, state: State, p: Tensor) -> Format:
         """How a state of one of its parameters is stored."""
-        return state.full if p in self.uncoded else self._precision.format(state, p.shape, self.config)
+        return state.full if p in self.uncoded else self.precision.format(state, p.shape, self.config)
 
     def phase(self, stack: Stack) -> Phase:
         """The phase of a stack's step."""

@@ -26,7 +26,7 @@ def _over_rows(body: _Body, *arguments: types.Type) -> Any:
     """A function of a number of rows and some arguments, which does something to each row: signature and generator."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Sequence[ir.Value]) -> Any:
-        with cgutils.for_range(builder, values[0]) as loop:  # type: ignore[no-untyped-call]
+        with cgutils.for_range(builder, values[0]) as loop:
             body(builder, loop.index, values[1:])
         return context.get_dummy_value()
 
@@ -63,7 +63,7 @@ def _eight_times(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 def _eights(builder: ir.IRBuilder, eights: ir.Value) -> Any:
-    return cgutils.for_range(builder, eights)  # type: ignore[no-untyped-call]
+    return cgutils.for_range(builder, eights)
 
 
 def _row_squares(builder: ir.IRBuilder, row: ir.Value, values: Sequence[ir.Value]) -> None:

@@ -59,7 +59,7 @@ class Settings:
         phase = group.phase(batch.stacks[0])
         scalars = StepScalars.at(traits.step, config, group.scheduler_factor, traits.momentum_counts)
         self._rates, self._shares = _of_momenta(scalars.scales)
-        self._maps = _maps() if group.codes_all else numpy.empty(0, dtype=numpy.uint8)
+        self._maps = _maps() if group.precision.codes_all else numpy.empty(0, dtype=numpy.uint8)
         eps1, eps2, eps3 = config.eps
         beta1, beta2, beta3 = config.betas
         values = {

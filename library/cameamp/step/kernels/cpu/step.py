@@ -21,6 +21,7 @@ from .. import table as fields
 from ..check import TakeStep, difference
 from ..table import MOMENTUM, ROW, Batch, Tables, with_gradients
 from . import passes
+from .momenta import factors_of
 from .settings import Settings
 from .threads import spread
 
@@ -45,6 +46,7 @@ class _Work:
         batch: its stacks.
         rows: of `table.ROW`, with the addresses of this step's gradients and weights.
         momenta: (tensors, periods) of `table.MOMENTUM`.
+        factors: of the momenta of low rank, (tensors, some) of `momenta.FACTOR`.
         written_back: weights that a kernel works on as copies, each beside its copy.
         gradients: those that are copies, which must outlive the step.
         sample_ends: where in a sample each stack's elements end.
@@ -53,6 +55,7 @@ class _Work:
     batch: Batch
     rows: numpy.ndarray
     momenta: numpy.ndarray
+    factors: numpy.ndarray
     written_back: list[tuple[Tensor, Tensor]]
     gradients: list[Tensor]
     sample_ends: list[int]
@@ -65,10 +68,12 @@ class _Work:
         ends = numpy.cumsum(counts)
         table[:, fields.SAMPLE] = ends - counts
         last = accumulate(len(stack) for stack in batch.stacks)
+        momenta = _records(batch.momenta, MOMENTUM)
         return cls(
             batch,
             _records(table, ROW),
-            _records(batch.momenta, MOMENTUM),
+            momenta,
+            factors_of(momenta),
             written_back,
             gradients,
             [int(ends[tensor - 1]) for tensor in last],
@@ -187,6 +192,7 @@ class CpuPasses:
         own = [strength for stack in work.batch.stacks if (strength := strengths[stack]) is not None]
         settings = Settings(measured.group, work.batch, measured.sums.magnitude, bool(own), multiplier, self._every)
         facts = numpy.zeros((len(work.rows), passes.SPACINGS + work.momenta.shape[1]))
+        facts[:, passes.LENGTHENING] = 1.0  # where no pass finds another
         if own:
             facts[:, passes.STRENGTH] = torch.cat(own).numpy()
         scaled_grad, change = work.new_sample(), work.new_sample()
@@ -210,7 +216,17 @@ def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: nu
     def step(first: int, last: int) -> None:
         widths = numpy.empty(width, dtype=_f)
         passes.step_whole(
-            whole, first, last, rows, work.momenta, settings.record, facts, _PACKED, *_memory(block), widths
+            whole,
+            first,
+            last,
+            rows,
+            work.momenta,
+            work.factors,
+            settings.record,
+            facts,
+            _PACKED,
+            *_memory(block),
+            widths,
         )
 
     if len(whole):
@@ -235,6 +251,7 @@ def _step_cut(work: _Work, tensor: int, settings: Settings, facts: numpy.ndarray
             tensor,
             work.rows,
             work.momenta,
+            work.factors,
             settings.record,
             facts,
             sums,
