@@ -190,12 +190,14 @@ class Group:
         scaled = set() if self.config.full_finetune else self._parameters.factors
         counters = [row.counter for row in self._momenta]
         members = []
+        alike: dict[tuple[Any, ...], Traits] = {}  # usually there are one or two in a group
         for p in params:
             state = states[p]
             has_polarity = "last_polarity" in state or "last_polarity_q" in state
-            counts = tuple([state.get(counter, 0) for counter in counters])
-            traits = Traits(state["step"], p in scaled, has_polarity, counts)
-            members.append((self._parameters.position(p), p, traits))
+            key = (state["step"], p in scaled, has_polarity, *[state.get(counter, 0) for counter in counters])
+            if key not in alike:
+                alike[key] = Traits(key[0], key[1], key[2], key[3:])
+            members.append((self._parameters.position(p), p, alike[key]))
         stacks, left_behind = self._layout.stacks(members)
         for p in left_behind:
             # Its states are slices of a whole stack's tensors, which would stay allocated for this parameter alone.

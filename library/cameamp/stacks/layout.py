@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .stack import Stack, Traits, stacked_shape
@@ -31,6 +32,7 @@ class Layout:
     def __init__(self, cached: bool) -> None:
         self._cached = cached
         self._known: dict[int, Stack] = {}
+        self._last: _Division | None = None
 
     def stacks(self, params: Sequence[tuple[int, Tensor, Traits]]) -> tuple[list[Stack], list[Tensor]]:
         """Stacks of parameters whose shape (as stacked), dtype, device and traits agree.
@@ -41,6 +43,9 @@ class Layout:
         Returns:
             The stacks, and the parameters that are in none of them but were in a stack that no longer exists.
         """
+        kinds = [(p, traits, p.dtype, p.device) for _, p, traits in params]
+        if self._last is not None and self._last.holds(kinds):
+            return self._last.stacks, []
         alike: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
         total = 0
         for position, p, traits in params:
@@ -60,6 +65,7 @@ class Layout:
         # Stacks too large for the workspace come first, all together: its memory is given up while they are worked on.
         ordered = sorted(result.values(), key=lambda stack: stack.numel() <= LARGEST_STACK)
         present = {p for _, p, _ in params} if dropped else set()
+        self._last = _Division(kinds, ordered)
         return ordered, [p for stack in dropped for p in stack.params if p not in present]
 
     def _stack(self, members: list[tuple[int, Tensor]], traits: Traits) -> Stack:
@@ -70,3 +76,39 @@ class Layout:
             known.traits = traits
             return known
         return Stack(params, positions, traits)
+
+
+class _Division:
+    """How the parameters of a step were divided, so that the next step need not do it again.
+
+    Args:
+        kinds: each parameter, its traits, dtype and device.
+        stacks: the stacks.
+    """
+
+    def __init__(self, kinds: list[_Kind], stacks: list[Stack]) -> None:
+        self._kinds = kinds
+        self.stacks = stacks
+
+    def holds(self, kinds: list[_Kind]) -> bool:
+        """Whether the same parameters are together again, with other traits now; the stacks get these."""
+        if len(kinds) != len(self._kinds):
+            return False
+        now: dict[Traits, Traits] = {}
+        known: dict[int, Traits] = {}  # By identity: hashing them for each parameter would take as long as dividing.
+        for (p, traits, dtype, device), (other, before, dtype_before, device_before) in zip(kinds, self._kinds):
+            if p is not other or dtype != dtype_before or device != device_before:
+                return False
+            if known.setdefault(id(before), traits) is not traits:
+                return False
+            now[before] = traits
+        if len(set(now.values())) < len(now):
+            return False  # Those that were apart belong together now.
+        for stack in self.stacks:
+            stack.traits = now[stack.traits]
+        self._kinds = kinds
+        return True
+
+
+# A parameter, its traits, dtype and device.
+_Kind = tuple[Tensor, Traits, torch.dtype, torch.device]

@@ -119,25 +119,23 @@ def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tens
         that were copied, which must outlive the kernel's call.
     """
     params = [p for stack in batch.stacks for p in stack.params]
+    grads = [p.grad for p in params if p.grad is not None]
+    read, kept, _ = _readable(grads)
+    weights, _, written_back = _readable(params)
     table = batch.table.copy()
-    written_back, kept = [], []
-    weights, grads = [], []
-    for p in params:
-        grad = p.grad
-        assert grad is not None
-        if grad.dtype not in DTYPES or not grad.is_contiguous():
-            grad = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-            kept.append(grad)
-        weight = p
-        if p.dtype not in DTYPES or not p.is_contiguous():
-            dtype = p.dtype if p.dtype in DTYPES else torch.float32
-            weight = p.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-            written_back.append((p, weight))
-        grads.append((grad.data_ptr(), DTYPES[grad.dtype]))
-        weights.append((weight.data_ptr(), DTYPES[weight.dtype]))
-    table[:, GRAD : GRAD_KIND + 1] = grads
-    table[:, WEIGHT : WEIGHT_KIND + 1] = weights
+    table[:, GRAD], table[:, GRAD_KIND] = [g.data_ptr() for g in read], [DTYPES[g.dtype] for g in read]
+    table[:, WEIGHT], table[:, WEIGHT_KIND] = [p.data_ptr() for p in weights], [DTYPES[p.dtype] for p in weights]
     return table, written_back, kept
+
+
+def _readable(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The tensors as a kernel can read them; those of them that are copies; and each beside what it is a copy of."""
+    odd = [place for place, x in enumerate(tensors) if x.dtype not in DTYPES or not x.is_contiguous()]
+    read = list(tensors)
+    for place in odd:
+        dtype = tensors[place].dtype if tensors[place].dtype in DTYPES else torch.float32
+        read[place] = tensors[place].detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return read, [read[place] for place in odd], [(tensors[place], read[place]) for place in odd]
 
 
 def _rows_of(stack: Stack) -> numpy.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -281,8 +281,13 @@ def _records(table: numpy.ndarray, kind: numpy.dtype) -> numpy.ndarray:
 
 def _parts(sizes: numpy.ndarray) -> numpy.ndarray:
     """Cut tensors into parts, the same whatever the number of threads: (parts, 3), tensor, first element, end."""
+    return _parts_of(tuple(sizes.tolist()))
+
+
+@lru_cache(maxsize=64)
+def _parts_of(sizes: tuple[int, ...]) -> numpy.ndarray:
     parts = []
-    for tensor, size in enumerate(sizes.tolist()):
+    for tensor, size in enumerate(sizes):
         length = max(-(-size // _MOST_PARTS // _UNIT) * _UNIT, _SMALLEST_PART)
         parts += [(tensor, start, min(start + length, size)) for start in range(0, size, length)]
     return numpy.array(parts, dtype=numpy.int64)
