@@ -14,6 +14,7 @@ from .config import OPTION_NAMES, OptimizerConfig, checked
 from .options import check_group_names
 from .parameters import Parameters
 from .phase import Phase
+from .sharding import WHOLE
 from .stacks.layout import Layout
 from .stacks.stack import Binding, ParameterState, Stack, Traits
 from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
@@ -165,7 +166,9 @@ class Group:
 
     def format(self, state: State, p: Tensor) -> Format:
         """How a state of one of its parameters is stored."""
-        return state.full if p in self.uncoded else self._precision.format(state, p.shape, self.config)
+        if p in self.uncoded:
+            return state.full
+        return self._precision.format(state, p.shape, self.config, by_row=self._parameters.cut(p) is not WHOLE)
 
     def phase(self, stack: Stack) -> Phase:
         """The phase of a stack's step."""
@@ -194,7 +197,7 @@ class Group:
             state = states[p]
             has_polarity = "last_polarity" in state or "last_polarity_q" in state
             counts = tuple([state.get(counter, 0) for counter in counters])
-            traits = Traits(state["step"], p in scaled, has_polarity, counts)
+            traits = Traits(state["step"], p in scaled, has_polarity, counts, self._parameters.cut(p))
             members.append((self._parameters.position(p), p, traits))
         stacks, left_behind = self._layout.stacks(members)
         for p in left_behind:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import sharding, states_only
 from .checkpoint.load import restore
 from .checkpoint.save import complete
 from .compiling import Compiler
@@ -131,8 +132,8 @@ class CameAMP(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a sparse or complex gradient, or a sharded parameter; before any parameter or state has
-                changed.
+            RuntimeError: a sparse or complex gradient, or a parameter that is sharded in another way than FSDP2
+                shards it; before any parameter or state has changed.
         """
         loss = None
         if closure is not None:
@@ -145,27 +146,33 @@ class CameAMP(Optimizer):
         if len(self.param_groups) != len(groups) or (known and count != known):
             raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
         if not known:
-            measure.check_whole(p for group in groups for p in group.params)
+            sharding.check_shards(p for group in groups for p in group.params)
         active = [measure.with_gradient(group.params) for group in groups]
         if not self.state and not any(active):
             measure.warn_of_none(p for group in groups for p in group.params)
         if any(active):
             self._parameters.locate([group.params for group in groups])
+        processes, watch_every = self._parameters.processes, self._driver.watch_every(groups)
+        only_states = not self.state and states_only.is_asked_for(self.param_groups, active, processes)
         stacks = []
         for group, params in zip(groups, active):
             group.count_step(params, self.state)
             stacks.append(group.stacks(params, self.state) if params else [])
-        # Compiled graphs leave no memory for held gradients, so if any group is fused, no group's gradients are held.
-        holds = not any(group.config.fused for group, own in zip(groups, stacks) if own)
+        if only_states:
+            states_only.make(groups, stacks, self.state, self._driver)
+            return loss
+        # Compiled graphs leave no memory for held gradients, and rehearsals overwrite them.
+        holds = not processes.shards and not any(group.config.fused for group, own in zip(groups, stacks) if own)
         self._workspace.begin_step([stack for own in stacks for stack in own] if holds else [])
-        watch_every = self._driver.watch_every(groups)
-        passes = Passes(self.state, self._workspace, self._compiler, watch_every, self._techniques)
+        passes = Passes(self.state, self._workspace, self._compiler, watch_every, self._techniques, processes)
         measured = [passes.measure(group, own) for group, own in zip(groups, stacks) if own]
         for found in measured:
             measure.tally(self._unusable, found.unusable)
-        multiplier = self._driver.observe(groups, measured)
-        watched = [seen for found in measured for seen in passes.update(found, multiplier)]
-        self._driver.follow(measured, watched)
+        sums, totals = passes.add_up(measured, self._driver.to_add_up(groups, measured, processes))
+        multiplier = self._driver.observe(groups, measured, totals)
+        passes.ask(measured, sums, multiplier)
+        watched = [seen for each in zip(measured, sums) for seen in passes.update(*each, multiplier)]
+        self._driver.follow(groups, measured, watched)
         return loss
 
     def report_loss(self, loss: Tensor | float) -> None:

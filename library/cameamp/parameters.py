@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import lora
+from .sharding import Alone, Cut, Processes, cut_of, processes_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Parameters:
     Attributes:
         names: the names of the parameters whose names are known.
         factors: the LoRA factors.
+        processes: those that hold the parameters.
     """
 
     def __init__(self) -> None:
@@ -66,6 +68,8 @@ class Parameters:
         """Let `locate` look again, and log what it finds if it has changed or, with `log_again`, in any case."""
         self.factors: set[Tensor] = set()
         self._positions: dict[Tensor, int] = {}
+        self._cuts: dict[Tensor, Cut] = {}
+        self.processes: Processes = Alone()
         if log_again:
             self._logged: tuple[int, int] | None = None
 
@@ -74,7 +78,11 @@ class Parameters:
         if self._positions:
             return
         self.factors = lora.find_factors(groups, self.names)
-        self._positions = {p: position for position, p in enumerate(p for group in groups for p in group)}
+        parameters = [p for group in groups for p in group]
+        self._positions = {p: position for position, p in enumerate(parameters)}
+        self.processes = processes_of(parameters)
+        alike: dict[Cut, Cut] = {}  # One object for equal cuts, which are compared at every step.
+        self._cuts = {p: alike.setdefault(cut, cut) for p in parameters for cut in [cut_of(p)]}
         count, total = len(self.factors), len(self._positions)
         if (count, total) != self._logged:
             self._logged = (count, total)
@@ -86,3 +94,7 @@ class Parameters:
     def position(self, p: Tensor) -> int:
         """The parameter's number in the optimizer."""
         return self._positions[p]
+
+    def cut(self, p: Tensor) -> Cut:
+        """Which part of the parameter this process holds."""
+        return self._cuts.get(p) or cut_of(p)

@@ -88,12 +88,12 @@ def pairs() -> list[str]:
 
 def ddp() -> list[str]:
     """Two processes over gloo."""
-    from reliability.distributed import ddp, sharded
+    from reliability.distributed import ddp, flattened
 
     for name, digests in ddp(DDP_STEPS).items():
         assert len(set(digests)) == 1, name
-    kinds = [kind for messages in sharded() for kind in messages.items()]
-    assert all("sharded over processes" in message for _, messages in kinds for message in messages.values())
+    kinds = [kind for messages in flattened() for kind in messages.items()]
+    assert all("is of FSDP1" in message for _, messages in kinds for message in messages.values())
     return [
         f"{DDP_STEPS} steps of DDP, gradients of 2 batches accumulated, resumed in the middle: bit-identical replicas",
         *(f"{kind}: a clear RuntimeError at the first step, nothing changed" for kind in sorted(dict(kinds))),

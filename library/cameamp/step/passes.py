@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from ..compiling import Compiler
 from ..groups import Group, States
 from ..rounding import stochastic_round
+from ..sharding import WHOLE, Processes
 from ..stacks.stack import Stack
-from ..stacks.workspace import Workspace
-from . import measure
+from ..stacks.workspace import Work, Workspace
+from ..techniques.sums import OF_WHOLE_TENSORS, Sums
+from . import measure, shared
 from .fused import fused_first_pass, fused_step
-from .measure import GroupSums
-from .rules import StackOptions, StepScalars, Techniques, Watched, take_step_
+from .measure import GroupSums, Magnitudes
+from .rules import StackOptions, StepScalars, Techniques, Watched, questions, take_step_
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,8 @@ class Measured(NamedTuple):
 
     Attributes:
         group: the group.
-        stacks: those that take the step; what follows, except `sums`, is for each of them.
-        sums: what the rules need to know of its gradients as a whole.
+        stacks: those that take the step; what follows is for each of them.
+        magnitudes: of the part of its tensors that this process holds.
         unusable: how many gradient elements are not usable, 0-d.
         watched: the gradient's elements that the context sees; empty without a context.
         gradients: the usable gradients, if they are held for the second pass, which takes them out.
@@ -38,7 +41,7 @@ class Measured(NamedTuple):
 
     group: Group
     stacks: list[Stack]
-    sums: GroupSums
+    magnitudes: list[Magnitudes]
     unusable: list[Tensor]
     watched: list[Tensor]
     gradients: list[Tensor | None]
@@ -53,16 +56,25 @@ class Passes:
         compiler: compiles the rules of groups that ask for it.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
         techniques: the rule in each place.
+        processes: those that hold the parameters.
     """
 
     def __init__(
-        self, states: States, workspace: Workspace, compiler: Compiler, watch_every: int, techniques: Techniques
+        self,
+        states: States,
+        workspace: Workspace,
+        compiler: Compiler,
+        watch_every: int,
+        techniques: Techniques,
+        processes: Processes,
     ) -> None:
         self._states = states
         self._workspace = workspace
         self._compiler = compiler
         self._watch_every = watch_every
         self._techniques = techniques
+        self._processes = processes
+        self._answers: dict[Stack, list[shared.Answer]] = {}
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over the gradients of the stacks that take the step."""
@@ -72,29 +84,77 @@ class Passes:
             for stack in stacks:
                 work = self._workspace.lend(stack)
                 g = stack.gradients(work.gradients)
-                if group.config.fused:
+                if group.config.fused and stack.cut is WHOLE:
                     found = fused_first_pass(g, decays, self._watch_every)
                 else:
-                    found = measure.first_pass(g, decays, self._watch_every, work.scratch)
+                    found = measure.first_pass(g, decays, self._watch_every, work.scratch, self._watch_from(stack))
                 magnitudes.append(found.magnitudes)
                 unusable.append(found.unusable)
                 if found.watched is not None:
                     watched.append(found.watched)
                 held.append(g if self._workspace.holds(stack) else None)
                 del g, found, work
-        return Measured(group, stacks, GroupSums.of(stacks, magnitudes), unusable, watched, held)
+        return Measured(group, stacks, magnitudes, unusable, watched, held)
 
-    def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
+    def add_up(self, measured: Sequence[Measured], more: Sequence[Tensor]) -> tuple[list[GroupSums], list[Tensor]]:
+        """What the rules need to know of the gradients of each group as a whole; one message if any are sharded.
+
+        Args:
+            measured: what the first pass found in each group.
+            more: what else to add up over the processes, on the way.
+
+        Returns:
+            The sums of each group, and those of `more`.
+        """
+        found = {stack: of_stack for group in measured for stack, of_stack in zip(group.stacks, group.magnitudes)}
+        sharded = [stack for stack in found if stack.cut is not WHOLE]
+        parts = [shared.measured_parts(stack, found[stack]) for stack in sharded]
+        speaking = [
+            part if self._processes.speaks(stack.cut) else torch.zeros_like(part) for stack, part in zip(sharded, parts)
+        ]
+        totals = self._processes.add_up([*speaking, *more])
+        found |= {stack: shared.whole_magnitudes(stack, total) for stack, total in zip(sharded, totals)}
+        sums = [GroupSums.of(group.stacks, [found[stack] for stack in group.stacks]) for group in measured]
+        return sums, totals[len(sharded) :]
+
+    def ask(self, measured: Sequence[Measured], sums: Sequence[GroupSums], multiplier: Tensor | None) -> None:
+        """Between the passes: have the other processes answer what the rules ask about the tensors that are sharded.
+
+        Args:
+            measured: what the first pass found in each group.
+            sums: from `add_up`.
+            multiplier: 0-d factor of all learning rates; None if no context drives the optimizer.
+        """
+        arguments, questions_of = {}, {}
+        for found, group_sums in zip(measured, sums):
+            for stack, decay in zip(found.stacks, group_sums.decay_strengths):
+                if stack.cut is not WHOLE:
+                    found.group.bind(stack, self._states)
+                    arguments[stack] = found.group, group_sums.magnitude, decay
+                    questions_of[stack] = questions(self._options(found.group, stack))
+
+        def rehearse(stack: Stack, of_shards: Sums) -> None:
+            group, magnitude_sum, decay = arguments[stack]
+            work = self._workspace.lend(stack)
+            g = stack.gradients(work.gradients)
+            measure.drop_unusable_(g, work.scratch)
+            others = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
+            take_step_(g, stack.rehearsal(), *others, of_shards)
+
+        self._answers = shared.answers(rehearse, questions_of, self._processes)
+
+    def update(self, measured: Measured, sums: GroupSums, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: every stack through the rules, and the weights written back.
 
         Args:
             measured: what the first pass found; the gradients that it holds are taken out.
+            sums: from `add_up`.
             multiplier: 0-d factor of all learning rates; None if no context drives the optimizer.
 
         Returns:
             What the context sees of each stack; nothing without a context.
         """
-        group, sums = measured.group, measured.sums
+        group = measured.group
         watched = []
         with self._compiling(group):
             for stack, decay in zip(measured.stacks, sums.decay_strengths):
@@ -115,28 +175,54 @@ class Passes:
     ) -> Watched | None:
         """One stack through the rules. Gradients that were not held are gathered again."""
         group.bind(stack, self._states)
-        traits, config = stack.traits, group.config
-        scalars = StepScalars.at(traits.step, config, group.scheduler_factor, traits.momentum_counts)
-        options = StackOptions(
-            group.phase(stack), traits.has_polarity, traits.row_scaled, config, self._watch_every, self._techniques
-        )
         work = self._workspace.lend(stack)
         held = gradients.pop(0)
         g = stack.gradients(work.gradients) if held is None else held
-        total = magnitude_sum.to(g.device)
-        factor = None if multiplier is None else multiplier.to(g.device)
-        if config.fused:
-            p, watched = fused_step(g, stack, total, decay, factor, work, scalars, options)
+        arguments = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
+        if group.config.fused and stack.cut is WHOLE:
+            p, watched = fused_step(g, stack, *arguments)
         else:
             if held is None:
                 measure.drop_unusable_(g, work.scratch)
-            p, watched = take_step_(g, stack, total, decay, factor, work, scalars, options)
-        del g, held, work
+            sums = OF_WHOLE_TENSORS if stack.cut is WHOLE else shared.SumsOfShards(stack, self._answers.pop(stack))
+            p, watched = take_step_(g, stack, *arguments, sums)
+        del g, held, work, arguments
         dtype = stack.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
             p = stochastic_round(p, dtype, stack.dither())
         stack.write_weights(p)
         return watched
+
+    def _arguments(
+        self,
+        group: Group,
+        stack: Stack,
+        work: Work,
+        magnitude_sum: Tensor,
+        decay: Tensor | None,
+        multiplier: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Work, StepScalars, StackOptions]:
+        """Those of `take_step_` between the states and the sums."""
+        scalars = StepScalars.at(stack.traits.step, group.config, group.scheduler_factor, stack.traits.momentum_counts)
+        total = magnitude_sum.to(stack.device)
+        factor = None if multiplier is None else multiplier.to(stack.device)
+        return total, decay, factor, work, scalars, self._options(group, stack)
+
+    def _options(self, group: Group, stack: Stack) -> StackOptions:
+        return StackOptions(
+            group.phase(stack),
+            # Where states were made without a step, there is room for signs and no signs.
+            stack.traits.has_polarity and stack.traits.step > 1,
+            stack.traits.row_scaled,
+            group.config,
+            self._watch_every,
+            self._techniques,
+            self._watch_from(stack),
+        )
+
+    def _watch_from(self, stack: Stack) -> int:
+        """The first element that is here of those that the context sees."""
+        return -stack.first_element % self._watch_every if self._watch_every else 0
 
     def _compiling(self, group: Group) -> AbstractContextManager[None]:
         """A context manager for the work on a group; inside it, rules are compiled if the group asks for that."""

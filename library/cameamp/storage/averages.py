@@ -25,12 +25,13 @@ _LARGEST_RANK = 4
 
 
 @cache
-def average_formats(periods: tuple[int, ...], shape: torch.Size) -> dict[int, AverageFormat]:
+def average_formats(periods: tuple[int, ...], shape: torch.Size, at_least: int = 0) -> dict[int, AverageFormat]:
     """How each of several averages of a parameter is stored.
 
     Args:
         periods: every how many steps each of them is updated.
         shape: the parameter's.
+        at_least: how many of them get four bits an element even if that takes too much.
 
     Returns:
         {period: format}.
@@ -42,7 +43,7 @@ def average_formats(periods: tuple[int, ...], shape: torch.Size) -> dict[int, Av
     by_weight = sorted(periods)
     nibbles = -(-count // 2) + 4
     smallest = LowRank(*_fold(rows, columns, 0), 1).bytes(shape)
-    while by_weight and left - nibbles >= (len(by_weight) - 1) * smallest:
+    while by_weight and (len(formats) < at_least or left - nibbles >= (len(by_weight) - 1) * smallest):
         formats[by_weight.pop(0)] = Nibbles()
         left -= nibbles
     if by_weight:

@@ -1,0 +1,139 @@
+"""FSDP2: shards of the parameters on several processes, which together take the steps of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+if not dist.is_available() or not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip("this torch has no FSDP2 under its present name", allow_module_level=True)
+
+from reliability import resharded
+from reliability.sharded import all_of, alone, in_processes, messages_of, steps_of
+
+PLAIN, CONTEXTUAL = "Automagic_CameAMP", "Automagic_CameAMP_COptim"
+ALL = (PLAIN, "Automagic_CameAMP8bit", CONTEXTUAL, "Automagic_CameAMP_COptim8bit")
+STEPS = 16  # Early until step 6, warm-up until step 12.
+
+SAVED_AT = 6
+CASES = [(name, warmup_steps) for name in ALL for warmup_steps in (20, 4)]  # Saved in the early phase, and at the end.
+LAYOUTS = ("nested", "flat")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {layout: str(tmp_path_factory.mktemp(layout)) for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def two(folders):
+    """What each of two processes found."""
+    works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3], 1444))}
+    for layout, folder in folders.items():
+        works[f"{layout} saved"] = resharded.save, (folder, CASES, layout == "flat", SAVED_AT)
+        works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
+    for name in (PLAIN, ALL[3]):
+        works[f"{name} traces"] = resharded.leave_no_trace, (name,)
+    for name in ALL[:2]:
+        works[f"{name} refused"] = resharded.refuse, (name,)
+    return [dict(zip(works, found)) for found in in_processes(2, all_of, list(works.values()))]
+
+
+@pytest.fixture(scope="module")
+def three(two, folders):
+    """What each of three processes found, which have uneven shards, and empty ones."""
+    works = {"steps": (steps_of, ((3,), (PLAIN, CONTEXTUAL), STEPS))}
+    for layout, folder in folders.items():
+        works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
+    return [dict(zip(works, found)) for found in in_processes(3, all_of, list(works.values()))]
+
+
+@pytest.fixture(scope="module")
+def one(two, folders, tmp_path_factory):
+    """What this process finds alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('one')}/r", rank=0, world_size=1)
+    try:
+        return [
+            {
+                f"{layout} loaded": resharded.load(0, folder, CASES, layout == "flat", SAVED_AT)
+                for layout, folder in folders.items()
+            }
+        ]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(params=[2, 3])
+def several(request):
+    return request.getfixturevalue("two" if request.param == 2 else "three")
+
+
+@pytest.mark.parametrize("name", [PLAIN, CONTEXTUAL])
+def test_shards_take_the_steps_of_one_process(several, name):
+    expected, _ = alone(name, STEPS)
+    for process in several:
+        for p, weight in process["steps"][name]["weights"].items():
+            assert torch.allclose(weight, expected[p], rtol=2e-6, atol=2e-7), p
+
+
+def test_all_processes_take_the_same_multiplier_to_the_bit(several):
+    _, optimizer = alone(CONTEXTUAL, STEPS)
+    first, *others = [process["steps"][CONTEXTUAL] for process in several]
+    # Samples are remembered in bfloat16, which rounds the same numbers, less one bit, to others now and then.
+    assert first["multiplier"] == pytest.approx(optimizer.c_optim.compute_contextual_lr_multiplier(), rel=1e-3)
+    assert first["history"] == pytest.approx(optimizer.c_optim.gradient_history, abs=1e-3)
+    for other in others:
+        assert other["multiplier"] == first["multiplier"]
+        assert other["history"] == first["history"]
+
+
+@pytest.mark.parametrize("name", [PLAIN, CONTEXTUAL])
+def test_states_are_sharded_as_their_parameters_are(several, name):
+    _, optimizer = alone(name, STEPS)
+    total = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    assert all(process["steps"][name]["all sharded"] for process in several)
+    assert sum(process["steps"][name]["bytes"] for process in several) == total
+
+
+@pytest.mark.parametrize("name", ALL[::3])
+def test_messages_of_a_step_are_few_whatever_the_number_of_tensors(two, name):
+    for process in two:
+        early, later = process["messages"][name]
+        assert set(early) == set(later) == {"c10d.allreduce_"}
+        assert sum(early.values()) == 4
+        assert sum(later.values()) == 2
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("processes", ["one", "two", "three"])
+def test_a_checkpoint_fits_any_number_of_processes(processes, layout, two, request):
+    """Nothing is lost, strict as torch's reader is; as many processes as before go on bit for bit."""
+    loaded = request.getfixturevalue(processes)[0][f"{layout} loaded"]
+    for name, expected in two[0][f"{layout} saved"].items():
+        found = loaded[name]
+        for part in ("then", "end") if processes == "two" else ("then",):
+            assert found[part].keys() == expected[part].keys(), name
+            assert [key for key, value in expected[part].items() if not resharded.same(value, found[part][key])] == []
+        assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", [PLAIN, ALL[3]])
+def test_the_step_that_makes_states_leaves_no_trace(two, name):
+    for process in two:
+        found = process[f"{name} traces"]
+        assert set(found["steps"]) == {0}
+        assert [key for key, value in found["straight"].items() if not resharded.same(value, found["after"][key])] == []
+
+
+@pytest.mark.parametrize("name", ALL[:2])
+def test_all_processes_refuse_what_one_of_them_refuses(two, name):
+    first, last = (process[f"{name} refused"] for process in two)
+    for messages in (first, last):
+        assert "'2.weight'" in messages[0]
+        assert "does not match its checksum" in messages[0]
+    assert first[1] == "another process refused its part of the checkpoint, and says why"
+    assert "has elements that are not finite" in last[1]
