@@ -19,6 +19,7 @@ NAMES = (
     "step_profile",
     "storage_time",
     "two_cores",
+    "shards",
     "convergence",
     "learning_rate_free",
     "eight_bit_quality",

@@ -10,7 +10,10 @@ if not dist.is_available() or not hasattr(pytest.importorskip("torch.distributed
     pytest.skip("this torch has no FSDP2 under its present name", allow_module_level=True)
 
 from reliability import resharded
-from reliability.sharded import all_of, alone, in_processes, messages_of, steps_of
+from reliability.sharded import MANY, all_of, alone, in_processes, messages_of, replaced, shards_of_columns, steps_of
+
+from benchmarks.shards import contextual, message_bytes
+from library.automagic_cameamp import Automagic_CameAMP
 
 PLAIN, CONTEXTUAL = "Automagic_CameAMP", "Automagic_CameAMP_COptim"
 ALL = (PLAIN, "Automagic_CameAMP8bit", CONTEXTUAL, "Automagic_CameAMP_COptim8bit")
@@ -29,7 +32,8 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two(folders):
     """What each of two processes found."""
-    works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3], 1444))}
+    works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3],))}
+    works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ())}
     for layout, folder in folders.items():
         works[f"{layout} saved"] = resharded.save, (folder, CASES, layout == "flat", SAVED_AT)
         works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
@@ -98,11 +102,55 @@ def test_states_are_sharded_as_their_parameters_are(several, name):
 
 @pytest.mark.parametrize("name", ALL[::3])
 def test_messages_of_a_step_are_few_whatever_the_number_of_tensors(two, name):
+    """And as long as the document computes them for models that no machine here could hold."""
     for process in two:
         early, later = process["messages"][name]
-        assert set(early) == set(later) == {"c10d.allreduce_"}
-        assert sum(early.values()) == 4
-        assert sum(later.values()) == 2
+        assert set(early["kinds"]) == set(later["kinds"]) == {"c10d.allreduce_"}
+        assert sum(early["kinds"].values()) == 4
+        assert sum(later["kinds"].values()) == 2
+        assert early["bytes"] == message_bytes(MANY, 3, early=True, with_context=contextual(name))
+        assert later["bytes"] == message_bytes(MANY, 3, early=False, with_context=contextual(name))
+
+
+def test_parameters_replaced_by_shards_keep_their_names(two):
+    for process in two:
+        *names, down, up = process["replaced"]
+        assert (down, up) == ("lora_down.weight", "lora_up.weight")
+        assert names[0] == "inner.weight.weight"
+        assert len(names) == len(set(names)) == 12
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_shards_of_columns_are_refused(two):
+    for process in two:
+        assert process["columns"].startswith("a parameter of shape (4, 6) is placed as (Shard(dim=1),); supported: one")
+
+
+def optimizer_and_params():
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return Automagic_CameAMP(params), params
+
+
+def test_deepspeed_is_refused_by_its_name_if_it_has_put_a_vector_in_the_place_of_parameters():
+    optimizer, _ = optimizer_and_params()
+    flat = torch.nn.Parameter(torch.ones(12))
+    flat.grad = torch.ones(12)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match="group 0 has 1 vectors for its 2 parameters; DeepSpeed ZeRO flattens"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(12))
+
+
+def test_deepspeed_is_refused_by_its_name_if_it_has_marked_parameters():
+    optimizer, params = optimizer_and_params()
+    params[1].ds_id = 7
+    with pytest.raises(RuntimeError, match=r"of shape \(4, 3\) belongs to DeepSpeed; DeepSpeed ZeRO flattens"):
+        optimizer.step()
+    assert len(optimizer.state) == 0
 
 
 # Checkpoints ---------------------------------------------------------------------------------------------------------

@@ -86,6 +86,10 @@ class Group:
         parameters: those of the whole optimizer.
         precision: which states are coded.
         periods: those of its multi-scale momenta.
+
+    Attributes:
+        names: the names of its parameters; "" for one that is not known.
+        shapes: the shapes of the parameters that it was built with.
     """
 
     def __init__(
@@ -101,6 +105,8 @@ class Group:
         self.entry = entry
         self.config = options.config
         self.periods = periods
+        self.names: list[str] = [*entry.get("param_names", [""] * len(entry["params"]))]
+        self.shapes = [p.shape for p in entry["params"]]
         self._lr = options.lr
         self._parameters = parameters
         self._precision = precision

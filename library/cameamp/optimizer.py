@@ -59,7 +59,7 @@ class CameAMP(Optimizer):
             raise TypeError(f"give either config or options, not both; got config and {', '.join(options)}")
         self.config = config
         self._groups: list[Group] = []
-        self._parameters = Parameters()
+        self._parameters = Parameters(self._groups)
         self._driver = self._driver_class(config)
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
         self._forget(states=True)
@@ -86,13 +86,12 @@ class CameAMP(Optimizer):
         entry["max_lr"] = options.config.max_lr
         periods = self._driver.periods(options.config)
         self._groups.append(Group(number, entry, options, self._parameters, self._precision, periods))
-        self._parameters.names.update(zip(entry["params"], entry.get("param_names", ())))
         self._forget()
 
     def set_parameter_names(self, names: Mapping[Tensor, str]) -> None:
         """Name parameters, so that LoRA factors can be recognized; parameters of other optimizers are ignored."""
-        own = {p for entry in self.param_groups for p in entry["params"]}
-        self._parameters.names.update((p, name) for p, name in names.items() if p in own)
+        for group in self._current_groups():
+            group.names = [names.get(p, known) for p, known in zip(group.params, group.names)]
         self._forget()
 
     def _current_groups(self) -> list[Group]:
@@ -146,7 +145,7 @@ class CameAMP(Optimizer):
         if len(self.param_groups) != len(groups) or (known and count != known):
             raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
         if not known:
-            sharding.check_shards(p for group in groups for p in group.params)
+            sharding.check_shards((group.params, group.shapes) for group in groups)
         active = [measure.with_gradient(group.params) for group in groups]
         if not self.state and not any(active):
             measure.warn_of_none(p for group in groups for p in group.params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -41,25 +41,46 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
             )
 
 
+class Named(Protocol):
+    """A parameter group. Names go by place, because a wrapper that shards parameters replaces them.
+
+    Attributes:
+        names: the names of its parameters; "" for one that is not known.
+    """
+
+    names: list[str]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Its parameters."""
+
+
 class Parameters:
     """What is known of all parameters together, once `locate` has looked.
 
+    Args:
+        groups: the optimizer's groups, now and later.
+
     Attributes:
-        names: the names of the parameters whose names are known.
         factors: the LoRA factors.
         processes: those that hold the parameters.
     """
 
-    def __init__(self) -> None:
-        self.names: dict[Tensor, str] = {}
+    def __init__(self, groups: Sequence[Named]) -> None:
+        self._groups = groups
         self.forget(log_again=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names}
+        return {"_groups": self._groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.names = state["names"]
+        self._groups = state["_groups"]
         self.forget(log_again=True)
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """The names of the parameters whose names are known."""
+        return {p: name for group in self._groups for p, name in zip(group.params, group.names) if name}
 
     def __len__(self) -> int:
         return len(self._positions)

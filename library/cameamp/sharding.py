@@ -97,29 +97,45 @@ def is_sharded(p: Tensor) -> bool:
     return hasattr(p, "device_mesh")
 
 
-def check_shards(params: Iterable[Tensor]) -> None:
+def check_shards(groups: Iterable[tuple[Sequence[Tensor], Sequence[torch.Size]]]) -> None:
     """Refuse parameters that are cut in another way than FSDP2 cuts them.
+
+    Args:
+        groups: for each group its parameters, and the shapes of those that it was built with.
 
     Raises:
         RuntimeError: it names the parameter's shape, who cut it, and what works.
     """
     meshes = {}
-    for p in params:
-        label = f"a parameter of shape {tuple(p.shape)}"
-        if getattr(p, "_fsdp_flattened", False):
-            raise RuntimeError(f"{label} is of FSDP1, which flattens it; use FSDP2 (fully_shard, fsdp_version: 2)")
-        if hasattr(p, "ds_id"):
-            raise RuntimeError(f"{label} is of DeepSpeed ZeRO, which flattens it; use FSDP2 (fully_shard) or DDP")
-        if not is_sharded(p):
-            continue
-        cut = cast(Shard, cut_of(p))
-        *before, last = cut.placements
-        if not last.is_shard(0) or type(last).__name__ != "Shard" or any(not each.is_replicate() for each in before):
-            raise RuntimeError(f"{label} is placed as {cut.placements}; supported: {_ALLOWED}")
-        meshes[cut.mesh] = label
+    for number, (params, shapes) in enumerate(groups):
+        for p in params:
+            label = f"a parameter of shape {tuple(p.shape)}"
+            if getattr(p, "_fsdp_flattened", False):
+                raise RuntimeError(f"{label} is of FSDP1, which flattens it; use FSDP2 (fully_shard, fsdp_version: 2)")
+            if hasattr(p, "ds_id"):
+                raise RuntimeError(f"{label} belongs to DeepSpeed; {_NO_ZERO}")
+            if is_sharded(p):
+                cut = Shard(cast(Any, p).device_mesh, tuple(cast(Any, p).placements))
+                _check_placements(label, cut)
+                meshes[cut.mesh] = label
+        # ZeRO 1 and 2 put one vector in the place of a group's parameters.
+        if any(len(shape) > 1 for shape in shapes) and params and all(p.ndim == 1 for p in params):
+            raise RuntimeError(
+                f"parameter group {number} has {len(params)} vectors for its {len(shapes)} parameters; {_NO_ZERO}"
+            )
     if len(meshes) > 1:
         first, other, *_ = meshes.values()
         raise RuntimeError(f"{first} and {other} are sharded over different meshes; give each mesh an optimizer")
+
+
+_NO_ZERO = "DeepSpeed ZeRO flattens parameters, and these rules need rows: use FSDP2 (fully_shard) or DDP"
+
+
+def _check_placements(label: str, cut: Shard) -> None:
+    *before, last = cut.placements
+    # A subclass of torch's Shard deals rows out in another order.
+    if type(last).__name__ != "Shard" or last.dim != 0 or not all(each.is_replicate() for each in before):
+        raise RuntimeError(f"{label} is placed as {cut.placements}; supported: {_ALLOWED}")
 
 
 class Processes(Protocol):

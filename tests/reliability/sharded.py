@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,21 +191,82 @@ def alone(name: str, steps: int, **options: Any) -> tuple[dict[str, Tensor], Any
     return weights(model), optimizer
 
 
-def messages_of(rank: int, names: Sequence[str], tensors: int) -> dict[str, list[dict[str, int]]]:
-    """Take steps of many small tensors. Returns how often each kind of message was sent, early and at the end."""
+MANY = [(3, 4 + number % 3) for number in range(1444)]
+
+
+def messages_of(rank: int, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Take steps of many small tensors.
+
+    Returns:
+        For each optimizer, early and after the warm-up: how often each kind of message was sent in a step, and the
+        bytes of each.
+    """
     from torch.distributed.tensor.debug import CommDebugMode
 
-    found: dict[str, list[dict[str, int]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for name in names:
         model = nn.Module()
-        model.many = nn.ParameterList(torch.randn(3, 4 + number % 3) for number in range(tensors))
+        model.many = nn.ParameterList(torch.randn(shape) for shape in MANY)
         shard_all(model)
-        optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=3)
-        for step in range(1, 4):
+        optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=5)
+        for step in range(1, 6):
             for p in model.parameters():
                 p.grad = torch.full_like(p, 0.5 + step)
-            with CommDebugMode() as seen:
+            if step not in (2, 5):
                 optimizer.step()
-            if step != 2:
-                found.setdefault(name, []).append({str(kind): n for kind, n in seen.get_comm_counts().items()})
+                continue
+            with CommDebugMode() as seen, _lengths() as lengths:
+                optimizer.step()
+            kinds = {str(kind): count for kind, count in seen.get_comm_counts().items()}
+            found.setdefault(name, []).append({"kinds": kinds, "bytes": lengths})
     return found
+
+
+@contextmanager
+def _lengths() -> Iterator[list[int]]:
+    """The bytes of all that is reduced inside."""
+    found: list[int] = []
+    reduce = dist.all_reduce
+
+    def noted(tensor: Tensor, *arguments: Any, **more: Any) -> Any:
+        found.append(tensor.nbytes)
+        return reduce(tensor, *arguments, **more)
+
+    dist.all_reduce = noted
+    try:
+        yield found
+    finally:
+        dist.all_reduce = reduce
+
+
+def shards_of_columns(rank: int) -> str:
+    """What the first step says of parameters whose columns are sharded."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    p.grad = torch.ones_like(p)
+    optimizer = family.Automagic_CameAMP([p])
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert len(optimizer.state) == 0
+        return str(error)
+    return ""
+
+
+def replaced(rank: int) -> list[str]:
+    """Have the parameters of an optimizer replaced by shards, as accelerate does. Returns what they are called then."""
+    model = model_of()
+    optimizer = optimizer_of("Automagic_CameAMP", model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    shard(model, (dist.get_world_size(),), **exact())
+    sharded = dict(model.named_parameters())
+    for group, own in zip(optimizer.param_groups, order):
+        group["params"] = [sharded[name] for name in own]
+    train(model, optimizer, 0, 2, rank, dist.get_world_size())
+    saved = optimizer.state_dict()
+    return [name for group in saved["param_groups"] for name in group["param_names"]] + [
+        name for name, p in model.named_parameters() if p in optimizer._parameters.factors
+    ]
