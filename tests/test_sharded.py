@@ -9,7 +9,7 @@ import torch.distributed as dist
 if not dist.is_available() or not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
     pytest.skip("this torch has no FSDP2 under its present name", allow_module_level=True)
 
-from reliability import resharded
+from reliability import accelerated, resharded
 from reliability.sharded import MANY, all_of, alone, in_processes, messages_of, replaced, shards_of_columns, steps_of
 
 from benchmarks.shards import contextual, message_bytes
@@ -26,7 +26,7 @@ LAYOUTS = ("nested", "flat")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {layout: str(tmp_path_factory.mktemp(layout)) for layout in LAYOUTS}
+    return {kind: str(tmp_path_factory.mktemp(kind)) for kind in (*LAYOUTS, "accelerate")}
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,16 @@ def two(folders):
     """What each of two processes found."""
     works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3],))}
     works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ())}
-    for layout, folder in folders.items():
+    for layout in LAYOUTS:
+        folder = folders[layout]
         works[f"{layout} saved"] = resharded.save, (folder, CASES, layout == "flat", SAVED_AT)
         works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
     for name in (PLAIN, ALL[3]):
         works[f"{name} traces"] = resharded.leave_no_trace, (name,)
     for name in ALL[:2]:
         works[f"{name} refused"] = resharded.refuse, (name,)
+    works |= {"accelerate saved": (accelerated.saved, (folders["accelerate"],))}
+    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],))}
     return [dict(zip(works, found)) for found in in_processes(2, all_of, list(works.values()))]
 
 
@@ -48,8 +51,10 @@ def two(folders):
 def three(two, folders):
     """What each of three processes found, which have uneven shards, and empty ones."""
     works = {"steps": (steps_of, ((3,), (PLAIN, CONTEXTUAL), STEPS))}
-    for layout, folder in folders.items():
+    for layout in LAYOUTS:
+        folder = folders[layout]
         works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
+    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],))}
     return [dict(zip(works, found)) for found in in_processes(3, all_of, list(works.values()))]
 
 
@@ -60,8 +65,8 @@ def one(two, folders, tmp_path_factory):
     try:
         return [
             {
-                f"{layout} loaded": resharded.load(0, folder, CASES, layout == "flat", SAVED_AT)
-                for layout, folder in folders.items()
+                f"{layout} loaded": resharded.load(0, folders[layout], CASES, layout == "flat", SAVED_AT)
+                for layout in LAYOUTS
             }
         ]
     finally:
@@ -100,6 +105,17 @@ def test_states_are_sharded_as_their_parameters_are(several, name):
     assert sum(process["steps"][name]["bytes"] for process in several) == total
 
 
+@pytest.mark.parametrize("name", [PLAIN, CONTEXTUAL])
+def test_rates_can_be_read_of_shards_and_of_empty_ones(several, name):
+    _, optimizer = alone(name, STEPS)
+    for process in several:
+        assert len(process["steps"][name]["rates"]) == 2
+        assert all(0 < rate < 1e-2 for rate in process["steps"][name]["rates"])
+        for p, mask in process["steps"][name]["masks"].items():
+            expected = optimizer.get_lr_mask(next(q for q, known in optimizer._parameters.names.items() if known == p))
+            assert torch.allclose(mask, expected)
+
+
 @pytest.mark.parametrize("name", ALL[::3])
 def test_messages_of_a_step_are_few_whatever_the_number_of_tensors(two, name):
     """And as long as the document computes them for models that no machine here could hold."""
@@ -114,10 +130,10 @@ def test_messages_of_a_step_are_few_whatever_the_number_of_tensors(two, name):
 
 def test_parameters_replaced_by_shards_keep_their_names(two):
     for process in two:
-        *names, down, up = process["replaced"]
-        assert (down, up) == ("lora_down.weight", "lora_up.weight")
-        assert names[0] == "inner.weight.weight"
-        assert len(names) == len(set(names)) == 12
+        names, factors = process["replaced"]
+        assert factors == [f"{where}lora_{which}.weight" for where in ("", "more.") for which in ("down", "up")]
+        assert names[0] == "inner.weight"
+        assert len(names) == len(set(names)) == 14
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
@@ -167,6 +183,17 @@ def test_a_checkpoint_fits_any_number_of_processes(processes, layout, two, reque
             assert found[part].keys() == expected[part].keys(), name
             assert [key for key, value in expected[part].items() if not resharded.same(value, found[part][key])] == []
         assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
+
+
+@pytest.mark.parametrize("processes", ["two", "three"])
+def test_accelerate_saves_and_loads(two, processes, request):
+    """In both kinds of state dict, early and after the warm-up; as many processes as before go on bit for bit."""
+    loaded = request.getfixturevalue(processes)[0]["accelerate loaded"]
+    for case, expected, found in zip(accelerated.CASES, two[0]["accelerate saved"], loaded):
+        assert found.keys() == expected.keys()
+        if processes == "two":
+            assert [key for key in found if not resharded.same(expected[key], found[key])] == [], case
+        assert all(torch.allclose(found[key], expected[key], atol=2e-4) for key in found if key.endswith("weight"))
 
 
 @pytest.mark.parametrize("name", [PLAIN, ALL[3]])

@@ -247,11 +247,16 @@ class Group:
         self.uncoded.update(params)
 
     def lr_mask(self, p: Tensor, states: States) -> Tensor:
-        """The mask of one of its parameters, a copy; before its first step, what that will start from."""
-        state = states.get(p, {})
-        if "step" not in state:
-            return torch.full(p.shape, self.starting_lr, dtype=torch.float32, device=p.device)
-        return to_full(LR_MASK, state, self.format(LR_MASK, p), p.shape)
+        """The mask of one of its parameters, a copy, cut as it is; before its first step, what that will start from."""
+        state, cut = states.get(p, {}), self._parameters.cut(p)
+        code = self.format(LR_MASK, p)
+        shape = torch.Size((cut.rows(p.shape)[1], *p.shape[1:])) if p.ndim else p.shape
+        if "step" in state:
+            here = {key: cut.local([state[key]])[0] for key in code.keys(LR_MASK.name)}
+            mask = to_full(LR_MASK, here, code, shape)
+        else:
+            mask = torch.full(shape, self.starting_lr, dtype=torch.float32, device=p.device)
+        return cut.wrapped([mask], p.shape[0] if p.ndim else 1)[0]
 
     def mask_and_row_scaling(self, stack: Stack, states: States) -> tuple[Tensor, Tensor | None]:
         """The masks of a stack, (tensors, rows, columns), and ALLoRA's factors, (tensors, rows, 1), if it applies."""

@@ -23,11 +23,15 @@ import library.automagic_cameamp as family
 from .sharded import exact, shard_all, whole
 
 
+def model_of() -> nn.Module:
+    """The model, the same at every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 130), nn.Tanh(), nn.Linear(130, 96), nn.Tanh(), nn.Linear(96, 1, bias=False))
+
+
 def training(name: str, warmup_steps: int, **options: Any) -> tuple[nn.Module, Any]:
     """A sharded model, whose matrices have codes in 8 bits, and its optimizer."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 130), nn.Tanh(), nn.Linear(130, 96), nn.Tanh(), nn.Linear(96, 1, bias=False))
-    shard_all(model, **exact())
+    model = shard_all(model_of(), **exact())
     optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=warmup_steps, **options)
     optimizer.set_parameter_names({p: name for name, p in model.named_parameters()})
     return model, optimizer

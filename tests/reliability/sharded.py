@@ -47,12 +47,15 @@ class Model(nn.Module):
         self.norm = nn.LayerNorm(9)
         self.lora_down = nn.Linear(9, 2, bias=False)
         self.lora_up = nn.Linear(2, 9, bias=False)
+        # The same shapes again, for stacks of several tensors.
+        self.more = nn.ModuleDict({"lora_down": nn.Linear(9, 2, bias=False), "lora_up": nn.Linear(2, 9, bias=False)})
         self.head = nn.Linear(9, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.pointwise(torch.tanh(self.inner(x)))).flatten(1)
         x = self.norm(self.outer(x))
-        return self.head(torch.tanh(x + self.lora_up(self.lora_down(x))))
+        x = x + self.lora_up(self.lora_down(x)) - self.more["lora_up"](self.more["lora_down"](x))
+        return self.head(torch.tanh(x))
 
 
 def all_of(rank: int, works: Sequence[tuple[Callable[..., Any], tuple]]) -> list[Any]:
@@ -118,7 +121,7 @@ def optimizer_of(name: str, model: nn.Module, **options: Any) -> Any:
     others = [p for name, p in named.items() if "lora" not in name]
     groups = [{"params": others, "lr": 2e-4}, {"params": factors, "weight_decay": 0.01}]
     optimizer = getattr(family, name)(groups, **{**OPTIONS, **options})
-    optimizer.set_parameter_names({p: f"{name}.weight" for name, p in named.items()})
+    optimizer.set_parameter_names({p: name for name, p in named.items()})
     return optimizer
 
 
@@ -171,6 +174,8 @@ def steps_of(rank: int, shape: Sequence[int], names: Sequence[str], steps: int, 
             "multiplier": _multiplier(optimizer),
             "history": optimizer.c_optim.gradient_history if hasattr(optimizer, "c_optim") else [],
             "all sharded": all(hasattr(value, "device_mesh") for value in held),
+            "rates": optimizer.get_learning_rates(),
+            "masks": {key: whole(optimizer.get_lr_mask(p)) for key, p in model.named_parameters()},
             "bytes": sum(value.to_local().nbytes for value in held),
         }
     return found
@@ -255,8 +260,8 @@ def shards_of_columns(rank: int) -> str:
     return ""
 
 
-def replaced(rank: int) -> list[str]:
-    """Have the parameters of an optimizer replaced by shards, as accelerate does. Returns what they are called then."""
+def replaced(rank: int) -> list[list[str]]:
+    """Have an optimizer's parameters replaced by shards, as accelerate does. Returns their names, and the factors'."""
     model = model_of()
     optimizer = optimizer_of("Automagic_CameAMP", model)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -267,6 +272,5 @@ def replaced(rank: int) -> list[str]:
         group["params"] = [sharded[name] for name in own]
     train(model, optimizer, 0, 2, rank, dist.get_world_size())
     saved = optimizer.state_dict()
-    return [name for group in saved["param_groups"] for name in group["param_names"]] + [
-        name for name, p in model.named_parameters() if p in optimizer._parameters.factors
-    ]
+    names = [name for group in saved["param_groups"] for name in group["param_names"]]
+    return [names, [name for name, p in sharded.items() if p in optimizer._parameters.factors]]

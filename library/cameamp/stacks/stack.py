@@ -214,7 +214,7 @@ class Stack:
         """Write a stack of the parameters' own dtype back into them."""
         params = self.cut.local(self.params)
         if stack.data_ptr() != params[0].data_ptr():
-            torch._foreach_copy_(self._as_stacked(params), list(stack.view(-1, *self._shape).unbind()))
+            torch._foreach_copy_(self._as_stacked(params), list(stack.view(len(params), *self._shape).unbind()))
 
     def positions(self) -> Tensor:
         """The parameters' numbers in the optimizer, int32 (tensors,), on their device."""
@@ -233,7 +233,7 @@ class Stack:
     def _gather(self, tensors: Sequence[Tensor], out: Tensor | None) -> Tensor:
         tensors = self._as_stacked(tensors)
         if out is not None:
-            stacked = out.view(-1, *self._shape)
+            stacked = out.view(len(tensors), *self._shape)
             if tensors[0].dtype == out.dtype:
                 torch.stack(tensors, out=stacked)
             else:
