@@ -161,6 +161,17 @@ def test_deepspeed_is_refused_by_its_name_if_it_has_put_a_vector_in_the_place_of
     assert torch.equal(flat, torch.ones(12))
 
 
+def test_offloaded_shards_are_refused():
+    optimizer, params = optimizer_and_params()
+    params[1].placements = (torch.distributed.tensor.Shard(0),)
+    params[1].device_mesh = type("Mesh", (), {"device_type": "cuda", "ndim": 1})()
+    with pytest.raises(
+        RuntimeError, match=r"of shape \(4, 3\) is offloaded to cpu; shards must stay on the mesh, cuda"
+    ):
+        optimizer.step()
+    assert len(optimizer.state) == 0
+
+
 def test_deepspeed_is_refused_by_its_name_if_it_has_marked_parameters():
     optimizer, params = optimizer_and_params()
     params[1].ds_id = 7

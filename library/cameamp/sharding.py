@@ -117,6 +117,10 @@ def check_shards(groups: Iterable[tuple[Sequence[Tensor], Sequence[torch.Size]]]
             if is_sharded(p):
                 cut = Shard(cast(Any, p).device_mesh, tuple(cast(Any, p).placements))
                 _check_placements(label, cut)
+                if p.device.type != cut.mesh.device_type:
+                    raise RuntimeError(
+                        f"{label} is offloaded to {p.device.type}; shards must stay on the mesh, {cut.mesh.device_type}"
+                    )
                 meshes[cut.mesh] = label
         # ZeRO 1 and 2 put one vector in the place of a group's parameters.
         if any(len(shape) > 1 for shape in shapes) and params and all(p.ndim == 1 for p in params):
@@ -189,6 +193,8 @@ class Mesh:
         return first_row and (cut is not WHOLE or self.mesh.get_local_rank(self.mesh.ndim - 1) == 0)
 
     def add_up(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        if not parts:
+            return []
         vector = torch.cat([part.flatten() for part in parts])
         distributed.all_reduce(vector, group=self._group())
         sizes = [part.numel() for part in parts]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +31,7 @@ KILLS = 200
 FULL_DISKS = 50
 PAIR_STEPS = 100
 DDP_STEPS = 200
+SHARD_STEPS = 200
 EXTREME_STEPS = 10_000
 ARRANGED_STEPS = 100
 LONG_STEPS = 20_000
@@ -100,6 +103,32 @@ def ddp() -> list[str]:
     ]
 
 
+def shards() -> list[str]:
+    """Parameters sharded by FSDP2 over two, three, and two times two processes."""
+    from reliability.sharded import alone, in_processes, loss_of, steps_of
+
+    names = "Automagic_CameAMP", "Automagic_CameAMP_COptim"
+    # The multiplier would raise what rounding does to the samples it follows to a power; so it is held nearly still.
+    options = {"warmup_steps": SHARD_STEPS * 3 // 5, "adaptation_rate": 1e-3}
+    lines = []
+    for shape, mixed in (((2,), False), ((3,), False), ((2, 2), False), ((2,), True)):
+        found = in_processes(math.prod(shape), partial(steps_of, mixed=mixed, **options), shape, names, SHARD_STEPS)
+        for name in names:
+            first, *others = (process[name] for process in found)
+            assert all(other["multiplier"] == first["multiplier"] for other in others), name
+            expected, _ = alone(name, SHARD_STEPS, **options)
+            ours, one = loss_of(first["weights"]), loss_of(expected)
+            furthest = max((weight - expected[p]).abs().max().item() for p, weight in first["weights"].items())
+            assert mixed or furthest < 1e-6, (name, shape, furthest)
+            assert abs(ours / one - 1) < (0.1 if mixed else 1e-5), (name, shape, ours, one)
+            kind = ", bfloat16 mixed precision" if mixed else ""
+            lines.append(
+                f"{name}, {' x '.join(map(str, shape))} processes{kind}: after {SHARD_STEPS} steps weights within "
+                f"{furthest:.1e} of one process, loss {ours:.4f} against {one:.4f}, one multiplier"
+            )
+    return lines
+
+
 def numbers() -> list[str]:
     """Gradients and options at their extremes."""
     from reliability.extremes import ARRANGEMENTS, extreme_steps
@@ -139,7 +168,7 @@ def long_run() -> list[str]:
 
 
 PARTS: dict[str, Callable[[], list[str]]] = {
-    part.__name__: part for part in (fuzz, kills, full_disk, pairs, ddp, long_run, numbers)
+    part.__name__: part for part in (fuzz, kills, full_disk, pairs, ddp, shards, long_run, numbers)
 }
 
 

@@ -132,15 +132,22 @@ def train(model: nn.Module, optimizer: Any, first: int, last: int, rank: int = 0
     """
     forward = partial(_in_float64, model) if ranks == 1 else model
     for step in range(first, last):
-        generator = torch.Generator().manual_seed(1000 + step)
-        x = torch.randn(BATCH, 3, 6, 6, generator=generator)
-        y = x.mean(dim=(1, 2, 3)).unsqueeze(1) * 3 + x[:, :1, 0, 0]
         mine = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-        loss = (forward(x[mine].double()) - y[mine]).square().mean()
+        x, y = _batch(step)
+        loss = _loss(forward, x[mine], y[mine])
         loss.backward()
         family.report_loss(optimizer, loss)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _batch(number: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(BATCH, 3, 6, 6, generator=torch.Generator().manual_seed(1000 + number))
+    return x, x.mean(dim=(1, 2, 3)).unsqueeze(1) * 3 + x[:, :1, 0, 0]
+
+
+def _loss(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    return (forward(x.double()) - y).square().mean()
 
 
 def _in_float64(model: nn.Module, x: Tensor) -> Tensor:
@@ -160,12 +167,18 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 # What the tests run ---------------------------------------------------------------------------------------------------
 
 
-def steps_of(rank: int, shape: Sequence[int], names: Sequence[str], steps: int, **options: Any) -> dict[str, Any]:
-    """Train with each of some optimizers. Returns what a process knows of the run, by the optimizer's name."""
+def steps_of(
+    rank: int, shape: Sequence[int], names: Sequence[str], steps: int, mixed: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Train with each of some optimizers, exactly or with FSDP's mixed precision.
+
+    Returns:
+        What a process knows of the run, by the optimizer's name.
+    """
     ranks = torch.Size(shape).numel()
     found = {}
     for name in names:
-        model = model_of(shape, **exact())
+        model = model_of(shape, **(halves() if mixed else exact()))
         optimizer = optimizer_of(name, model, **options)
         train(model, optimizer, 0, steps, rank, ranks)
         held = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -186,6 +199,14 @@ def _multiplier(optimizer: Any) -> float:
         return 0.0
     optimizer.state_dict()  # The context takes in the last step with the first message of the next one, or here.
     return optimizer.c_optim.compute_contextual_lr_multiplier()
+
+
+def loss_of(values: dict[str, Tensor]) -> float:
+    """The loss of some weights on batches that nobody trained on."""
+    model = model_of()
+    model.load_state_dict(values)
+    losses = [_loss(partial(_in_float64, model), *_batch(-step)) for step in range(1, 9)]
+    return torch.stack(losses).mean().item()
 
 
 def alone(name: str, steps: int, **options: Any) -> tuple[dict[str, Tensor], Any]:
@@ -270,6 +291,7 @@ def replaced(rank: int) -> list[list[str]]:
     sharded = dict(model.named_parameters())
     for group, own in zip(optimizer.param_groups, order):
         group["params"] = [sharded[name] for name in own]
+    optimizer.step()  # Without any gradient.
     train(model, optimizer, 0, 2, rank, dist.get_world_size())
     saved = optimizer.state_dict()
     names = [name for group in saved["param_groups"] for name in group["param_names"]]
