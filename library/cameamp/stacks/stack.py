@@ -91,6 +91,7 @@ class Stack:
         first_row, rows: which of them are here.
         first_element: the first element that is here.
         columns: the other dimensions flattened.
+        stored: their states by name, while they are bound.
     """
 
     def __init__(self, params: list[Tensor], positions: list[int], traits: Traits) -> None:
@@ -102,7 +103,7 @@ class Stack:
         self.first_row, self.rows = self.cut.rows(params[0].shape)
         self.first_element = self.first_row * self.columns
         self._shape = _with_rows(self.rows, stacked_shape(params[0].shape))
-        self._stored: dict[str, Stored] = {}
+        self.stored: dict[str, Stored] = {}
         # For each key, the tensor of the whole stack, and the slices of it that the parameters' states hold.
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
@@ -148,9 +149,9 @@ class Stack:
         }
         for name, stored in fresh.items():
             self._hand_over(own, name, bindings[name], stored)
-            self._stored[name] = stored
-        for name in self._stored.keys() - bindings.keys():
-            del self._stored[name]
+            self.stored[name] = stored
+        for name in self.stored.keys() - bindings.keys():
+            del self.stored[name]
         wanted = {key for binding in bindings.values() for key in binding.keys}
         ended = self._tensors.keys() - wanted
         for key in ended:
@@ -162,21 +163,21 @@ class Stack:
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A state, (tensors, rows, columns), for a rule to update in place; unpacked into `out` if that helps."""
-        return self._stored[name].read(out)
+        return self.stored[name].read(out)
 
     def write(self, name: str, stack: Tensor) -> None:
         """Store an updated state; `stack` may be overwritten."""
-        self._stored[name].write(stack, self.dither())
+        self.stored[name].write(stack, self.dither())
 
     def update_momenta(
         self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
     ) -> None:
         """Take each momentum m to (1 - rate) m + rate * target, and put the sum of share * m into `out`."""
-        _update_momenta(self._stored, scales, target, self.dither(), out, scratch)
+        _update_momenta(self.stored, scales, target, self.dither(), out, scratch)
 
     def rehearsal(self) -> Rehearsal:
         """The stack for a step that is tried and not taken."""
-        return Rehearsal(self, self._stored)
+        return Rehearsal(self, self.stored)
 
     def tensor_sums(self, processes: Processes) -> dict[str, Tensor]:
         """For each bound state key, what this process adds to the checksums of its tensors, (tensors,) int64."""

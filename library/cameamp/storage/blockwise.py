@@ -92,31 +92,31 @@ class StoredBlockwise(Stored):
 
     def __init__(self, blockwise: Blockwise, tensors: Sequence[Tensor], shape: torch.Size) -> None:
         super().__init__(tensors, shape)
-        self._signed, self._root, self._block = blockwise.signed, blockwise.root, blockwise.block
+        self.signed, self.root, self.block = blockwise.signed, blockwise.root, blockwise.block
 
     def read(self, out: Tensor | None = None) -> Tensor:
         codes, scale = self.tensors
-        tables = _tables(self._signed, codes.device)
-        compiled = compiling.run(_decode, codes.view(-1, self._block), scale.view(-1, 1), tables.values, self._root)
+        tables = _tables(self.signed, codes.device)
+        compiled = compiling.run(_decode, codes.view(-1, self.block), scale.view(-1, 1), tables.values, self.root)
         if compiled is not None:
             unpacked: Tensor = compiled.view(-1, self.rows, self.columns)
             return unpacked
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for part, its_codes in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
             torch.index_select(tables.values, 0, its_codes.int(), out=part)
-        values.view(-1, self._block).mul_(scale.view(-1, 1))
-        return (values.square_() if self._root else values).view(-1, self.rows, self.columns)
+        values.view(-1, self.block).mul_(scale.view(-1, 1))
+        return (values.square_() if self.root else values).view(-1, self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         codes, scales = self.tensors
-        tables = _tables(self._signed, codes.device)
-        blocks = stack.reshape(-1, self._block)
-        compiled = compiling.run(_encode, blocks, tables.midpoints, tables.first, self._root)
+        tables = _tables(self.signed, codes.device)
+        blocks = stack.reshape(-1, self.block)
+        compiled = compiling.run(_encode, blocks, tables.midpoints, tables.first, self.root)
         if compiled is not None:
             codes.copy_(compiled[0].view_as(codes))
             scales.copy_(compiled[1].view_as(scales))
             return
-        if self._root:
+        if self.root:
             blocks.sqrt_()
         scale = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
         scales.copy_(scale.view_as(scales))

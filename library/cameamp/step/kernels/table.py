@@ -1,0 +1,178 @@
+"""What kernels work on: a table with a row for each tensor, of sizes and addresses.
+
+A kernel visits every tensor where it is. Addresses of states change when a stack is bound anew, so they are looked up
+once and cached; those of gradients and weights may change at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy
+import torch
+from torch import Tensor
+
+from ...stacks.stack import Stack, Traits
+from ...states import TABLE, momentum_name
+from ...storage import Stored
+from ...storage.bits import StoredBits
+from ...storage.blockwise import StoredBlockwise
+from ...storage.full import StoredFull
+from ...storage.linear import StoredLinear
+from ...storage.low_rank import StoredLowRank
+from ...storage.nibbles import StoredNibbles
+
+# The first columns of a row.
+NUMEL, ROWS, COLUMNS, POSITION, BLOCK, GRAD, GRAD_KIND, WEIGHT, WEIGHT_KIND, SAMPLE = range(10)
+
+# Then follow, for each state of `states.TABLE` in its order, its kind, its address, and that of its scale.
+STATES = 10
+KIND, ADDRESS, SCALE = range(3)
+STATE_NUMBERS = {state.name: number for number, state in enumerate(TABLE)}
+FIELDS = STATES + 3 * len(TABLE)
+
+# For each momentum, in a table of its own: how it is written, and for low rank also the folded matrix and the rank.
+MOMENTUM_FIELDS = 6
+FOLDED_ROWS, FOLDED_COLUMNS, RANK = range(3, 6)
+
+# How a state is written down.
+ABSENT, FLOAT, BOOL, SIGNED, ROOT, EVEN, PACKED, FOUR_BITS, LOW_RANK = range(-1, 8)
+
+# Floating-point formats of gradients and weights.
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors that take a step under the same options, at the same step: what one call of a kernel visits.
+
+    Attributes:
+        traits: what they have in common.
+        stacks: the stacks that they are in, one after the other.
+        table: (tensors, FIELDS) int64.
+        momenta: (tensors, periods, MOMENTUM_FIELDS) int64.
+    """
+
+    traits: Traits
+    stacks: list[Stack]
+    table: numpy.ndarray
+    momenta: numpy.ndarray
+
+
+class Tables:
+    """Tables of stacks, with what stays the same from step to step cached."""
+
+    def __init__(self) -> None:
+        # Weak: a stack that is given up must not keep its states alive.
+        self._known: WeakKeyDictionary[Stack, tuple[tuple[int, ...], numpy.ndarray, numpy.ndarray]] = (
+            WeakKeyDictionary()
+        )
+
+    def batches(self, stacks: Sequence[Stack], periods: Sequence[int]) -> list[Batch]:
+        """The tensors of some bound stacks, by their traits; without the addresses of gradients and weights.
+
+        Args:
+            stacks: stacks of one group, bound.
+            periods: those of its multi-scale momenta.
+        """
+        alike: dict[Traits, list[Stack]] = {}
+        for stack in stacks:
+            alike.setdefault(stack.traits, []).append(stack)
+        result = []
+        for traits, own in alike.items():
+            tables, momenta = zip(*(self._rows_of(stack, periods) for stack in own))
+            result.append(Batch(traits, own, numpy.concatenate(tables), numpy.concatenate(momenta)))
+        return result
+
+    def _rows_of(self, stack: Stack, periods: Sequence[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
+        stored = stack.stored
+        addresses = tuple([tensor.data_ptr() for state in stored.values() for tensor in state.tensors])
+        known = self._known.get(stack)
+        if known is None or known[0] != addresses:
+            known = (addresses, _rows_of(stack), _momenta_of(stack, periods))
+            self._known[stack] = known
+        return known[1], known[2]
+
+
+def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """The batch's table with the addresses of gradients and weights as they are now.
+
+    Tensors that a kernel cannot read where they are, because they are not contiguous or of another dtype, are copied.
+
+    Returns:
+        The table; the weights that were copied, each beside its copy, which is to be written back; and the gradients
+        that were copied, which must outlive the kernel's call.
+    """
+    params = [p for stack in batch.stacks for p in stack.params]
+    table = batch.table.copy()
+    written_back, kept = [], []
+    weights, grads = [], []
+    for p in params:
+        grad = p.grad
+        assert grad is not None
+        if grad.dtype not in DTYPES or not grad.is_contiguous():
+            grad = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            kept.append(grad)
+        weight = p
+        if p.dtype not in DTYPES or not p.is_contiguous():
+            weight = p.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            written_back.append((p, weight))
+        grads.append((grad.data_ptr(), DTYPES[grad.dtype]))
+        weights.append((weight.data_ptr(), DTYPES[weight.dtype]))
+    table[:, GRAD : GRAD_KIND + 1] = grads
+    table[:, WEIGHT : WEIGHT_KIND + 1] = weights
+    return table, written_back, kept
+
+
+def _rows_of(stack: Stack) -> numpy.ndarray:
+    """The rows of a stack's tensors, without what changes from step to step."""
+    n = len(stack)
+    rows = numpy.zeros((n, FIELDS), dtype=numpy.int64)
+    rows[:, NUMEL] = stack.rows * stack.columns
+    rows[:, ROWS], rows[:, COLUMNS] = stack.rows, stack.columns
+    rows[:, POSITION] = stack.parameter_numbers
+    rows[:, BLOCK] = next((state.block for state in stack.stored.values() if isinstance(state, StoredBlockwise)), 0)
+    for name, number in STATE_NUMBERS.items():
+        place = STATES + 3 * number
+        rows[:, place + KIND] = ABSENT
+        if name in stack.stored:
+            _enter(rows[:, place : place + 3], stack.stored[name])
+    return rows
+
+
+def _momenta_of(stack: Stack, periods: Sequence[int]) -> numpy.ndarray:
+    momenta = numpy.full((len(stack), len(periods), MOMENTUM_FIELDS), ABSENT, dtype=numpy.int64)
+    for place, period in enumerate(periods):
+        stored = stack.stored[momentum_name(period)]
+        _enter(momenta[:, place], stored)
+        if isinstance(stored, StoredLowRank):
+            momenta[:, place, FOLDED_ROWS:] = stored.folded.rows, stored.folded.columns, stored.folded.rank
+    return momenta
+
+
+def _enter(fields: numpy.ndarray, stored: Stored) -> None:
+    """Write down a state's kind, and for each tensor of the stack where it and its scale are."""
+    fields[:, KIND] = _kind(stored)
+    for place, tensor in enumerate(stored.tensors):
+        step = tensor.stride(0) * tensor.element_size() if len(tensor) > 1 else 0
+        fields[:, ADDRESS + place] = tensor.data_ptr() + step * numpy.arange(len(tensor))
+
+
+def _kind(stored: Stored) -> int:
+    match stored:
+        case StoredFull():
+            return BOOL if stored.tensors[0].dtype == torch.bool else FLOAT
+        case StoredBlockwise():
+            return ROOT if stored.root else SIGNED
+        case StoredLinear():
+            return EVEN
+        case StoredBits():
+            return PACKED
+        case StoredNibbles():
+            return FOUR_BITS
+        case StoredLowRank():
+            return LOW_RANK
+    raise TypeError(f"no kernel reads {type(stored).__name__}")
