@@ -11,6 +11,7 @@ if not dist.is_available() or not hasattr(pytest.importorskip("torch.distributed
 
 from reliability import accelerated, resharded
 from reliability.sharded import MANY, all_of, alone, in_processes, messages_of, replaced, shards_of_columns, steps_of
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from benchmarks.shards import contextual, message_bytes
 from library.automagic_cameamp import Automagic_CameAMP
@@ -33,6 +34,7 @@ def folders(tmp_path_factory):
 def two(folders):
     """What each of two processes found."""
     works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3],))}
+    works |= {"gathered": (resharded.gathered, (ALL, 3)), "cut up": (resharded.cut_up, (ALL, 3))}
     works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ())}
     for layout in LAYOUTS:
         folder = folders[layout]
@@ -194,6 +196,27 @@ def test_a_checkpoint_fits_any_number_of_processes(processes, layout, two, reque
             assert found[part].keys() == expected[part].keys(), name
             assert [key for key, value in expected[part].items() if not resharded.same(value, found[part][key])] == []
         assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_full_state_dict_loads_where_nothing_is_sharded(two, name):
+    """The 32-bit states, the multiplier and all histories to the bit; codes are made anew, for larger blocks."""
+    saved = two[0]["gathered"][name]
+    model, optimizer = resharded.whole_training(name, saved["then"])
+    set_optimizer_state_dict(model, optimizer, saved["state_dict"])
+    found = resharded.everything(model, optimizer)
+    kept = [key for key in saved["then"] if key in found and not key.endswith(("_q", "_q_scale"))]
+    assert len(kept) > (45 if "COptim" in name else 20)
+    assert [key for key in kept if not resharded.same(saved["then"][key], found[key])] == []
+    assert optimizer.state[model[0].weight]["step"] == 3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_checkpoint_of_whole_parameters_loads_into_shards(two, name):
+    for process in two:
+        same = process["cut up"][name]
+        assert len(same) > 10
+        assert all(same)
 
 
 @pytest.mark.parametrize("processes", ["two", "three"])

@@ -149,3 +149,45 @@ def same(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor):
         return bool(a == b)
     return torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) if a.is_floating_point() else torch.equal(a, b)
+
+
+def gathered(rank: int, names: Sequence[str], steps: int) -> dict[str, Any]:
+    """Train, and give each optimizer's full state dict to the first process, with what was in it."""
+    found = {}
+    for name in names:
+        model, optimizer = training(name, 20)
+        train(model, optimizer, 0, steps)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict = get_optimizer_state_dict(model, optimizer, options=options)
+        found[name] = {"state_dict": state_dict, "then": everything(model, optimizer)}
+    return found
+
+
+def whole_training(name: str, values: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """What `training` gives, not sharded, with the weights of some values of `everything`."""
+    model = model_of()
+    model.load_state_dict({key: values[key] for key, _ in model.named_parameters()})
+    optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=20)
+    optimizer.set_parameter_names({p: name for name, p in model.named_parameters()})
+    return model, optimizer
+
+
+def cut_up(rank: int, names: Sequence[str], steps: int) -> dict[str, list[bool]]:
+    """Load a checkpoint of whole parameters into shards. Returns of each 32-bit state whether it is the same."""
+    found = {}
+    for name in names:
+        model, optimizer = whole_training(name, {key: p.detach() for key, p in model_of().named_parameters()})
+        for step in range(steps):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        sharded_model, sharded = training(name, 20)
+        sharded.load_state_dict(optimizer.state_dict())
+        found[name] = [
+            torch.equal(value, whole(sharded.state[q][key]))
+            for p, q in zip(model.parameters(), sharded_model.parameters())
+            for key, value in optimizer.state[p].items()
+            if isinstance(value, Tensor) and not key.startswith("momentum") and value.is_floating_point()
+            if not key.endswith("_q_scale")
+        ]
+    return found
