@@ -67,7 +67,7 @@ def peer(name: str, **options: Any) -> Build:
 
 def in_phases(name: str, phases: Sequence[str] = PHASES, **options: Any) -> dict[str, Build]:
     """One of the four optimizers, once for each phase; it stays in that phase."""
-    suffix = ", fused" if options.get("fused") else ""
+    suffix = ", rules" if options.get("fused") is False else ""
     return {f"{name}{suffix}, {phase}": _in_phase(getattr(family, name), phase, options) for phase in phases}
 
 

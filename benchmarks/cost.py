@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -73,19 +74,22 @@ def operations(step: Callable[[], Any]) -> Operations:
 def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The largest amount of CPU memory that a step allocates beyond what was allocated before it.
 
-    Torch's allocator is asked, so that memory inside kernels counts. The working memory that the optimizers of this
-    project reuse from step to step is dropped first, so that it counts too.
+    Torch's allocator is asked, and numpy's, so that memory inside kernels counts. The working memory that the
+    optimizers of this project reuse from step to step is dropped first, so that it counts too.
     """
     if isinstance(optimizer, CameAMP):
-        optimizer._workspace = Workspace()
+        optimizer._engine._workspace = Workspace()
+    tracemalloc.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         optimizer.step()
+    _, of_numpy = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     held = highest = 0
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         highest = max(highest, held)
-    return highest
+    return highest + of_numpy
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from . import contenders
 from .contenders import REFERENCE, Build, Copy
-from .cost import Operations, operations, state_bytes, temporary_bytes
+from .cost import operations, state_bytes, temporary_bytes
 from .models import parameters
 
 
@@ -29,12 +29,11 @@ class Row:
         ratio: median time of a step, as a ratio to torch's AdamW in the same set.
         low, high: the quartiles of the same.
         milliseconds: the median itself.
-        operations: kernels launched by a step; 0 for a compiled optimizer, whose kernels are not counted.
+        operations: torch's operations in a step; native kernels are none of them.
         read_backs: how often a step waits for the device.
         state: bytes of state a parameter element.
         temporary: MiB of working memory.
         first: seconds of the first step in this phase, which makes the states and compiles what is compiled.
-        graphs: number of graphs that the first step compiled.
     """
 
     name: str
@@ -47,18 +46,17 @@ class Row:
     state: float
     temporary: float
     first: float
-    graphs: int
 
 
-def sets(fused: bool) -> Iterator[dict[str, Build]]:
+def sets(rules: bool) -> Iterator[dict[str, Build]]:
     """The optimizers to compare, in sets that fit into memory together."""
     peers = contenders.peers()
     reference = {REFERENCE: peers[REFERENCE]}
     yield peers
     for name in contenders.FAMILY:
         yield {**reference, **contenders.in_phases(name)}
-        if fused:
-            yield {**reference, **contenders.in_phases(name, fused=True)}
+        if rules:
+            yield {**reference, **contenders.in_phases(name, fused=False)}
 
 
 def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: int) -> list[Row]:
@@ -69,7 +67,7 @@ def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: 
     shared = parameters(shapes)
     count = sum(p.numel() for p in shared)
     made: dict[str, Any] = {}
-    firsts: dict[str, tuple[float, int]] = {}
+    firsts: dict[str, float] = {}
     for name, build in builds.items():
         made[name] = build(shared)
         firsts[name] = first_step(made[name])
@@ -81,25 +79,23 @@ def measure(shapes: list[tuple[int, ...]], builds: Mapping[str, Build], rounds: 
     rows = []
     for name, optimizer in made.items():
         low, middle, high = statistics.quantiles(seconds[name], n=4)
-        compiled = getattr(getattr(optimizer, "config", None), "fused", False)
-        counted = Operations() if compiled else operations(optimizer.step)
+        counted = operations(optimizer.step)
         bytes_of = (0, 0) if isinstance(optimizer, Copy) else (state_bytes(optimizer), temporary_bytes(optimizer))
         rows.append(
             Row(
                 name, middle / unit, low / unit, high / unit, middle * 1e3,
                 counted.counts.total(), len(counted.read_backs), bytes_of[0] / count, bytes_of[1] / 2**20,
-                *firsts.get(name, (0.0, 0)),
+                firsts.get(name, 0.0),
             )
         )  # fmt: skip
     return rows
 
 
-def first_step(optimizer: torch.optim.Optimizer) -> tuple[float, int]:
-    """Take one step; its seconds, and how many graphs it compiled."""
-    stats = torch._dynamo.utils.counters["stats"]
-    start, before = time.perf_counter(), stats["unique_graphs"]
+def first_step(optimizer: torch.optim.Optimizer) -> float:
+    """Take one step; its seconds."""
+    start = time.perf_counter()
     optimizer.step()
-    return time.perf_counter() - start, stats["unique_graphs"] - before
+    return time.perf_counter() - start
 
 
 def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

@@ -2,7 +2,7 @@
 
 Prints a table for each model and writes steps.json and steps.png to the folder `--output`. The other optimizers are
 those of requirements-benchmarks.txt that are installed. `sdxl_full` and `sd15_full` are cut at 100 M parameters.
-`--fused` adds the compiled optimizers, which take minutes to compile.
+`--rules` adds ours without native kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--models", nargs="+", choices=NAMES, default=_MODELS, help="the models to measure")
     add_shared(parser, rounds=9, threads=2)
-    parser.add_argument("--fused", action="store_true", help="also measure the compiled optimizers")
+    parser.add_argument("--rules", action="store_true", help="also measure ours without native kernels")
     parser.add_argument("--only", default="", help="measure only the sets with a name that contains this text")
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks"), help="folder of the files")
 
@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> None:
         shapes = load(model, _LIMITS.get(model))
         print(describe(model, shapes))
         table = Table(
-            "{:<52}{:>7.2f}{:>15}{:>9.1f}{:>12}{:>11.2f}{:>10.1f}{:>9.1f}{:>8}",
-            "", "ratio", "quartiles", "ms", "operations", "state B/p", "temp MiB", "first s", "graphs",
+            "{:<52}{:>7.2f}{:>15}{:>9.1f}{:>12}{:>11.2f}{:>10.1f}{:>9.1f}",
+            "", "ratio", "quartiles", "ms", "operations", "state B/p", "temp MiB", "first s",
         )  # fmt: skip
         rows = tables[model] = []
-        for builds in sets(args.fused):
+        for builds in sets(args.rules):
             if not any(args.only in name for name in builds):
                 continue
             known = {row.name for row in rows}
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
                     rows.append(row)
                     table.row(
                         row.name, row.ratio, f"{row.low:.2f} - {row.high:.2f}", row.milliseconds, row.operations,
-                        row.state, row.temporary, row.first, row.graphs,
+                        row.state, row.temporary, row.first,
                     )  # fmt: skip
         written = {name: [asdict(row) for row in table] for name, table in tables.items()}
         (args.output / "steps.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

@@ -8,14 +8,34 @@ from reference import ReferenceCameAMP, ReferenceCOptim
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
 from library.cameamp.rounding import stochastic_round
-from library.cameamp.step import passes
+from library.cameamp.step import engine, passes
 
+pytestmark = pytest.mark.usefixtures("taker")
 STEPS = 600
 WARMUP = 400  # phases change at steps 200 and 400
 
 # Kernels of 1x1 are stacked with the matrices of their size.
 LORA = [(8, 32), (48, 8), (8, 16, 3, 3), (24, 8, 1, 1), (8, 32), (48, 8), (8, 32, 1, 1), (48, 8, 1, 1)]
 MIXED = [(32,), (16, 12), (6, 5, 3, 3), (16, 12), (1,), (), (1, 7), (32,)]
+
+
+@pytest.fixture(params=["rules", "kernels", "kernels, cut"])
+def taker(request, monkeypatch):
+    """Who takes the steps; kernels treat a large tensor as several threads would if even the smallest counts as one."""
+    if request.param == "rules":
+        monkeypatch.setattr(engine, "_AUTOMATIC", set())
+        return
+    step = pytest.importorskip("library.cameamp.step.kernels.cpu.step", reason="needs numba")
+    if request.param == "kernels, cut":
+        monkeypatch.setattr(step, "_LARGEST_WHOLE", 0)
+
+    def served(self, group, stacks):
+        kernels = serve(self, group, stacks)
+        assert kernels is not None
+        return kernels
+
+    serve = engine.Engine._kernels_of
+    monkeypatch.setattr(engine.Engine, "_kernels_of", served)
 
 
 def problem(shapes, seed=0):
@@ -231,6 +251,7 @@ def test_no_warmup():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("taker", ["rules"], indirect=True)
 def test_16_bit_weights_before_rounding(dtype, monkeypatch):
     """From the same weights each step, the value that is then rounded is the plain implementation's."""
     exact = {}

@@ -22,10 +22,10 @@ WARMUP_STEPS = {"early": 1000, "late warm-up": 6, "after": 0}
 @pytest.fixture(autouse=True)
 def cuda_without_a_card(monkeypatch):
     """What a build of PyTorch without CUDA cannot do on fake tensors, done otherwise."""
-    tables = {signed: blockwise._tables(signed, torch.device("cpu")) for signed in (True, False)}
+    tables = {signed: blockwise.tables_of(signed, torch.device("cpu")) for signed in (True, False)}
     for signed in tables:
         blockwise._code_of_zero(signed)
-    monkeypatch.setattr(blockwise, "_tables", lambda signed, device: on(device, tables[signed]))
+    monkeypatch.setattr(blockwise, "tables_of", lambda signed, device: on(device, tables[signed]))
     monkeypatch.setattr(family_module, "require_bitsandbytes", lambda: None)
     # These ask for a driver even then; the operations behind them do not.
     monkeypatch.setattr(torch.Tensor, "__getitem__", view_at)

@@ -246,7 +246,7 @@ def test_gradients_kept_for_the_second_pass_or_gathered_again(optimizer_class, m
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_another_default_dtype_changes_nothing(optimizer_class, default):
     def run():
-        for made_once in (blockwise._map, blockwise._code_of_zero, blockwise._tables):
+        for made_once in (blockwise._map, blockwise._code_of_zero, blockwise.tables_of):
             made_once.cache_clear()
         generator = torch.Generator().manual_seed(0)
         params = [
@@ -295,7 +295,7 @@ def test_autocast_around_a_step_changes_nothing(optimizer_class):
 
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 def test_deterministic_training_and_another_default_device_are_no_hindrance(optimizer_class):
-    blockwise._tables.cache_clear()
+    blockwise.tables_of.cache_clear()
     torch.use_deterministic_algorithms(True)
     try:
         with torch.device("meta"):  # stands for a GPU, with the parameters on the CPU

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .options import check_names
-from .values import Check, number, three_numbers, truth, whole_number, whole_numbers
+from .values import Check, number, three_numbers, truth, truth_or_auto, whole_number, whole_numbers
 
 # A floor smaller than this vanishes in float32 once it is multiplied by 1 - beta.
 _SMALLEST_EPS = 1e-35
@@ -48,7 +48,8 @@ class OptimizerConfig:
         adaptation_rate: contextual optimizers: how fast the multiplier follows its target; in [0, 1].
         momentum_scales: contextual optimizers: update periods of the momenta, in steps; () for no such momenta.
         blocksize: 8-bit optimizers: the largest quantization block; a power of two from 64 to 4096.
-        fused: run the rules through `torch.compile`.
+        fused: native kernels in place of the rules: "auto", on a CPU if numba can be imported; True, wherever there
+            are kernels, with one warning where there are none; False, never.
         cautious: mask the update where it disagrees with the gradient's sign.
         bias_correction: divide the mean squared residual by the share of its weights that an average that started at 0
             has gathered so far.
@@ -77,7 +78,7 @@ class OptimizerConfig:
     adaptation_rate: float = _option(0.1, number)
     momentum_scales: tuple[int, ...] = _option((1, 5, 10, 25), whole_numbers)
     blocksize: int = _option(4096, whole_number)
-    fused: bool = _option(False, truth)
+    fused: bool | str = _option("auto", truth_or_auto)
     cautious: bool = _option(False, truth)
     bias_correction: bool = _option(False, truth)
 

@@ -138,6 +138,11 @@ class Group:
         return params
 
     @property
+    def codes_all(self) -> bool:
+        """Whether it is an 8-bit optimizer's."""
+        return self._precision.codes_all
+
+    @property
     def initial_lr(self) -> float:
         """The learning rate that a scheduler multiplies."""
         return float(self.entry.get("initial_lr", self._lr))
@@ -185,6 +190,9 @@ class Group:
         due: dict[int, list[tuple[str, bool]]] = {}  # by the step that a parameter is at; usually all are at one
         for p in params:
             state = states[p]
+            if state.get("step") == 0:  # States made without a step have room for signs, and no signs.
+                for key in ("last_polarity", "last_polarity_q"):
+                    state.pop(key, None)
             step = state["step"] = state.get("step", 0) + 1
             if step not in due:
                 due[step] = [

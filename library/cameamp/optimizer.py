@@ -14,16 +14,14 @@ from torch.optim import Optimizer
 from . import sharding, states_only
 from .checkpoint.load import restore
 from .checkpoint.save import complete
-from .compiling import Compiler
 from .config import OptimizerConfig
 from .context.driver import Driver, NoContext
 from .groups import Group, GroupOptions
 from .parameters import Parameters, check_parameters
 from .readings import read, summarize
-from .stacks.workspace import Workspace
 from .states import THIRTY_TWO_BITS, Precision
 from .step import measure
-from .step.passes import Passes
+from .step.engine import Engine
 from .step.rules import ALL_TECHNIQUES, Techniques
 
 logger = logging.getLogger(__name__)
@@ -62,6 +60,7 @@ class CameAMP(Optimizer):
         self._parameters = Parameters(self._groups)
         self._driver = self._driver_class(config)
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
+        self._engine = Engine()
         self._forget(states=True)
         super().__init__(params, config.as_dict() | {"lr": options.get("lr", config.lr)})
 
@@ -109,12 +108,11 @@ class CameAMP(Optimizer):
 
     def _forget(self, states: bool = False) -> None:
         """Drop what is cached about the parameters; with `states` also about their states, which may be new now."""
-        self._workspace = Workspace()
+        self._engine.forget()
         self._parameters.forget(log_again=states)
         groups = self._current_groups() if self._groups else []
         self._driver.groups_changed(groups)
         if states:
-            self._compiler = Compiler()
             for group in groups:
                 group.restart()
 
@@ -160,17 +158,15 @@ class CameAMP(Optimizer):
         if only_states:
             states_only.make(groups, stacks, self.state, self._driver)
             return loss
-        # Compiled graphs leave no memory for held gradients, and rehearsals overwrite them.
-        holds = not processes.shards and not any(group.config.fused for group, own in zip(groups, stacks) if own)
-        self._workspace.begin_step([stack for own in stacks for stack in own] if holds else [])
-        passes = Passes(self.state, self._workspace, self._compiler, watch_every, self._techniques, processes)
-        measured = [passes.measure(group, own) for group, own in zip(groups, stacks) if own]
+        taking = [(group, own) for group, own in zip(groups, stacks) if own]
+        step = self._engine.begin_step(taking, self.state, watch_every, self._techniques, processes)
+        measured = [step.measure(group, own) for group, own in taking]
         for found in measured:
             measure.tally(self._unusable, found.unusable)
-        sums, totals = passes.add_up(measured, self._driver.to_add_up(groups, measured, processes))
+        measured, totals = step.add_up(measured, self._driver.to_add_up(groups, measured, processes))
         multiplier = self._driver.observe(groups, measured, totals)
-        passes.ask(measured, sums, multiplier)
-        watched = [seen for each in zip(measured, sums) for seen in passes.update(*each, multiplier)]
+        step.ask(measured, multiplier)
+        watched = [seen for found in measured for seen in step.update(found, multiplier)]
         self._driver.follow(groups, measured, watched)
         return loss
 
@@ -296,4 +292,5 @@ class CameAMP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_engine", Engine())
         self._forget(states=True)

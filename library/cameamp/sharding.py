@@ -174,6 +174,9 @@ class Alone:
         return 1
 
 
+ALONE = Alone()
+
+
 @dataclass(frozen=True)
 class Mesh:
     """The processes of a mesh, of which each row holds all shards.

@@ -22,6 +22,13 @@ def truth(name: str, value: Any, default: Any) -> bool:
     return value
 
 
+def truth_or_auto(name: str, value: Any, default: Any) -> bool | str:
+    """True, False or "auto"."""
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "auto"):
+        raise TypeError(f"option '{name}' is {value!r}; allowed: True, False or 'auto'")
+    return value
+
+
 def number(name: str, value: Any, default: Any) -> float:
     """A finite number, also as a tensor of one element or an array of no dimensions."""
     is_single = getattr(value, "shape", None) == () or (hasattr(value, "numel") and value.numel() == 1)

@@ -124,7 +124,7 @@ def first_pass(
         watch_from: the first element to return.
     """
     unusable = drop_unusable_(g, scratch)
-    count = _count_in_graph(unusable) if torch.compiler.is_compiling() else unusable.ne_(0).sum()  # 1 for NaN too
+    count = unusable.ne_(0).sum()  # 1 for NaN too
     magnitudes = _measure(g, with_deviations, scratch=unusable)
     return FirstPass(magnitudes, count, at_every_nth(g, watch_every, watch_from).clone() if watch_every else None)
 
@@ -144,12 +144,8 @@ def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:
     Returns:
         A tensor of g's shape: 0 for usable elements, and something else for the others.
     """
-    if torch.compiler.is_compiling():
-        usable = g.abs() <= LARGEST_MAGNITUDE  # false for NaN
-        g.copy_(torch.where(usable, g, 0.0))
-        return ~usable
     # hardshrink keeps what lies outside its bounds, NaN too. Comparing and selecting by a bool mask does the same at
-    # four times the cost on a CPU, outside of a graph.
+    # four times the cost on a CPU.
     unusable = torch.hardshrink(g, LARGEST_MAGNITUDE, out=scratch)
     g.sub_(unusable).nan_to_num_(0.0, 0.0, 0.0)
     return unusable
@@ -163,19 +159,11 @@ def _measure(g: Tensor, with_deviations: bool, scratch: Tensor) -> Magnitudes:
         with_deviations: whether to measure deviations.
         scratch: a tensor of g's shape to compute in.
     """
-    compiling = torch.compiler.is_compiling()
-    magnitude = torch.abs(g, out=None if compiling else scratch).flatten(1)
+    magnitude = torch.abs(g, out=scratch).flatten(1)
     abs_sums = magnitude.sum(dim=1)
     deviations = None
     if with_deviations:
         means = abs_sums / magnitude.shape[1]
         deviations = magnitude.sub_(means.unsqueeze(1)).square_().sum(dim=1)
-    if compiling:
-        return Magnitudes(abs_sums, _count_in_graph(g), deviations)
     ones = torch.ne(magnitude if deviations is None else g.flatten(1), 0, out=magnitude)
     return Magnitudes(abs_sums, ones.sum(), deviations)
-
-
-def _count_in_graph(stack: Tensor) -> Tensor:
-    """How many elements are not 0; summed over the same dimension as other sums, so that a graph needs one loop."""
-    return (stack != 0).flatten(1).sum(dim=1).sum()

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..compiling import Compiler
 from ..groups import Group, States
 from ..rounding import stochastic_round
-from ..sharding import WHOLE, Processes
+from ..sharding import ALONE, WHOLE, Processes
 from ..stacks.stack import Stack
 from ..stacks.workspace import Work, Workspace
 from ..techniques.sums import OF_WHOLE_TENSORS, Sums
 from . import measure, shared
-from .fused import fused_first_pass, fused_step
 from .measure import GroupSums, Magnitudes
 from .rules import StackOptions, StepScalars, Techniques, Watched, questions, take_step_
-
-logger = logging.getLogger(__name__)
-
-_VERBOSE_EVERY = 100
 
 
 class Measured(NamedTuple):
@@ -32,19 +24,21 @@ class Measured(NamedTuple):
 
     Attributes:
         group: the group.
-        stacks: those that take the step; what follows is for each of them.
-        magnitudes: of the part of its tensors that this process holds.
+        stacks: those that take the step; what follows, except `sums`, is for each of them.
+        sums: what the rules need to know of its gradients as a whole.
         unusable: how many gradient elements are not usable, 0-d.
         watched: the gradient's elements that the context sees; empty without a context.
         gradients: the usable gradients, if they are held for the second pass, which takes them out.
+        magnitudes: where a stack is sharded, those of the part that this process holds.
     """
 
     group: Group
     stacks: list[Stack]
-    magnitudes: list[Magnitudes]
+    sums: GroupSums
     unusable: list[Tensor]
     watched: list[Tensor]
     gradients: list[Tensor | None]
+    magnitudes: Sequence[Magnitudes] = ()
 
 
 class Passes:
@@ -53,7 +47,6 @@ class Passes:
     Args:
         states: the optimizer's.
         workspace: memory to compute in.
-        compiler: compiles the rules of groups that ask for it.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
         techniques: the rule in each place.
         processes: those that hold the parameters.
@@ -63,14 +56,12 @@ class Passes:
         self,
         states: States,
         workspace: Workspace,
-        compiler: Compiler,
         watch_every: int,
         techniques: Techniques,
-        processes: Processes,
+        processes: Processes = ALONE,
     ) -> None:
         self._states = states
         self._workspace = workspace
-        self._compiler = compiler
         self._watch_every = watch_every
         self._techniques = techniques
         self._processes = processes
@@ -80,57 +71,59 @@ class Passes:
         """First pass, over the gradients of the stacks that take the step."""
         decays = group.config.weight_decay > 0 and any(group.phase(stack).early for stack in stacks)
         magnitudes, unusable, watched, held = [], [], [], []
-        with self._compiling(group):
-            for stack in stacks:
-                work = self._workspace.lend(stack)
-                g = stack.gradients(work.gradients)
-                if group.config.fused and stack.cut is WHOLE:
-                    found = fused_first_pass(g, decays, self._watch_every)
-                else:
-                    found = measure.first_pass(g, decays, self._watch_every, work.scratch, self._watch_from(stack))
-                magnitudes.append(found.magnitudes)
-                unusable.append(found.unusable)
-                if found.watched is not None:
-                    watched.append(found.watched)
-                held.append(g if self._workspace.holds(stack) else None)
-                del g, found, work
-        return Measured(group, stacks, magnitudes, unusable, watched, held)
+        for stack in stacks:
+            work = self._workspace.lend(stack)
+            g = stack.gradients(work.gradients)
+            found = measure.first_pass(g, decays, self._watch_every, work.scratch, self._watch_from(stack))
+            magnitudes.append(found.magnitudes)
+            unusable.append(found.unusable)
+            if found.watched is not None:
+                watched.append(found.watched)
+            held.append(g if self._workspace.holds(stack) else None)
+            del g, found, work
+        return Measured(group, stacks, GroupSums.of(stacks, magnitudes), unusable, watched, held, magnitudes)
 
-    def add_up(self, measured: Sequence[Measured], more: Sequence[Tensor]) -> tuple[list[GroupSums], list[Tensor]]:
-        """What the rules need to know of the gradients of each group as a whole; one message if any are sharded.
+    def add_up(self, measured: Sequence[Measured], more: Sequence[Tensor]) -> tuple[list[Measured], list[Tensor]]:
+        """What was measured of groups, with the sums over whole tensors; one message if any are sharded.
 
         Args:
             measured: what the first pass found in each group.
             more: what else to add up over the processes, on the way.
 
         Returns:
-            The sums of each group, and those of `more`.
+            The same of all processes, and the sums of `more`.
         """
         found = {stack: of_stack for group in measured for stack, of_stack in zip(group.stacks, group.magnitudes)}
         sharded = [stack for stack in found if stack.cut is not WHOLE]
+        if not sharded:
+            return list(measured), list(more)
         parts = [shared.measured_parts(stack, found[stack]) for stack in sharded]
         speaking = [
             part if self._processes.speaks(stack.cut) else torch.zeros_like(part) for stack, part in zip(sharded, parts)
         ]
         totals = self._processes.add_up([*speaking, *more])
         found |= {stack: shared.whole_magnitudes(stack, total) for stack, total in zip(sharded, totals)}
-        sums = [GroupSums.of(group.stacks, [found[stack] for stack in group.stacks]) for group in measured]
-        return sums, totals[len(sharded) :]
+        whole = [
+            each._replace(sums=GroupSums.of(each.stacks, [found[stack] for stack in each.stacks]))
+            if any(stack.cut is not WHOLE for stack in each.stacks)
+            else each
+            for each in measured
+        ]
+        return whole, totals[len(sharded) :]
 
-    def ask(self, measured: Sequence[Measured], sums: Sequence[GroupSums], multiplier: Tensor | None) -> None:
+    def ask(self, measured: Sequence[Measured], multiplier: Tensor | None) -> None:
         """Between the passes: have the other processes answer what the rules ask about the tensors that are sharded.
 
         Args:
-            measured: what the first pass found in each group.
-            sums: from `add_up`.
+            measured: from `add_up`.
             multiplier: 0-d factor of all learning rates; None if no context drives the optimizer.
         """
         arguments, questions_of = {}, {}
-        for found, group_sums in zip(measured, sums):
-            for stack, decay in zip(found.stacks, group_sums.decay_strengths):
+        for found in measured:
+            for stack, decay in zip(found.stacks, found.sums.decay_strengths):
                 if stack.cut is not WHOLE:
                     found.group.bind(stack, self._states)
-                    arguments[stack] = found.group, group_sums.magnitude, decay
+                    arguments[stack] = found.group, found.sums.magnitude, decay
                     questions_of[stack] = questions(self._options(found.group, stack))
 
         def rehearse(stack: Stack, of_shards: Sums) -> None:
@@ -143,25 +136,22 @@ class Passes:
 
         self._answers = shared.answers(rehearse, questions_of, self._processes)
 
-    def update(self, measured: Measured, sums: GroupSums, multiplier: Tensor | None) -> list[Watched]:
+    def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: every stack through the rules, and the weights written back.
 
         Args:
             measured: what the first pass found; the gradients that it holds are taken out.
-            sums: from `add_up`.
             multiplier: 0-d factor of all learning rates; None if no context drives the optimizer.
 
         Returns:
             What the context sees of each stack; nothing without a context.
         """
-        group = measured.group
+        group, sums = measured.group, measured.sums
         watched = []
-        with self._compiling(group):
-            for stack, decay in zip(measured.stacks, sums.decay_strengths):
-                seen = self._update(group, stack, measured.gradients, sums.magnitude, decay, multiplier)
-                if seen is not None:
-                    watched.append(seen)
-        _log_progress(group, measured.stacks[0])
+        for stack, decay in zip(measured.stacks, sums.decay_strengths):
+            seen = self._update(group, stack, measured.gradients, sums.magnitude, decay, multiplier)
+            if seen is not None:
+                watched.append(seen)
         return watched
 
     def _update(
@@ -179,13 +169,10 @@ class Passes:
         held = gradients.pop(0)
         g = stack.gradients(work.gradients) if held is None else held
         arguments = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
-        if group.config.fused and stack.cut is WHOLE:
-            p, watched = fused_step(g, stack, *arguments)
-        else:
-            if held is None:
-                measure.drop_unusable_(g, work.scratch)
-            sums = OF_WHOLE_TENSORS if stack.cut is WHOLE else shared.SumsOfShards(stack, self._answers.pop(stack))
-            p, watched = take_step_(g, stack, *arguments, sums)
+        if held is None:
+            measure.drop_unusable_(g, work.scratch)
+        sums = OF_WHOLE_TENSORS if stack.cut is WHOLE else shared.SumsOfShards(stack, self._answers.pop(stack))
+        p, watched = take_step_(g, stack, *arguments, sums)
         del g, held, work, arguments
         dtype = stack.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
@@ -211,8 +198,7 @@ class Passes:
     def _options(self, group: Group, stack: Stack) -> StackOptions:
         return StackOptions(
             group.phase(stack),
-            # Where states were made without a step, there is room for signs and no signs.
-            stack.traits.has_polarity and stack.traits.step > 1,
+            stack.traits.has_polarity,
             stack.traits.row_scaled,
             group.config,
             self._watch_every,
@@ -223,15 +209,3 @@ class Passes:
     def _watch_from(self, stack: Stack) -> int:
         """The first element that is here of those that the context sees."""
         return -stack.first_element % self._watch_every if self._watch_every else 0
-
-    def _compiling(self, group: Group) -> AbstractContextManager[None]:
-        """A context manager for the work on a group; inside it, rules are compiled if the group asks for that."""
-        return self._compiler.active() if group.config.fused else nullcontext()
-
-
-def _log_progress(group: Group, stack: Stack) -> None:
-    """One line now and then, made of what is known without asking the device."""
-    step = stack.traits.step
-    if group.config.verbose and step % _VERBOSE_EVERY == 0:
-        title, factor = group.phase(stack).title, group.scheduler_factor
-        logger.info("group %d, step %d: %s, scheduler factor %.3g", group.number, step, title, factor)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import compiling
 from ..devices import moved
 from ..rounding import Dither
 from . import Format, Part, Stored
@@ -96,11 +95,7 @@ class StoredBlockwise(Stored):
 
     def read(self, out: Tensor | None = None) -> Tensor:
         codes, scale = self.tensors
-        tables = _tables(self.signed, codes.device)
-        compiled = compiling.run(_decode, codes.view(-1, self.block), scale.view(-1, 1), tables.values, self.root)
-        if compiled is not None:
-            unpacked: Tensor = compiled.view(-1, self.rows, self.columns)
-            return unpacked
+        tables = tables_of(self.signed, codes.device)
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for part, its_codes in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
             torch.index_select(tables.values, 0, its_codes.int(), out=part)
@@ -109,13 +104,8 @@ class StoredBlockwise(Stored):
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         codes, scales = self.tensors
-        tables = _tables(self.signed, codes.device)
+        tables = tables_of(self.signed, codes.device)
         blocks = stack.reshape(-1, self.block)
-        compiled = compiling.run(_encode, blocks, tables.midpoints, tables.first, self.root)
-        if compiled is not None:
-            codes.copy_(compiled[0].view_as(codes))
-            scales.copy_(compiled[1].view_as(scales))
-            return
         if self.root:
             blocks.sqrt_()
         scale = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
@@ -125,22 +115,7 @@ class StoredBlockwise(Stored):
             _nearest_codes(part, tables, out=its_codes)
 
 
-def _decode(codes: Tensor, scale: Tensor, values: Tensor, root: bool) -> Tensor:
-    """As `StoredBlockwise.read`, of (blocks, elements), for a graph."""
-    found = values[codes.int()] * scale
-    return found.square() if root else found
-
-
-def _encode(blocks: Tensor, midpoints: Tensor, first: Tensor, root: bool) -> tuple[Tensor, Tensor]:
-    """As `StoredBlockwise.write`, of (blocks, elements), for a graph: codes and scales."""
-    blocks = blocks.sqrt() if root else blocks
-    scale = blocks.abs().amax(dim=1)
-    x = blocks / torch.where(scale > 0, scale, 1.0).unsqueeze(1)
-    code = first[(x.view(torch.int32) >> 16) & 0xFFFF].int()
-    return (code + (x > midpoints[code]).int()).to(torch.uint8), scale
-
-
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
     """What coding needs, on one device.
 
     Attributes:
@@ -155,7 +130,7 @@ class _Tables(NamedTuple):
     first: Tensor
 
 
-def _nearest_codes(x: Tensor, tables: _Tables, out: Tensor) -> None:
+def _nearest_codes(x: Tensor, tables: Tables, out: Tensor) -> None:
     """The code of the value nearest to each element of x, which lies within -1 and 1; 1-d, into uint8 `out`.
 
     Numbers with the same upper 16 bits lie so close together that at most one midpoint falls between them.
@@ -193,7 +168,7 @@ def _code_of_zero(signed: bool) -> int:
 
 
 @cache
-def _tables(signed: bool, device: torch.device) -> _Tables:
+def tables_of(signed: bool, device: torch.device) -> Tables:
     values = _map(signed)
     beyond = torch.full((1,), torch.inf, dtype=torch.float32, device="cpu")
     midpoints = torch.cat([(values[:-1] + values[1:]) / 2, beyond])
@@ -205,7 +180,7 @@ def _tables(signed: bool, device: torch.device) -> _Tables:
     smallest = bits.view(torch.float32).nan_to_num(1.0).clamp(-1.0, 1.0)
     first = torch.zeros(1 << 16, dtype=torch.uint8, device="cpu")
     first[: len(upper)] = torch.bucketize(smallest, midpoints[:-1]).to(torch.uint8)
-    return _Tables(*(moved(table, device) for table in (values, midpoints, first)))
+    return Tables(*(moved(table, device) for table in (values, midpoints, first)))
 
 
 def require_bitsandbytes() -> None:

@@ -18,11 +18,11 @@ from ..devices import full_precision
 from ..rounding import Dither, uniform_noise
 from . import AverageFormat, Part, StoredAverage
 
-_LARGEST_CODE = 127
+LARGEST_CODE = 127
 # Below it only what is all zeros is divided.
 _SMALLEST_NORM = 1e-37
 # Of a direction's length, what must lie outside of the directions before it to be one of its own.
-_SMALLEST_NEW_PART = 1e-3
+SMALLEST_NEW_PART = 1e-3
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class StoredLowRank(StoredAverage):
             right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
         scale.fill_(1.0)
         for factor, part in ((left, codes[:, :, :rows]), (right, codes[:, :, rows:])):
-            step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(_LARGEST_CODE)
+            step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(LARGEST_CODE)
             scale.mul_(step)
             part.copy_(factor.div_(step.clamp_min_(_SMALLEST_NORM).unsqueeze(2)).round_())
 
@@ -141,7 +141,7 @@ def _orthonormal(x: Tensor) -> Tensor:
     first, *others = x.unbind(1)
     made = [first / torch.linalg.vector_norm(first, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)]
     for row in others:
-        least = torch.linalg.vector_norm(row, dim=1, keepdim=True).mul_(_SMALLEST_NEW_PART)
+        least = torch.linalg.vector_norm(row, dim=1, keepdim=True).mul_(SMALLEST_NEW_PART)
         for known in made:
             row = row - known * (known * row).sum(dim=1, keepdim=True)
         norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)

@@ -18,21 +18,21 @@ from torch import Tensor
 from ..rounding import Dither
 from . import AverageFormat, Part, Scaled, StoredAverage
 
-_LARGEST = 7  # Levels go from -7 to 7.
-_BASE = 16
+LARGEST = 7  # Levels go from -7 to 7.
+BASE = 16
 
 # Distance between levels in root mean squares: for a Gaussian the least squared error of fifteen even levels.
-_SPACING = 0.3536
+SPACING = 0.3536
 
 # The part of the distance between levels over which the turning point wanders: less than all of it, so that 0 goes to 0
 # at every step. Multiples of an irrational number fill it evenly, and of this one also every 5th, 10th or 25th of them.
 _WANDERING = 0.75
 _IRRATIONAL = math.sqrt(2)
 
-_HALF = 0.5  # The turning point that takes values to their nearest level.
+HALF = 0.5  # The turning point that takes values to their nearest level.
 
 # Divided by it, a tensor of zeros keeps them.
-_SMALLEST_NORM = 1e-37
+SMALLEST_NORM = 1e-37
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StoredNibbles(StoredAverage):
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         codes, scale = self.tensors
-        _pack(stack.flatten(1), 1.0, codes, scale, _HALF, None)
+        _pack(stack.flatten(1), 1.0, codes, scale, HALF, None)
 
     def lerp(
         self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
@@ -70,13 +70,13 @@ class StoredNibbles(StoredAverage):
         levels = _levels(codes, values.shape[1], out)
         torch.addcmul(target.flatten(1), levels, scale, value=(1 - rate) / rate, out=values)
         room = None if scratch is None else scratch.flatten(1)
-        _pack(values, rate, codes, scale, _turning_point(dither.step), room)
+        _pack(values, rate, codes, scale, turning_point(dither.step), room)
         return Scaled(out, rate)
 
 
-def _turning_point(step: int) -> float:
+def turning_point(step: int) -> float:
     """How far above a level, as a part of the distance to the next, values of a step begin to be rounded up."""
-    return _HALF + _WANDERING * (_IRRATIONAL * step % 1 - 0.5)
+    return HALF + _WANDERING * (_IRRATIONAL * step % 1 - 0.5)
 
 
 def _levels(codes: Tensor, count: int, out: Tensor | None) -> Tensor:
@@ -87,8 +87,8 @@ def _levels(codes: Tensor, count: int, out: Tensor | None) -> Tensor:
     pairs = out.view(n, 2, half)
     low, high = pairs.unbind(1)
     low.copy_(codes)
-    torch.mul(low, 1 / _BASE, out=high).round_()
-    low.sub_(high, alpha=_BASE)
+    torch.mul(low, 1 / BASE, out=high).round_()
+    low.sub_(high, alpha=BASE)
     return pairs.flatten(1)[:, :count]
 
 
@@ -104,17 +104,17 @@ def _pack(
     """
     count, half = values.shape[1], codes.shape[1]
     alone = len(values) == 1
-    spacing = _SPACING / math.sqrt(count)
-    torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale).clamp_min_(_SMALLEST_NORM)
+    spacing = SPACING / math.sqrt(count)
+    torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale).clamp_min_(SMALLEST_NORM)
     # Adding what is above the turning point, and cutting, rounds. A row of it is added in the pass that divides; for a
     # single tensor that row is as large as the result, and becomes it.
     row = values.new_empty(1, count) if scratch is None or not alone else scratch
-    above = row.fill_(_LARGEST + 1 - turning_point)
+    above = row.fill_(LARGEST + 1 - turning_point)
     levels = torch.addcdiv(above, values, scale, value=1 / spacing, out=above if alone else scratch)
-    levels.clamp_(0, 2 * _LARGEST + 0.5)
+    levels.clamp_(0, 2 * LARGEST + 0.5)
     # As signed bytes: CPUs take several times as long to make unsigned ones.
     whole = levels.to(torch.int8)
-    high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1), value=_LARGEST)
+    high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1), value=LARGEST)
     # What overflows in the sum comes back in the difference.
-    torch.add(whole[:, :half], high, alpha=_BASE, out=codes).sub_(_LARGEST * (1 + _BASE))
+    torch.add(whole[:, :half], high, alpha=BASE, out=codes).sub_(LARGEST * (1 + BASE))
     scale.mul_(spacing * unit)

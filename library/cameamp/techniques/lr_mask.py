@@ -56,10 +56,7 @@ def bump_(
         >>> [round(x, 7) for x in mask.flatten().tolist()]
         [0.0006, 0.0004, 0.001]
     """
-    if torch.compiler.is_compiling():  # In numbers: code generated for bools in memory takes many times as long.
-        differs = (polarity.to(lr_mask.dtype) - last_polarity.to(lr_mask.dtype)).abs()
-    else:
-        differs = (polarity ^ last_polarity).to(lr_mask.dtype)
+    differs = (polarity ^ last_polarity).to(lr_mask.dtype)
     lr_mask.add_(differs.mul_(-2 * lr_bump).add_(lr_bump)).clamp_(min_lr, max_lr)
 
 

@@ -37,6 +37,18 @@ FIELDS = STATES + 3 * len(TABLE)
 MOMENTUM_FIELDS = 6
 FOLDED_ROWS, FOLDED_COLUMNS, RANK = range(3, 6)
 
+# The same rows by names, for kernels that read records.
+ROW = numpy.dtype(
+    [
+        *((name, numpy.int64) for name in ("numel", "rows", "columns", "position", "block")),
+        *((name, numpy.int64) for name in ("grad", "grad_kind", "weight", "weight_kind", "sample")),
+        ("states", numpy.int64, (len(TABLE), 3)),
+    ]
+)
+MOMENTUM = numpy.dtype(
+    [(name, numpy.int64) for name in ("kind", "address", "scale", "folded_rows", "folded_columns", "rank")]
+)
+
 # How a state is written down.
 ABSENT, FLOAT, BOOL, SIGNED, ROOT, EVEN, PACKED, FOUR_BITS, LOW_RANK = range(-1, 8)
 

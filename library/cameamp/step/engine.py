@@ -1,0 +1,216 @@
+"""Who takes a group's step: native kernels where there are some and they prove themselves, else the rules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..groups import Group, States
+from ..phase import Phase
+from ..sharding import ALONE, WHOLE, Processes
+from ..stacks.stack import Stack
+from ..stacks.workspace import Workspace
+from .passes import Measured, Passes
+from .rules import ALL_TECHNIQUES, Techniques, Watched
+
+logger = logging.getLogger(__name__)
+
+_VERBOSE_EVERY = 100
+
+
+class TakesSteps(Protocol):
+    """The two passes of a step over a group; see `passes.Passes`."""
+
+    def measure(self, group: Group, stacks: list[Stack]) -> Measured:
+        """First pass, over gradients."""
+
+    def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
+        """Second pass: new states and weights."""
+
+
+class Kernels(Protocol):
+    """The kernels of one kind of device, as long as an optimizer's states stay."""
+
+    def at_step(self, states: States, watch_every: int) -> TakesSteps:
+        """What takes the steps of groups now."""
+
+    def difference(self, measured: Measured, states: States, multiplier: Tensor | None, techniques: Techniques) -> str:
+        """How the kernels' step of a few tensors differs from that of the rules, beyond rounding; "" if it does not."""
+
+
+class Engine:
+    """Chooses between kernels and rules, group by group and step by step.
+
+    Kernels prove themselves at the first step of each phase. Where one fails, the rules go on from there, with one
+    warning; both work on the same states.
+    """
+
+    def __init__(self) -> None:
+        self._failed = False
+        self._said: set[str] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is cached about the parameters and states, which may be others now."""
+        self._workspace = Workspace()
+        self._kernels: dict[str, Kernels] = {}
+        self._proved: set[tuple[int, Phase]] = set()
+
+    def begin_step(
+        self,
+        groups: Sequence[tuple[Group, list[Stack]]],
+        states: States,
+        watch_every: int,
+        techniques: Techniques,
+        processes: Processes = ALONE,
+    ) -> Step:
+        """Decide who takes the step of each group.
+
+        Args:
+            groups: those that take a step, with their stacks.
+            states: the optimizer's.
+            watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
+            techniques: the rule in each place.
+            processes: those that hold the parameters.
+        """
+        served = {}
+        for group, stacks in groups:
+            kernels = self._kernels_of(group, stacks) if techniques == ALL_TECHNIQUES else None
+            if kernels is not None:
+                served[group] = kernels
+        # Not gradients of shards, which a rehearsal overwrites.
+        kept = [stack for group, own in groups if group not in served for stack in own if stack.cut is WHOLE]
+        self._workspace.begin_step(kept)
+        rules = Passes(states, self._workspace, watch_every, techniques, processes)
+        return Step(self, rules, served, states, watch_every, techniques)
+
+    def proves(self, measured: Measured, difference: Callable[[], str]) -> bool:
+        """Whether kernels may take a step: at the first one of each phase they must not differ from the rules."""
+        phases = {(measured.group.number, measured.group.phase(stack)) for stack in measured.stacks}
+        if not phases <= self._proved:
+            try:
+                found = difference()
+            except Exception as error:  # Compiling, or keeping the result, can fail in any way.
+                found = _first_line(error)
+            if found:
+                self.give_up(found)
+                return False
+            self._proved |= phases
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """Let the rules take all steps from here on."""
+        self._failed = True
+        logger.warning("fused: the kernels do not work here, the rules go on without them: %s", reason)
+
+    def _kernels_of(self, group: Group, stacks: Sequence[Stack]) -> Kernels | None:
+        """The kernels that serve a group; None if the rules do."""
+        fused = group.config.fused
+        if fused is False or self._failed or not stacks:
+            return None
+        device = stacks[0].device.type
+        if device not in self._kernels:
+            load = _LOADERS.get(device)
+            if load is None or (fused == "auto" and device not in _AUTOMATIC):
+                if fused is True:
+                    self._say(logging.WARNING, f"fused: there are no kernels for the device '{device}'")
+                return None
+            try:
+                self._kernels[device] = load()
+            except ImportError as error:
+                level = logging.WARNING if fused is True else logging.INFO
+                self._say(level, f"fused: {_HELP[device]} ({_first_line(error)})")
+                return None
+        whole = all(
+            stack.cut is WHOLE and type(p) in _PLAIN and p.device.type == device
+            for stack in stacks
+            for p in stack.params
+        )
+        return self._kernels[device] if whole else None
+
+    def _say(self, level: int, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.log(level, "%s", text)
+
+
+class Step:
+    """One step of an optimizer: each group's by kernels or by rules."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        rules: Passes,
+        served: dict[Group, Kernels],
+        states: States,
+        watch_every: int,
+        techniques: Techniques,
+    ) -> None:
+        self._engine = engine
+        self._rules = rules
+        self._served = served
+        self._states = states
+        self._techniques = techniques
+        self._takers = {kernels: kernels.at_step(states, watch_every) for kernels in served.values()}
+
+    def measure(self, group: Group, stacks: list[Stack]) -> Measured:
+        """First pass, over the gradients of a group."""
+        kernels = self._served.get(group)
+        if kernels is not None:
+            try:
+                return self._takers[kernels].measure(group, stacks)
+            except Exception as error:  # As in `Engine.proves`. Nothing has been changed yet.
+                self._engine.give_up(_first_line(error))
+                self._served = {}
+        return self._rules.measure(group, stacks)
+
+    def add_up(self, measured: Sequence[Measured], more: Sequence[Tensor]) -> tuple[list[Measured], list[Tensor]]:
+        """As `Passes.add_up`."""
+        return self._rules.add_up(measured, more)
+
+    def ask(self, measured: Sequence[Measured], multiplier: Tensor | None) -> None:
+        """As `Passes.ask`."""
+        self._rules.ask(measured, multiplier)
+
+    def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
+        """Second pass: new states and weights; returns what the context sees of each stack."""
+        group = measured.group
+        taker: TakesSteps = self._rules
+        kernels = self._served.get(group)
+        if kernels is not None and self._engine.proves(
+            measured, lambda: kernels.difference(measured, self._states, multiplier, self._techniques)
+        ):
+            taker = self._takers[kernels]
+        watched = taker.update(measured, multiplier)
+        _log_progress(group, measured.stacks[0])
+        return watched
+
+
+def _cpu_kernels() -> Kernels:
+    from .kernels.cpu.step import CpuKernels
+
+    return CpuKernels()
+
+
+_LOADERS: dict[str, Callable[[], Kernels]] = {"cpu": _cpu_kernels}
+_AUTOMATIC = {"cpu"}
+_HELP = {"cpu": "steps would take a third of the time with numba: pip install numba"}
+
+# Other kinds hold their elements elsewhere, or only a part of them.
+_PLAIN: tuple[Any, ...] = (torch.Tensor, torch.nn.Parameter)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _log_progress(group: Group, stack: Stack) -> None:
+    """One line now and then, made of what is known without asking the device."""
+    step = stack.traits.step
+    if group.config.verbose and step % _VERBOSE_EVERY == 0:
+        title, factor = group.phase(stack).title, group.scheduler_factor
+        logger.info("group %d, step %d: %s, scheduler factor %.3g", group.number, step, title, factor)

@@ -1,0 +1,95 @@
+"""A kernel against the rules, on copies of a few tensors of a real step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...groups import Group, States
+from ...stacks.stack import ParameterState, Stack
+from ...stacks.workspace import Workspace
+from ..measure import GroupSums
+from ..passes import Measured, Passes
+from ..rules import Techniques
+
+# So many tensors, none of more elements: a check is to cost about as much as a step of a few of them.
+_TENSORS = 3
+_LARGEST = 128 * 1024
+
+# Of the size of a change, or of a state. Rounding alone stays below 1e-5 where nothing is coded; a code that falls on
+# the other side of a midpoint, or a weight of 16 bits, is one of very many elements.
+_TOLERANCE = 0.02
+
+# Takes the step of a group whose stacks are copies.
+TakeStep = Callable[[Measured, States], None]
+
+
+def difference(
+    measured: Measured, states: States, multiplier: Tensor | None, techniques: Techniques, takers: Sequence[TakeStep]
+) -> str:
+    """How some ways to take a step differ from the rules, beyond rounding; "" if none does.
+
+    Args:
+        measured: a group before the second pass of a step.
+        states: the optimizer's.
+        multiplier: 0-d factor of all learning rates, or None.
+        techniques: the rule in each place.
+        takers: the ways; each gets copies of a few tensors.
+    """
+    group = measured.group
+    for number, place in _few(group, measured.stacks):
+        stack = measured.stacks[number]
+        strengths = measured.sums.decay_strengths[number]
+        sums = GroupSums(measured.sums.magnitude, [None] if strengths is None else [strengths[place : place + 1]])
+        expected = _Copy(group, stack, place, states, sums)
+        Passes(expected.states, Workspace(), 0, techniques).update(expected.measured, multiplier)
+        for take_step in takers:
+            found = _Copy(group, stack, place, states, sums)
+            take_step(found.measured, found.states)
+            reason = _compare(found, expected, stack.params[place])
+            if reason:
+                return f"{reason}, in a parameter of shape {tuple(stack.params[place].shape)}"
+    return ""
+
+
+def _few(group: Group, stacks: Sequence[Stack]) -> list[tuple[int, int]]:
+    """The number of a stack, and a tensor's place in it: of the smallest ones, of different shapes."""
+    small = [
+        number
+        for number, stack in enumerate(stacks)
+        if stack.rows * stack.columns <= _LARGEST and stack.params[0] not in group.uncoded
+    ]
+    small.sort(key=lambda number: -stacks[number].rows * stacks[number].columns)
+    return [(number, 0) for number in small[:_TENSORS]]
+
+
+class _Copy:
+    """One tensor of a stack with everything that its step needs, as a stack of its own."""
+
+    def __init__(self, group: Group, stack: Stack, place: int, states: States, sums: GroupSums) -> None:
+        p = stack.params[place]
+        assert p.grad is not None
+        self.p = p.detach().clone()
+        self.p.grad = p.grad.detach().clone()
+        own: ParameterState = {
+            key: value.clone() if torch.is_tensor(value) else value for key, value in states[p].items()
+        }
+        self.states: States = {self.p: own}
+        self.stack = Stack([self.p], [stack.parameter_numbers[place]], stack.traits)
+        group.bind(self.stack, self.states)
+        self.measured = Measured(group, [self.stack], sums, [], [], [None])
+
+
+def _compare(found: _Copy, expected: _Copy, before: Tensor) -> str:
+    """What differs between two copies that took the same step; "" for nothing."""
+    changes = [(copy.p.double() - before.double()).flatten() for copy in (found, expected)]
+    pairs = {"weights": changes}
+    for name, stored in expected.stack.stored.items():
+        pairs[f"state '{name}'"] = [found.stack.stored[name].read().double(), stored.read().double()]
+    for name, (x, y) in pairs.items():
+        size, error = float(torch.linalg.vector_norm(y)), float(torch.linalg.vector_norm(x - y))
+        if not error <= _TOLERANCE * size:
+            return f"the {name} differ by {error:.2g} from {size:.2g}"
+    return ""

@@ -1,0 +1,451 @@
+"""Multi-scale momenta in a kernel: what they add to the drive, block by block, and how those of low rank follow.
+
+A momentum m that is due becomes (1 - rate) m + rate sg; the drive is the sum of share * m over all of them. Formats are
+those of `storage/full.py`, `storage/nibbles.py` and `storage/low_rank.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+
+from ....storage import low_rank, nibbles
+from ..table import FLOAT, FOUR_BITS, LOW_RANK
+from . import eights, loops
+from .codes import noise, noise_stream
+from .jit import exact, floats, jit, signed_bytes
+
+_f = numpy.float32
+
+_LARGEST_LEVEL = _f(nibbles.LARGEST)
+_BASE = nibbles.BASE
+_SPACING = nibbles.SPACING
+_SMALLEST_NORM = nibbles.SMALLEST_NORM
+_LARGEST_CODE = _f(low_rank.LARGEST_CODE)
+_SMALLEST_NEW_PART = _f(low_rank.SMALLEST_NEW_PART)
+
+
+# A row of a momentum's left factor, the same of its right one, and the scale of their product.
+FACTOR = numpy.dtype([(name, numpy.int64) for name in ("left", "right", "scale", "momentum")])
+
+
+def factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
+    """The factors of momenta of low rank, (tensors, some) of `FACTOR`: so many for each tensor that fours are whole.
+
+    Args:
+        momenta: (tensors, periods) of `table.MOMENTUM`.
+    """
+    low = momenta["kind"] == LOW_RANK
+    ranks = numpy.where(low, momenta["rank"], 0)
+    most = int(ranks.sum(axis=1).max(initial=0))
+    result = numpy.zeros((len(momenta), -(-most // 4) * 4), dtype=FACTOR)
+    result["momentum"] = -1
+    ends = numpy.cumsum(ranks, axis=1)
+    for j in range(momenta.shape[1]):
+        own = momenta[:, j]
+        for k in range(int(ranks[:, j].max(initial=0))):
+            tensors = numpy.flatnonzero(ranks[:, j] > k)
+            places = ends[tensors, j] - ranks[tensors, j] + k
+            left = own["address"][tensors] + k * (own["folded_rows"][tensors] + own["folded_columns"][tensors])
+            result["left"][tensors, places] = left
+            result["right"][tensors, places] = left + own["folded_rows"][tensors]
+            result["scale"][tensors, places] = own["scale"][tensors] + 4 * k
+            result["momentum"][tensors, places] = j
+    return result
+
+
+# The drive ------------------------------------------------------------------------------------------------------
+
+
+@jit
+def sum_products(momenta, numel, rates, raw, start, sums):
+    """Add what the norm of each four-bit momentum's new value follows from: raw . levels and levels . levels.
+
+    The value is sg + (1 - rate) / rate * scale * levels, and of sg only its multiple `raw` is known yet.
+    """
+    half = (numel + 1) // 2
+    low = max(0, min(len(raw), half - start))
+    for j in range(len(momenta)):
+        if momenta[j].kind == FOUR_BITS and rates[j] != 0:
+            if low > 0:
+                codes = signed_bytes(momenta[j].address, start, low)
+                _sum_low(codes, raw[:low], sums[2 * j : 2 * j + 2])
+            if low < len(raw):
+                codes = signed_bytes(momenta[j].address, start + low - half, len(raw) - low)
+                _sum_high(codes, raw[low:], sums[2 * j : 2 * j + 2])
+
+
+@jit
+def _sum_low(codes, raw, sums):
+    product, square = _f(0.0), _f(0.0)
+    for i in range(len(raw)):
+        level = _f(_low(codes[i]))
+        product += raw[i] * level
+        square += level * level
+    sums[0] += product
+    sums[1] += square
+
+
+@jit
+def _sum_high(codes, raw, sums):
+    product, square = _f(0.0), _f(0.0)
+    for i in range(len(raw)):
+        level = _f(_high(codes[i]))
+        product += raw[i] * level
+        square += level * level
+    sums[0] += product
+    sums[1] += square
+
+
+@jit
+def new_spacings(momenta, numel, rates, sums, square, factor, out):
+    """The distance between the levels of each momentum's new value, from `sum_products` and raw . raw; in sg's unit."""
+    for j in range(len(momenta)):
+        if momenta[j].kind == FOUR_BITS and rates[j] != 0:
+            old = (1 - rates[j]) / rates[j] * numpy.float64(floats(momenta[j].scale, 0, 1)[0])
+            norm = factor * factor * square + 2 * factor * old * sums[2 * j] + old * old * sums[2 * j + 1]
+            out[j] = max(math.sqrt(max(norm, 0.0)), _SMALLEST_NORM) * _SPACING / math.sqrt(numel)
+
+
+@jit
+def drive(momenta, factors, numel, rates, shares, spacings, turning_point, sg, start, write, unpacked, room, out):
+    """The weighted mean of the momenta, which drives in place of sg; with `write`, the new momenta are written.
+
+    Args:
+        momenta: those of one tensor, `table.MOMENTUM`.
+        factors: of those of low rank, `FACTOR`, in fours.
+        numel: the tensor's elements.
+        rates, shares: of each momentum at this step; see `techniques.multiscale.Scale`.
+        spacings: from `new_spacings`.
+        turning_point: of the rounding to levels.
+        sg: the block's scaled gradient.
+        start: its first element.
+        unpacked: where new levels go, a byte an element, if several threads share the tensor; else 0.
+        room: memory for a block.
+        out: the drive.
+    """
+    loops.fill(out, _f(0.0))
+    columns = 0
+    for j in range(len(momenta)):
+        if shares[j] == 0:
+            continue
+        kind = momenta[j].kind
+        if kind == FLOAT:
+            _add_full(momenta[j], rates[j], shares[j], sg, start, write, room[: len(sg)], out)
+        elif kind == FOUR_BITS:
+            spacing = _f(spacings[j])
+            levels = unpacked + j * numel if unpacked != 0 else 0
+            _add_four_bits(
+                momenta[j], numel, rates[j], shares[j], spacing, turning_point, sg, start, write, levels, out
+            )
+        else:
+            columns = momenta[j].folded_columns
+    if columns:
+        for first in range(0, len(factors), 4):
+            _add_four_factors(factors[first : first + 4], shares, columns, start, room, out)
+    loops.keep_where_gradient(out, sg)
+
+
+@jit
+def _add_full(momentum, rate, share, sg, start, write, values, out):
+    m = floats(momentum.address, start, len(sg))
+    loops.copy(m, values)
+    loops.scale(values, _f(1.0) - rate)
+    loops.add_scaled(sg, rate, values)
+    if write and rate != 0:
+        loops.copy(values, m)
+    loops.add_scaled(values, share, out)
+
+
+@jit
+def _add_four_bits(momentum, numel, rate, share, spacing, turning_point, sg, start, write, unpacked, out):
+    """out += share * m of a block, part by part: elements of the first half are the low levels of bytes, and so on."""
+    half = (numel + 1) // 2
+    low = max(0, min(len(sg), half - start))
+    scale = floats(momentum.scale, 0, 1)[0]
+    if rate == 0:
+        _add_levels(momentum.address, start, low, half, share * scale, out)
+        return
+    kept, share = (_f(1.0) - rate) / rate * scale, rate * share
+    offset = _LARGEST_LEVEL + _f(1.0) - turning_point
+    unit = _f(1.0) / spacing
+    if low > 0:
+        codes = signed_bytes(momentum.address, start, low)
+        if not write:
+            _move_low(codes, sg[:low], kept, share, out[:low])
+        elif unpacked != 0:
+            _quantize_low(codes, sg[:low], kept, unit, offset, signed_bytes(unpacked, start, low))
+            _move_low(codes, sg[:low], kept, share, out[:low])
+        else:
+            _update_low(codes, sg[:low], kept, share, unit, offset, out[:low])
+    if low < len(sg):
+        codes = signed_bytes(momentum.address, start + low - half, len(sg) - low)
+        if not write:
+            _move_high(codes, sg[low:], kept, share, out[low:])
+        elif unpacked != 0:
+            _quantize_high(codes, sg[low:], kept, unit, offset, signed_bytes(unpacked, start + low, len(sg) - low))
+            _move_high(codes, sg[low:], kept, share, out[low:])
+        else:
+            _update_high(codes, sg[low:], kept, share, unit, offset, out[low:])
+
+
+@jit
+def _add_levels(address, start, low, half, share, out):
+    if low > 0:
+        codes = signed_bytes(address, start, low)
+        part = out[:low]
+        for i in range(low):
+            part[i] += share * _f(_low(codes[i]))
+    if low < len(out):
+        codes = signed_bytes(address, start + low - half, len(out) - low)
+        part = out[low:]
+        for i in range(len(part)):
+            part[i] += share * _f(_high(codes[i]))
+
+
+@jit
+def _move_low(codes, sg, kept, share, out):
+    for i in range(len(sg)):
+        out[i] += share * (sg[i] + kept * _f(_low(codes[i])))
+
+
+@jit
+def _move_high(codes, sg, kept, share, out):
+    for i in range(len(sg)):
+        out[i] += share * (sg[i] + kept * _f(_high(codes[i])))
+
+
+@jit
+def _update_low(codes, sg, kept, share, unit, offset, out):
+    for i in range(len(sg)):
+        value = sg[i] + kept * _f(_low(codes[i]))
+        out[i] += share * value
+        codes[i] = numpy.int8(_BASE * _high(codes[i]) + _level(value, unit, offset))
+
+
+@jit
+def _update_high(codes, sg, kept, share, unit, offset, out):
+    for i in range(len(sg)):
+        value = sg[i] + kept * _f(_high(codes[i]))
+        out[i] += share * value
+        codes[i] = numpy.int8(_low(codes[i]) + _BASE * _level(value, unit, offset))
+
+
+@jit
+def _quantize_low(codes, sg, kept, unit, offset, levels):
+    for i in range(len(sg)):
+        levels[i] = numpy.int8(_level(sg[i] + kept * _f(_low(codes[i])), unit, offset))
+
+
+@jit
+def _quantize_high(codes, sg, kept, unit, offset, levels):
+    for i in range(len(sg)):
+        levels[i] = numpy.int8(_level(sg[i] + kept * _f(_high(codes[i])), unit, offset))
+
+
+@jit
+def _low(code):
+    """The level of the element in the first half that a byte holds."""
+    return numpy.int32(code) - _BASE * ((numpy.int32(code) + numpy.int32(8)) >> numpy.int32(4))
+
+
+@jit
+def _high(code):
+    """The level of the element in the second half."""
+    return (numpy.int32(code) + numpy.int32(8)) >> numpy.int32(4)
+
+
+@jit
+def _level(value, unit, offset):
+    """The level of a value: at the turning point between two, rounding turns from down to up."""
+    level = min(max(value * unit + offset, _f(0.0)), _f(2.0) * _LARGEST_LEVEL + _f(0.5))
+    return numpy.int32(level) - numpy.int32(_LARGEST_LEVEL)
+
+
+@exact
+def pack_levels(unpacked, address, numel):
+    """Write the levels that several threads left unpacked."""
+    half = (numel + 1) // 2
+    levels, codes = signed_bytes(unpacked, 0, numel), signed_bytes(address, 0, half)
+    for i in range(half):
+        codes[i] = levels[i]
+    for i in range(half, numel):
+        codes[i - half] += numpy.int8(_BASE * levels[i])
+
+
+@jit
+def finish_scales(momenta, rates, spacings):
+    """Write the new distance between levels, once all blocks are done."""
+    for j in range(len(momenta)):
+        if momenta[j].kind == FOUR_BITS and rates[j] != 0:
+            floats(momenta[j].scale, 0, 1)[0] = _f(spacings[j] * rates[j])
+
+
+# Low rank -------------------------------------------------------------------------------------------------------
+
+
+# Rows of a folded matrix that are no longer than this have their right factors decoded before they are multiplied.
+_NARROW = 64
+
+
+@jit
+def _weight(factor, shares):
+    """What a factor's product is multiplied by."""
+    return shares[factor.momentum] * floats(factor.scale, 0, 1)[0] if factor.momentum >= 0 else _f(0.0)
+
+
+@jit
+def _codes_of(factor, first, address, start, count):
+    """Some codes of a factor; of one that is only there to make four, those of the first."""
+    return signed_bytes(address if factor.momentum >= 0 else first, start, count)
+
+
+@jit
+def _add_four_factors(factors, shares, columns, start, room, out):
+    """out += the sum of weight * left * right over four factors, of the elements from `start` on."""
+    a, b, c, d = factors[0], factors[1], factors[2], factors[3]
+    if a.momentum < 0:
+        return
+    v, w, x, y = _weight(a, shares), _weight(b, shares), _weight(c, shares), _weight(d, shares)
+    count = len(out)
+    row, last = start // columns, (start + count - 1) // columns
+    many = last - row + 1
+    p, q = signed_bytes(a.left, row, many), _codes_of(b, a.left, b.left, row, many)
+    r, s = _codes_of(c, a.left, c.left, row, many), _codes_of(d, a.left, d.left, row, many)
+    e, f = signed_bytes(a.right, 0, columns), _codes_of(b, a.right, b.right, 0, columns)
+    g, h = _codes_of(c, a.right, c.right, 0, columns), _codes_of(d, a.right, d.right, 0, columns)
+    column, done = start % columns, 0
+    if columns <= _NARROW and column == 0 and count % columns == 0 and columns % 8 == 0:
+        _to_floats(e, room[:columns])
+        _to_floats(f, room[_NARROW : _NARROW + columns])
+        _to_floats(g, room[2 * _NARROW : 2 * _NARROW + columns])
+        _to_floats(h, room[3 * _NARROW : 3 * _NARROW + columns])
+        eights.add_products(
+            many, columns // 8, p.ctypes.data, q.ctypes.data, r.ctypes.data, s.ctypes.data, v, w, x, y,
+            room.ctypes.data, _NARROW, out.ctypes.data,
+        )  # fmt: skip
+        return
+    for i in range(many):
+        length = min(columns - column, count - done)
+        _add_row(
+            e[column : column + length], f[column : column + length], g[column : column + length],
+            h[column : column + length], v * _f(p[i]), w * _f(q[i]), x * _f(r[i]), y * _f(s[i]),
+            out[done : done + length],
+        )  # fmt: skip
+        done += length
+        column = 0
+
+
+@jit
+def _add_row(e, f, g, h, v, w, x, y, out):
+    for i in range(len(out)):
+        out[i] += v * _f(e[i]) + w * _f(f[i]) + x * _f(g[i]) + y * _f(h[i])
+
+
+@exact
+def _to_floats(codes, out):
+    for i in range(len(codes)):
+        out[i] = _f(codes[i])
+
+
+@jit
+def begin_low_rank(momentum, rate, step):
+    """What an iteration of one momentum needs before it sees the gradient.
+
+    Returns:
+        The old factors (rank, rows + columns), the left one times the share that is kept; the probe (rank, columns);
+        and what the old product makes of it (rank, rows).
+    """
+    rows, columns, rank = momentum.folded_rows, momentum.folded_columns, momentum.rank
+    length = rows + columns
+    scales = floats(momentum.scale, 0, rank)
+    factors = numpy.empty((rank, length), dtype=numpy.float32)
+    probe = numpy.empty((rank, columns), dtype=numpy.float32)
+    seen = numpy.zeros((rank, rows), dtype=numpy.float32)
+    stream = noise_stream(0, 0)
+    for k in range(rank):
+        _to_floats(signed_bytes(momentum.address, k * length, length), factors[k])
+        for c in range(columns):
+            # Without a little of every direction, one that the factors lack could never come in.
+            place = (k * columns + c - step) % (rank * columns)
+            probe[k, c] = factors[k, rows + c] + (noise(stream, place) - _f(0.5))
+        loops.scale(factors[k, :rows], scales[k] * (_f(1.0) - rate))
+    for k in range(rank):
+        for other in range(rank):
+            loops.add_scaled(factors[other, :rows], loops.dot(factors[other, rows:], probe[k]), seen[k])
+    return factors, probe, seen
+
+
+@jit
+def probe_gradient(momentum, rate, sg, start, probe, seen):
+    """seen += rate * (the gradient's block) probe^T."""
+    columns = momentum.folded_columns
+    done = 0
+    while done < len(sg):
+        row, column = (start + done) // columns, (start + done) % columns
+        many = min(columns - column, len(sg) - done)
+        for k in range(len(probe)):
+            product = loops.dot(sg[done : done + many], probe[k, column : column + many])
+            seen[k, row] += rate * product
+        done += many
+
+
+@jit
+def begin_right(momentum, factors, left):
+    """Make `left` orthonormal; returns the right factor that it has with the old product."""
+    rows, rank = momentum.folded_rows, momentum.rank
+    _orthonormalize(left)
+    right = numpy.zeros((rank, momentum.folded_columns), dtype=numpy.float32)
+    for k in range(rank):
+        for other in range(rank):
+            loops.add_scaled(factors[other, rows:], loops.dot(left[k], factors[other, :rows]), right[k])
+    return right
+
+
+@jit
+def project_gradient(momentum, rate, sg, start, left, right):
+    """right += rate * left (the gradient's block)."""
+    columns = momentum.folded_columns
+    done = 0
+    while done < len(sg):
+        row, column = (start + done) // columns, (start + done) % columns
+        many = min(columns - column, len(sg) - done)
+        for k in range(len(left)):
+            part = sg[done : done + many]
+            loops.add_scaled(part, rate * left[k, row], right[k, column : column + many])
+        done += many
+
+
+@jit
+def finish_low_rank(momentum, left, right):
+    """Write the new factors down."""
+    rows, columns, rank = momentum.folded_rows, momentum.folded_columns, momentum.rank
+    scales = floats(momentum.scale, 0, rank)
+    for k in range(rank):
+        codes = signed_bytes(momentum.address, k * (rows + columns), rows + columns)
+        scales[k] = _code_factor(left[k], codes[:rows]) * _code_factor(right[k], codes[rows:])
+
+
+@exact
+def _code_factor(factor, codes):
+    largest = _f(0.0)
+    for i in range(len(factor)):
+        largest = max(largest, abs(factor[i]))
+    step = largest / _LARGEST_CODE
+    divisor = max(step, _f(_SMALLEST_NORM))
+    for i in range(len(factor)):
+        codes[i] = numpy.int8(numpy.rint(factor[i] / divisor))
+    return step
+
+
+@jit
+def _orthonormalize(x):
+    """As `storage.low_rank`: rows that lie in the span of the rows before them become 0."""
+    for k in range(len(x)):
+        least = _f(math.sqrt(loops.sum_of_squares(x[k]))) * _SMALLEST_NEW_PART
+        for known in range(k):
+            loops.add_scaled(x[known], -loops.dot(x[known], x[k]), x[k])
+        norm = _f(math.sqrt(loops.sum_of_squares(x[k])))
+        is_new = k == 0 or norm > least
+        loops.scale(x[k], _f(1.0) / max(norm, _f(_SMALLEST_NORM)) if is_new else _f(0.0))

@@ -1,0 +1,631 @@
+"""The passes of a step over parts of tensors. Every pass but the last only reads; the last one writes.
+
+What a pass sums over a tensor goes to `sums`, a row for each part of it, and is added up in their order by `total`, so
+that a result does not depend on how many threads there are. What follows from the sums goes to `facts`, a row for each
+tensor. The states are read, and decoded, anew in each pass: that is cheaper than to keep what lies in between.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+
+from ..table import FOUR_BITS, LOW_RANK, STATE_NUMBERS
+from . import loops
+from . import momenta as multiscale
+from .codes import (
+    bytes_of,
+    copy_bytes,
+    fetch_state,
+    load_floats,
+    load_signs,
+    load_state,
+    noise_stream,
+    store_signs,
+    store_state,
+    store_weights,
+)
+from .jit import bytes_at, entry, floats, jit, plain_bytes, plain_doubles, plain_floats, plain_numbers, prefetch
+
+_f = numpy.float32
+
+_MASK = STATE_NUMBERS["lr_mask"]
+_EXP_AVG = STATE_NUMBERS["exp_avg"]
+_EXP_AVG_RES = STATE_NUMBERS["exp_avg_res"]
+_EXP_AVG_SQ = STATE_NUMBERS["exp_avg_sq"]
+_S = STATE_NUMBERS["s"]
+_POLARITY = STATE_NUMBERS["last_polarity"]
+
+# Elements that are worked on at a time: a dozen such arrays fit into a first cache.
+SHORT = 1024
+
+# How many such arrays.
+ROOMS = 8
+
+# The columns of `sums` ...
+SQUARE, ALONG, WEIGHTS, UPDATE, AGREEING, PRODUCTS = range(6)
+# ... and those of `facts`; from the last one on there is one for each momentum.
+FACTOR, SHARE_ALONG, LENGTHENING, CAUTIOUS, STRENGTH, SPACINGS = range(6)
+
+# The passes over a tensor that several threads share.
+SCALED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(6)
+
+_SMALLEST_COLUMN_NORM = _f(1e-12)
+_SMALLEST_WEIGHT_NORM = 1e-30
+# Of an update that lies along the weights but for less than this share of it, what is left is rounding error.
+_SMALLEST_REST = 1e-6
+
+
+# The first pass over gradients ----------------------------------------------------------------------------------
+
+
+@entry
+def measure(parts, first, last, table, with_deviations, every, found, sample, memory):
+    """Sum up the gradients of some parts.
+
+    Args:
+        parts: (parts, 3): tensor, first element, end.
+        first, last: which of them.
+        table: a row for each tensor.
+        with_deviations: whether squared deviations are asked for.
+        every: distance between the elements that the context sees; 0 for none.
+        found: (parts, 4): sum of |g|, how many are not 0, how many are unusable, and the squared deviations of |g| from
+            the part's mean.
+        sample: the address of the elements that the context sees.
+        memory: (ROOMS, SHORT), to compute in.
+    """
+    parts, found = plain_numbers(parts), plain_doubles(found)
+    rooms = plain_floats(memory)
+    for number in range(first, last):
+        row = table[parts[number, 0]]
+        size, mean, deviations, nonzero, unusable = 0, 0.0, 0.0, 0, 0
+        for start in range(parts[number, 1], parts[number, 2], SHORT):
+            count = min(SHORT, parts[number, 2] - start)
+            g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
+            total, is_nonzero, is_unusable = loops.measure(g)
+            nonzero += is_nonzero
+            unusable += is_unusable
+            if every:
+                loops.sample_gradient(g, start, every, floats(sample, row.sample, -(-row.numel // every)))
+            shift = total / count - mean
+            if with_deviations:
+                deviations += loops.squared_deviations(g, _f(total / count))
+                deviations += shift * shift * size * count / (size + count)  # Chan's rule
+            size += count
+            mean += shift * count / size
+        found[number, 0] = mean * size
+        found[number, 1] = nonzero
+        found[number, 2] = unusable
+        found[number, 3] = deviations
+
+
+@entry
+def total_measures(parts, found, totals):
+    """Add up what `measure` found of each tensor: (tensors, 4)."""
+    for number in range(len(parts)):
+        tensor = parts[number, 0]
+        before, more = totals[tensor], found[number]
+        start, size = parts[number, 1], parts[number, 2] - parts[number, 1]
+        if start > 0:
+            shift = more[0] / size - before[0] / start
+            before[3] += shift * shift * start * size / (start + size)
+        for column in range(4):
+            before[column] += more[column]
+
+
+# Parts of the update, of one block ------------------------------------------------------------------------------
+
+
+@jit
+def block_length(row):
+    """How many elements are worked on at a time: whole blocks of a code."""
+    return max(SHORT, row.block)
+
+
+@jit
+def _scaled_gradient(row, k, start, count, factor, rooms):
+    """The scaled gradient of a block; no state changes."""
+    g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
+    sg = rooms[1, :count]
+    if k.came:
+        old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[2])
+        loops.scaled_gradient(g, old, k.total, k.rate2, k.eps1, factor, sg)
+    else:
+        loops.clipped_gradient(g, k.total, k.clip_bound, sg)
+    return sg
+
+
+@jit
+def _scale_gradient(row, k, start, count, factor, stream, rooms):
+    """The scaled gradient of a block; the second moment is updated."""
+    g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
+    sg = rooms[1, :count]
+    if k.came:
+        state = row.states[_EXP_AVG_SQ]
+        exp_avg_sq = load_state(state, row.block, start, count, k.maps, rooms[2])
+        loops.scale_gradient(exp_avg_sq, g, k.total, k.rate2, k.eps1, factor, sg)
+        store_state(exp_avg_sq, state, row.block, start, k.maps, stream)
+    else:
+        loops.clipped_gradient(g, k.total, k.clip_bound, sg)
+    return sg
+
+
+@jit
+def _drive(row, own, low_ranks, k, facts, sg, start, write, unpacked, rooms):
+    """What drives the momentum."""
+    if not k.driven:
+        return sg
+    drive = rooms[3, : len(sg)]
+    rates, shares = floats(k.rates, 0, len(own)), floats(k.shares, 0, len(own))
+    spacings = facts[SPACINGS:]
+    multiscale.drive(
+        own, low_ranks, row.numel, rates, shares, spacings, k.turning_point, sg, start, write, unpacked, rooms[0], drive
+    )
+    return drive
+
+
+@jit
+def _update_alone(row, own, low_ranks, k, facts, norms, start, count, rooms):
+    """The scaled gradient and the update of a block, up to Grams; no state changes."""
+    sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+    drive = _drive(row, own, low_ranks, k, facts, sg, start, False, 0, rooms)
+    u = rooms[4, :count]
+    exp_avg = load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[5])
+    exp_avg_res = load_state(row.states[_EXP_AVG_RES], row.block, start, count, k.maps, rooms[6])
+    if k.early:
+        s = load_state(row.states[_S], row.block, start, count, k.maps, rooms[7])
+        each = rooms[2, :count]
+        _repeat(norms, start, each)
+        loops.early_update_alone(
+            s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
+        )
+    else:
+        loops.late_update_alone(
+            exp_avg, exp_avg_res, sg, drive, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction,
+            k.gradient_share, u,
+        )  # fmt: skip
+    return sg, u
+
+
+@jit
+def _update(row, own, low_ranks, k, facts, norms, start, count, unpacked, stream, rooms):
+    """The same; the states are updated."""
+    sg = _scale_gradient(row, k, start, count, _f(facts[FACTOR]), stream, rooms)
+    drive = _drive(row, own, low_ranks, k, facts, sg, start, True, unpacked, rooms)
+    u = rooms[4, :count]
+    states = row.states
+    exp_avg = load_state(states[_EXP_AVG], row.block, start, count, k.maps, rooms[5])
+    exp_avg_res = load_state(states[_EXP_AVG_RES], row.block, start, count, k.maps, rooms[6])
+    if k.early:
+        s = load_state(states[_S], row.block, start, count, k.maps, rooms[7])
+        each = rooms[2, :count]
+        _repeat(norms, start, each)
+        loops.early_update(
+            s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
+        )
+        store_state(s, states[_S], row.block, start, k.maps, stream)
+    else:
+        loops.late_update(
+            exp_avg, exp_avg_res, sg, drive, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction,
+            k.gradient_share, u,
+        )  # fmt: skip
+    store_state(exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
+    store_state(exp_avg_res, states[_EXP_AVG_RES], row.block, start, k.maps, stream)
+    return sg, u
+
+
+@jit
+def _repeat(columns, start, out):
+    """A row of one value a column, as many times over as a block has rows, from where the block starts in its row."""
+    width = len(columns)
+    if width == 1:
+        loops.fill(out, columns[0])
+        return
+    done = 0
+    while done < len(out):
+        column = (start + done) % width
+        many = min(width - column, len(out) - done)
+        loops.copy(columns[column : column + many], out[done : done + many])
+        done += many
+
+
+@jit
+def _fetch_gradient(row, start, end):
+    """Begin to fetch what a block's scaled gradient is made of, while another block is worked on."""
+    count = min(block_length(row), end - start)
+    if count > 0:
+        prefetch(row.grad + bytes_of(row.grad_kind) * start, bytes_of(row.grad_kind) * count)
+        fetch_state(row.states[_EXP_AVG_SQ], start, count)
+
+
+@jit
+def _fetch_rest(row, start, end):
+    """Likewise the weights and the other states."""
+    count = min(block_length(row), end - start)
+    if count > 0:
+        prefetch(row.weight + bytes_of(row.weight_kind) * start, bytes_of(row.weight_kind) * count)
+        fetch_state(row.states[_EXP_AVG], start, count)
+        fetch_state(row.states[_EXP_AVG_RES], start, count)
+        fetch_state(row.states[_MASK], start, count)
+        fetch_state(row.states[_S], start, count)
+
+
+# The passes over a part -----------------------------------------------------------------------------------------
+
+
+@jit
+def sum_scaled(row, own, begin, end, k, sums, rooms):
+    """Second pass: the squares of the gradient over the root of the new second moment, and what momenta need."""
+    length = block_length(row)
+    for start in range(begin, end, length):
+        count = min(length, end - start)
+        _fetch_gradient(row, start + length, end)
+        if k.driven or not k.came:
+            sg = _scaled_gradient(row, k, start, count, _f(1.0), rooms)
+            sums[SQUARE] += loops.sum_of_squares(sg)
+            multiscale.sum_products(own, row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:])
+        else:
+            g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
+            old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[2])
+            sums[SQUARE] += loops.sum_scaled(g, old, k.total, k.rate2, k.eps1)
+
+
+@jit
+def conclude_scaled(row, own, k, sums, facts):
+    """CAME's bound on the root mean square: the factor of the scaled gradient."""
+    square = sums[SQUARE]
+    excess = math.sqrt(square / row.numel) / k.clip_threshold if k.came else 0.0
+    facts[FACTOR] = 1.0 / max(excess, 1.0)
+    if k.driven:
+        multiscale.new_spacings(
+            own, row.numel, floats(k.rates, 0, len(own)), sums[PRODUCTS:], square, facts[FACTOR], facts[SPACINGS:]
+        )
+
+
+@jit
+def sum_columns(row, own, low_ranks, begin, end, k, facts, of_momentum, of_drive, rooms):
+    """Early: the squares of each column of the momentum and of its drive."""
+    length = block_length(row)
+    for start in range(begin, end, length):
+        count = min(length, end - start)
+        sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+        drive = _drive(row, own, low_ranks, k, facts, sg, start, False, 0, rooms)
+        _add_to_columns(load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[5]), start, of_momentum)
+        _add_to_columns(drive, start, of_drive)
+
+
+@jit
+def _add_to_columns(x, start, out):
+    width = len(out)
+    if width == 1:
+        out[0] += loops.sum_of_squares(x)
+        return
+    done = 0
+    while done < len(x):
+        column = (start + done) % width
+        many = min(width - column, len(x) - done)
+        loops.add_squares(x[done : done + many], out[column : column + many])
+        done += many
+
+
+@jit
+def conclude_columns(of_momentum, of_drive, out):
+    """The product of the two norms of each column."""
+    for i in range(len(out)):
+        first = max(_f(math.sqrt(of_momentum[i])), _SMALLEST_COLUMN_NORM)
+        out[i] = first * max(_f(math.sqrt(of_drive[i])), _SMALLEST_COLUMN_NORM)
+
+
+@jit
+def sum_update(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms):
+    """Early: what OrthoGrad needs of the update and the weights. Later: how much of the update is cautious."""
+    length = block_length(row)
+    for start in range(begin, end, length):
+        count = min(length, end - start)
+        sg, u = _update_alone(row, own, low_ranks, k, facts, norms, start, count, rooms)
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[2])
+        if k.early:
+            along, weights, update = loops.products(u, p)
+            sums[ALONG] += along
+            sums[WEIGHTS] += weights
+            sums[UPDATE] += update
+        else:
+            sums[AGREEING] += loops.count_agreement(u, sg, p, _f(0.0), _f(1.0))
+
+
+@jit
+def conclude_update(row, k, sums, facts):
+    """OrthoGrad's two factors: of the weights in what is taken off, and of what is left."""
+    facts[SHARE_ALONG], facts[LENGTHENING] = 0.0, 1.0
+    if k.early and row.numel > 1 and math.sqrt(sums[WEIGHTS]) > _SMALLEST_WEIGHT_NORM:
+        size = math.sqrt(sums[UPDATE])
+        rest = math.sqrt(max(sums[UPDATE] - sums[ALONG] * sums[ALONG] / sums[WEIGHTS], 0.0))
+        facts[SHARE_ALONG] = sums[ALONG] / sums[WEIGHTS]
+        facts[LENGTHENING] = size / max(rest, _SMALLEST_REST * size, k.eps3)
+    conclude_agreement(row, sums, facts)
+
+
+@jit
+def conclude_agreement(row, sums, facts):
+    """Cautious: the factor of the elements that are kept."""
+    facts[CAUTIOUS] = row.numel / (sums[AGREEING] + 1.0)
+
+
+@jit
+def sum_agreement(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms):
+    """Early and cautious: how much of the update without its part along the weights is cautious."""
+    length = block_length(row)
+    for start in range(begin, end, length):
+        count = min(length, end - start)
+        sg, u = _update_alone(row, own, low_ranks, k, facts, norms, start, count, rooms)
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[2])
+        sums[AGREEING] += loops.count_agreement(u, sg, p, _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING]))
+
+
+@jit
+def scale_rows(row, begin, end, softening, out, rooms):
+    """ALLoRA: the factor of each row from one on, up to another; some whole rows at a time if they are short."""
+    columns = row.columns
+    many = max(1, SHORT // columns)
+    for first in range(begin, end, many):
+        last = min(first + many, end)
+        if columns <= SHORT:
+            p = load_floats(row.weight, row.weight_kind, first * columns, (last - first) * columns, rooms[0])
+            loops.row_squares(p, columns, out[first:last])
+            continue
+        square = _f(0.0)
+        for start in range(first * columns, last * columns, SHORT):
+            count = min(SHORT, last * columns - start)
+            square += loops.sum_of_squares(load_floats(row.weight, row.weight_kind, start, count, rooms[0]))
+        out[first] = square
+    loops.row_factors(out[begin:end], softening)
+
+
+@jit
+def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacked, rooms, signs):
+    """The last pass: new states and weights.
+
+    Args:
+        row: the tensor's row of the table.
+        own: its momenta.
+        begin, end: the part.
+        k: one of `settings.SETTINGS`.
+        facts: what the other passes concluded of the tensor.
+        norms: early, of each column.
+        row_factors: ALLoRA's, of each row.
+        unpacked: addresses of a byte an element for signs, and for levels of momenta; 0 if one thread has the tensor.
+        rooms: memory for blocks.
+        signs: memory for the bytes of two blocks.
+    """
+    length = block_length(row)
+    stream = noise_stream(row.position, k.step)
+    along, lengthening = _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING])
+    decay = k.weight_decay * _f(facts[STRENGTH]) if k.decays else _f(0.0)
+    for start in range(begin, end, length):
+        count = min(length, end - start)
+        _fetch_rest(row, start + length, end)
+        sg, u = _update(row, own, low_ranks, k, facts, norms, start, count, unpacked[1], stream, rooms)
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[5])
+        mask = load_state(row.states[_MASK], row.block, start, count, k.maps, rooms[6])
+        if k.warmup:
+            _adjust_mask(row, k, start, mask, unpacked[0], rooms[0], signs)
+        if k.cautious:
+            loops.mask_disagreement(u, sg, p, along, lengthening, _f(facts[CAUTIOUS]))
+        if k.every:
+            loops.sample(sg, start, k.every, _seen(row, k, k.grad_sample))
+        scaling = rooms[7, :count]
+        if k.row_scaled:
+            _fill_rows(scaling, start, row.columns, row_factors, k.scheduler)
+        else:
+            loops.fill(scaling, k.scheduler)
+        change = rooms[1, :count]
+        # A cautious update has no part along the weights any more.
+        off, longer = (_f(0.0), _f(1.0)) if k.cautious else (along, lengthening)
+        loops.step_weights(p, u, mask, scaling, off, longer, decay, k.multiplier, k.min_lr, k.max_lr, change)
+        if k.every:
+            loops.sample(change, start, k.every, _seen(row, k, k.change_sample))
+        store_weights(p, row.weight, row.weight_kind, start, stream)
+        if k.warmup and k.has_polarity:
+            store_state(mask, row.states[_MASK], row.block, start, k.maps, stream)
+
+
+@jit
+def _adjust_mask(row, k, start, mask, unpacked, room, signs):
+    """The mask of a block by the signs of its gradient, which become those of the step before."""
+    count = len(mask)
+    now = signs[0][:count]
+    loops.polarity(load_floats(row.grad, row.grad_kind, start, count, room), k.total, now)
+    if k.has_polarity:
+        before = load_signs(row.states[_POLARITY], row.numel, start, count, signs[1])
+        loops.bump(mask, now, before, k.lr_bump, k.min_lr, k.max_lr)
+    if unpacked != 0:
+        copy_bytes(now, bytes_at(unpacked, start, count))
+    else:
+        store_signs(now, row.states[_POLARITY], row.numel, start)
+
+
+@jit
+def _seen(row, k, address):
+    """A tensor's part of what the context sees."""
+    return floats(address, row.sample, -(-row.numel // k.every))
+
+
+@jit
+def _fill_rows(out, start, columns, factors, common):
+    """A block filled with the factor of each row, times a common one; it may begin and end within a row."""
+    count = len(out)
+    row = start // columns
+    head = min((row + 1) * columns - start, count)
+    loops.fill(out[:head], factors[row] * common)
+    whole = (count - head) // columns
+    end = head + whole * columns
+    loops.fill_rows(out[head:end], columns, factors[row + 1 : row + 1 + whole], common)
+    if end < count:
+        loops.fill(out[end:], factors[row + 1 + whole] * common)
+
+
+# A whole tensor -------------------------------------------------------------------------------------------------
+
+
+@jit
+def follow_low_rank(row, momentum, rate, k, factor, rooms):
+    """Update one momentum of low rank: one subspace iteration, whose two products see the gradient in two sweeps."""
+    factors, probe, left = multiscale.begin_low_rank(momentum, rate, k.step)
+    length = block_length(row)
+    for start in range(0, row.numel, length):
+        count = min(length, row.numel - start)
+        sg = _scaled_gradient(row, k, start, count, factor, rooms)
+        multiscale.probe_gradient(momentum, rate, sg, start, probe, left)
+    right = multiscale.begin_right(momentum, factors, left)
+    for start in range(0, row.numel, length):
+        count = min(length, row.numel - start)
+        sg = _scaled_gradient(row, k, start, count, factor, rooms)
+        multiscale.project_gradient(momentum, rate, sg, start, left, right)
+    multiscale.finish_low_rank(momentum, left, right)
+
+
+@jit
+def follow_low_ranks(row, own, k, facts, rooms):
+    """Update the momenta of low rank that are due."""
+    for j in range(len(own)):
+        rate = floats(k.rates, j, 1)[0]
+        if own[j].kind == LOW_RANK and rate != 0:
+            follow_low_rank(row, own[j], rate, k, _f(facts[FACTOR]), rooms)
+
+
+@entry
+def step_whole(tensors, first, last, table, momenta, factors, settings, facts, unpacked, memory, signs, widths):
+    """The whole step of some tensors, one after the other, each small enough to stay in a cache meanwhile.
+
+    Args:
+        tensors: numbers of tensors.
+        first, last: which of them.
+        unpacked: two zeros; see `write`.
+        memory: (ROOMS, length of the longest block), to compute in.
+        signs: (2, length of the longest block), likewise.
+        widths: memory for a number for each column twice, and for each row.
+    """
+    k, facts, unpacked = settings[0], plain_doubles(facts), plain_numbers(unpacked)
+    rooms, signs, widths = plain_floats(memory), plain_bytes(signs), plain_floats(widths)
+    own_sums = numpy.empty(PRODUCTS + 2 * momenta.shape[1], dtype=numpy.float64)
+    sums = plain_doubles(own_sums)
+    for number in range(first, last):
+        tensor = tensors[number]
+        row, own, low_ranks, its_facts = table[tensor], momenta[tensor], factors[tensor], facts[tensor]
+        end = row.numel
+        loops.fill(sums, 0.0)
+        sum_scaled(row, own, 0, end, k, sums, rooms)
+        conclude_scaled(row, own, k, sums, its_facts)
+        if k.driven:
+            follow_low_ranks(row, own, k, its_facts, rooms)
+        norms, of_drive = widths[: row.columns], widths[row.columns : 2 * row.columns]
+        if k.early:
+            loops.fill(norms, _f(0.0))
+            loops.fill(of_drive, _f(0.0))
+            sum_columns(row, own, low_ranks, 0, end, k, its_facts, norms, of_drive, rooms)
+            conclude_columns(norms, of_drive, norms)
+        if k.early or k.cautious:
+            sum_update(row, own, low_ranks, 0, end, k, its_facts, norms, sums, rooms)
+            conclude_update(row, k, sums, its_facts)
+            if k.early and k.cautious:
+                sum_agreement(row, own, low_ranks, 0, end, k, its_facts, norms, sums, rooms)
+                conclude_agreement(row, sums, its_facts)
+        row_factors = widths[2 * row.columns : 2 * row.columns + row.rows]
+        if k.row_scaled:
+            scale_rows(row, 0, row.rows, k.softening, row_factors, rooms)
+        write(row, own, low_ranks, 0, end, k, its_facts, norms, row_factors, unpacked, rooms, signs)
+        if k.driven:
+            multiscale.finish_scales(own, floats(k.rates, 0, len(own)), its_facts[SPACINGS:])
+
+
+# A tensor that several threads share ----------------------------------------------------------------------------
+
+
+def stages(early: bool, cautious: bool, row_scaled: bool) -> list[int]:
+    """The passes that a step takes over such a tensor, in their order."""
+    wanted = {
+        SCALED: True,
+        COLUMN_NORMS: early,
+        UPDATES: early or cautious,
+        AGREEMENTS: early and cautious,
+        ROW_NORMS: row_scaled,
+        WRITTEN: True,
+    }
+    return [stage for stage, is_wanted in wanted.items() if is_wanted]
+
+
+@entry
+def step_parts(
+    stage,
+    parts,
+    first,
+    last,
+    tensor,
+    table,
+    momenta,
+    factors,
+    settings,
+    facts,
+    sums,
+    columns,
+    norms,
+    row_factors,
+    unpacked,
+    memory,
+    signs,
+):  # fmt: skip
+    """One pass over some parts of one tensor, of `stages`; what all parts sum is concluded in between."""
+    parts, row, k = plain_numbers(parts), table[tensor], settings[0]
+    own, low_ranks = momenta[tensor], factors[tensor]
+    facts, sums, columns = plain_doubles(facts), plain_doubles(sums), plain_floats(columns)
+    norms, row_factors, unpacked = plain_floats(norms), plain_floats(row_factors), plain_numbers(unpacked)
+    rooms, signs = plain_floats(memory), plain_bytes(signs)
+    for number in range(first, last):
+        begin, end = parts[number, 1], parts[number, 2]
+        if stage == SCALED:
+            sum_scaled(row, own, begin, end, k, sums[number], rooms)
+        elif stage == COLUMN_NORMS:
+            sum_columns(row, own, low_ranks, begin, end, k, facts, columns[number, 0], columns[number, 1], rooms)
+        elif stage == UPDATES:
+            sum_update(row, own, low_ranks, begin, end, k, facts, norms, sums[number], rooms)
+        elif stage == AGREEMENTS:
+            sum_agreement(row, own, low_ranks, begin, end, k, facts, norms, sums[number], rooms)
+        elif stage == ROW_NORMS:
+            begin, end = number * row.rows // len(parts), (number + 1) * row.rows // len(parts)
+            scale_rows(row, begin, end, k.softening, row_factors, rooms)
+        else:
+            write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacked, rooms, signs)
+
+
+@entry
+def conclude(
+    stage, tensor, table, momenta, factors, settings, facts, sums, columns, norms, row_factors, unpacked, memory, signs
+):
+    """What follows from the sums of all parts, before the next pass."""
+    row, own, k = table[tensor], momenta[tensor], settings[0]
+    facts, sums, columns, norms = plain_doubles(facts), plain_doubles(sums), plain_floats(columns), plain_floats(norms)
+    for number in range(1, len(sums)):
+        loops.add_scaled(sums[number], 1.0, sums[0])
+    total = sums[0]
+    if stage == SCALED:
+        conclude_scaled(row, own, k, total, facts)
+        if k.driven:
+            follow_low_ranks(row, own, k, facts, plain_floats(memory))
+    elif stage == COLUMN_NORMS:
+        for number in range(1, len(columns)):
+            for which in range(2):
+                loops.add_scaled(columns[number, which], _f(1.0), columns[0, which])
+        conclude_columns(columns[0, 0], columns[0, 1], norms)
+    elif stage == UPDATES:
+        conclude_update(row, k, total, facts)
+    elif stage == AGREEMENTS:
+        conclude_agreement(row, total, facts)
+    elif stage == WRITTEN:
+        if k.warmup and unpacked[0] != 0:
+            store_signs(bytes_at(unpacked[0], 0, row.numel), row.states[_POLARITY], row.numel, 0)
+        if k.driven:
+            for j in range(len(own)):
+                if unpacked[1] != 0 and own[j].kind == FOUR_BITS and floats(k.rates, j, 1)[0] != 0:
+                    multiscale.pack_levels(unpacked[1] + j * row.numel, own[j].address, row.numel)
+            multiscale.finish_scales(own, floats(k.rates, 0, len(own)), facts[SPACINGS:])
