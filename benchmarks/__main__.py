@@ -22,6 +22,7 @@ NAMES = (
     "kernels",
     "gpu",
     "lora_bytes",
+    "shards",
     "convergence",
     "learning_rate_free",
     "eight_bit_quality",

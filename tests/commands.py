@@ -41,6 +41,14 @@ def check(command, monkeypatch):
         _check_packages(rest[1:])
     elif program == "accelerate":
         _check_training(_launched(rest), monkeypatch)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        started = get_args_parser().parse_args(rest)
+        assert (ROOT / started.training_script).is_file(), started.training_script
+        # The one script of the tests that is the trainer's command line.
+        assert started.training_script == "tests/reliability/fsdp_on_cpu.py"
+        _check_training(["train_network_patch.py", *started.training_script_args], monkeypatch)
     else:
         assert program == "python", f"no parser is known for {program!r}"
         _check_python(rest, monkeypatch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reliability.distributed import built_too_early, ddp, sharded
+from reliability.distributed import built_too_early, ddp, flattened
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -16,12 +16,12 @@ def test_ddp_replicas_are_equal_bit_for_bit_also_after_resuming():
 
 
 def refused(message):
-    return "sharded over processes (FSDP, DTensor)" in message and "Supported: one process, and DDP" in message
+    return "is of FSDP1, which flattens it; use FSDP2" in message
 
 
-def test_sharded_parameters_are_refused_at_the_first_step():
-    for messages in sharded():
-        assert len(messages) == 3
+def test_fsdp1_is_refused_by_name_at_the_first_step():
+    for messages in flattened():
+        assert len(messages) == 2
         for kind, by_optimizer in messages.items():
             for name, message in by_optimizer.items():
                 assert refused(message), (kind, name)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from documents import ROOT
+from torch.distributed.tensor import Shard
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim
 from library.cameamp.command_line import UserError
 from library.cameamp.sd_scripts.resuming import Resume
 from library.cameamp.sd_scripts.settings import resolve
-from library.cameamp.step import measure
+from library.cameamp.sharding import check_shards
 from library.cameamp.storage.blockwise import Blockwise
 from train_network_patch import main
 
@@ -53,6 +54,19 @@ def stepped(optimizer_class, *shapes, groups=1, **options):
         p.grad = torch.ones_like(p)
     optimizer.step()
     return optimizer
+
+
+def from_shards():
+    """What a first step says of parameters that others than FSDP2 have cut."""
+    kinds = ({"_fsdp_flattened": True}, {"ds_id": 0}, {"device_mesh": None, "placements": (Shard(1),)})
+    found = set()
+    for marks in kinds:
+        p = torch.nn.Parameter(torch.ones(8, 8))
+        for name, value in marks.items():
+            setattr(p, name, value)
+        found |= error_of(lambda p=p: check_shards([([p], [p.shape])]))
+    flat = torch.nn.Parameter(torch.ones(128))
+    return found | error_of(lambda: check_shards([([flat], [torch.Size((8, 8))] * 2)]))
 
 
 def from_command_lines(folder, capsys):
@@ -122,9 +136,7 @@ def from_the_host(monkeypatch, folder):
             resolve(Namespace(**{"lr_scheduler": "constant", **options, **changed}))
         found.add(f"error: {caught.value}")
     found |= from_a_resume(folder)
-    sharded = torch.nn.Parameter(torch.ones(8, 8))
-    sharded.device_mesh = None
-    found |= error_of(lambda: measure.check_whole([sharded]))
+    found |= from_shards()
     # What sd-scripts itself does with a name that it does not know.
     found |= error_of(lambda: getattr(torch.optim, "Automagic_CameAMP8bit"))  # noqa: B009
     with monkeypatch.context() as patched:

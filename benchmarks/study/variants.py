@@ -56,7 +56,13 @@ def _as_it_is(tensor: Tensor, *_: Any) -> Tensor:
 
 
 def _without_torque(
-    exp_avg: Tensor, s: Tensor, scaled_grad: Tensor, eps: float, scratch: Any = None, drive: Tensor | None = None
+    exp_avg: Tensor,
+    s: Tensor,
+    scaled_grad: Tensor,
+    eps: float,
+    scratch: Any = None,
+    drive: Tensor | None = None,
+    sums: Any = None,
 ) -> Tensor:
     """The damping of a gradient that has nothing to do with the momentum, whatever the two are."""
     exp_avg.mul_(tam.DECAY).add_(scaled_grad if drive is None else drive, alpha=0.5)

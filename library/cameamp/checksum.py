@@ -24,7 +24,7 @@ _PART = 1024 * 1024
 Sums = Mapping[str, int]
 
 
-def tensor_sums(stack: Tensor) -> Tensor:
+def tensor_sums(stack: Tensor, first: int = 0) -> Tensor:
     """The checksum of each tensor of a stack.
 
     Element i has the weight 2 i + 1. Weights are odd, so every change of a single element changes the sum. Swapping two
@@ -32,16 +32,17 @@ def tensor_sums(stack: Tensor) -> Tensor:
 
     Args:
         stack: (tensors, ...), of any dtype that is not complex.
+        first: the number of the first element; the sums of the parts of a tensor add up to its own.
 
     Returns:
         (tensors,) int64, on the stack's device.
     """
-    patterns = stack.reshape(len(stack), -1).contiguous().view(_PATTERNS[stack.element_size()])
+    patterns = stack.reshape(len(stack), stack[0].numel()).contiguous().view(_PATTERNS[stack.element_size()])
     sums = torch.zeros(len(stack), dtype=torch.int64, device=stack.device)
     length = max(1, _PART // max(1, len(stack)))
     for start in range(0, patterns.shape[1], length):
         part = patterns[:, start : start + length].to(torch.int64)
-        weights = torch.arange(start, start + part.shape[1], device=stack.device).mul_(2).add_(1)
+        weights = torch.arange(first + start, first + start + part.shape[1], device=stack.device).mul_(2).add_(1)
         sums += (part * weights).sum(dim=1)  # Not in place: int64 is not copied.
     return sums
 

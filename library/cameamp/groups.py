@@ -14,6 +14,7 @@ from .config import OPTION_NAMES, OptimizerConfig, checked
 from .options import check_group_names
 from .parameters import Parameters
 from .phase import Phase
+from .sharding import WHOLE
 from .stacks.layout import Layout
 from .stacks.stack import Binding, ParameterState, Stack, Traits
 from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
@@ -85,6 +86,10 @@ class Group:
         parameters: those of the whole optimizer.
         precision: which states are coded.
         periods: those of its multi-scale momenta.
+
+    Attributes:
+        names: the names of its parameters; "" for one that is not known.
+        shapes: the shapes of the parameters that it was built with.
     """
 
     def __init__(
@@ -100,6 +105,8 @@ class Group:
         self.entry = entry
         self.config = options.config
         self.periods = periods
+        self.names: list[str] = [*entry.get("param_names", [""] * len(entry["params"]))]
+        self.shapes = [p.shape for p in entry["params"]]
         self._lr = options.lr
         self._parameters = parameters
         self.precision = precision
@@ -165,7 +172,9 @@ class Group:
 
     def format(self, state: State, p: Tensor) -> Format:
         """How a state of one of its parameters is stored."""
-        return state.full if p in self.uncoded else self.precision.format(state, p.shape, self.config)
+        if p in self.uncoded:
+            return state.full
+        return self.precision.format(state, p.shape, self.config, by_row=self._parameters.cut(p) is not WHOLE)
 
     def phase(self, stack: Stack) -> Phase:
         """The phase of a stack's step."""
@@ -176,6 +185,9 @@ class Group:
         due: dict[int, list[tuple[str, bool]]] = {}  # by the step that a parameter is at; usually all are at one
         for p in params:
             state = states[p]
+            if state.get("step") == 0:  # States made without a step have room for signs, and no signs.
+                for key in ("last_polarity", "last_polarity_q"):
+                    state.pop(key, None)
             step = state["step"] = state.get("step", 0) + 1
             if step not in due:
                 due[step] = [
@@ -194,9 +206,11 @@ class Group:
         for p in params:
             state = states[p]
             has_polarity = "last_polarity" in state or "last_polarity_q" in state
-            key = (state["step"], p in scaled, has_polarity, *[state.get(counter, 0) for counter in counters])
+            cut = self._parameters.cut(p)
+            counts = [state.get(counter, 0) for counter in counters]
+            key = (state["step"], p in scaled, has_polarity, cut, *counts)
             if key not in alike:
-                alike[key] = Traits(key[0], key[1], key[2], key[3:])
+                alike[key] = Traits(state["step"], p in scaled, has_polarity, tuple(counts), cut)
             members.append((self._parameters.position(p), p, alike[key]))
         stacks, left_behind = self._layout.stacks(members)
         for p in left_behind:
@@ -240,11 +254,16 @@ class Group:
         self.uncoded.update(params)
 
     def lr_mask(self, p: Tensor, states: States) -> Tensor:
-        """The mask of one of its parameters, a copy; before its first step, what that will start from."""
-        state = states.get(p, {})
-        if "step" not in state:
-            return torch.full(p.shape, self.starting_lr, dtype=torch.float32, device=p.device)
-        return to_full(LR_MASK, state, self.format(LR_MASK, p), p.shape)
+        """The mask of one of its parameters, a copy, cut as it is; before its first step, what that will start from."""
+        state, cut = states.get(p, {}), self._parameters.cut(p)
+        code = self.format(LR_MASK, p)
+        shape = torch.Size((cut.rows(p.shape)[1], *p.shape[1:])) if p.ndim else p.shape
+        if "step" in state:
+            here = {key: cut.local([state[key]])[0] for key in code.keys(LR_MASK.name)}
+            mask = to_full(LR_MASK, here, code, shape)
+        else:
+            mask = torch.full(shape, self.starting_lr, dtype=torch.float32, device=p.device)
+        return cut.wrapped([mask], p.shape[0] if p.ndim else 1)[0]
 
     def mask_and_row_scaling(self, stack: Stack, states: States) -> tuple[Tensor, Tensor | None]:
         """The masks of a stack, (tensors, rows, columns), and ALLoRA's factors, (tensors, rows, 1), if it applies."""

@@ -8,6 +8,7 @@ import torch
 
 from .optimizer import CameAMP
 from .rounding import Dither
+from .sharding import cut_of
 from .states import LR_MASK, in_format
 
 
@@ -48,10 +49,13 @@ def rescale(optimizer: CameAMP, lrs: Sequence[float]) -> None:
             mask = mask.mul_(lr / old) if old != 0 else mask.fill_(lr)
             mask.clamp_(group.config.min_lr, group.config.max_lr)
             position = torch.tensor([optimizer._parameters.position(p)], dtype=torch.int32, device=p.device)
-            dither = Dither(position, state["step"] + 1)
-            written = in_format(LR_MASK.name, mask, group.format(LR_MASK, p), p.shape, dither)
+            cut = cut_of(p)
+            (mask,) = cut.local([mask])
+            dither = Dither(position, state["step"] + 1, cut.rows(p.shape)[0] * p.shape[1:].numel())
+            written = in_format(LR_MASK.name, mask, group.format(LR_MASK, p), mask.shape, dither)
             for key, value in written.items():
-                state[key].copy_(value.view(state[key].shape))
+                (own,) = cut.local([state[key]])
+                own.copy_(value.view(own.shape))
         # A frozen group's scheduler writes 0 whatever its factor is; its next step writes the right rate.
         group.restore({"initial_lr": lr, "lr": lr * (factor if old != 0 else 1.0)})
     optimizer._forget()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import sharding, states_only
 from .checkpoint.load import restore
 from .checkpoint.save import complete
 from .config import OptimizerConfig
@@ -56,7 +57,7 @@ class CameAMP(Optimizer):
             raise TypeError(f"give either config or options, not both; got config and {', '.join(options)}")
         self.config = config
         self._groups: list[Group] = []
-        self._parameters = Parameters()
+        self._parameters = Parameters(self._groups)
         self._driver = self._driver_class(config)
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
         self._engine = Engine()
@@ -84,13 +85,12 @@ class CameAMP(Optimizer):
         entry["max_lr"] = options.config.max_lr
         periods = self._driver.periods(options.config)
         self._groups.append(Group(number, entry, options, self._parameters, self._precision, periods))
-        self._parameters.names.update(zip(entry["params"], entry.get("param_names", ())))
         self._forget()
 
     def set_parameter_names(self, names: Mapping[Tensor, str]) -> None:
         """Name parameters, so that LoRA factors can be recognized; parameters of other optimizers are ignored."""
-        own = {p for entry in self.param_groups for p in entry["params"]}
-        self._parameters.names.update((p, name) for p, name in names.items() if p in own)
+        for group in self._current_groups():
+            group.names = [names.get(p, known) for p, known in zip(group.params, group.names)]
         self._forget()
 
     def _current_groups(self) -> list[Group]:
@@ -129,8 +129,8 @@ class CameAMP(Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: a sparse or complex gradient, or a sharded parameter; before any parameter or state has
-                changed.
+            RuntimeError: a sparse or complex gradient, or a parameter that is sharded in another way than FSDP2
+                shards it; before any parameter or state has changed.
         """
         loss = None
         if closure is not None:
@@ -143,25 +143,32 @@ class CameAMP(Optimizer):
         if len(self.param_groups) != len(groups) or (known and count != known):
             raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
         if not known:
-            measure.check_whole(p for group in groups for p in group.params)
+            sharding.check_shards((group.params, group.shapes) for group in groups)
         active = [measure.with_gradient(group.params) for group in groups]
         if not self.state and not any(active):
             measure.warn_of_none(p for group in groups for p in group.params)
         if any(active):
             self._parameters.locate([group.params for group in groups])
+        processes, watch_every = self._parameters.processes, self._driver.watch_every(groups)
+        only_states = not self.state and states_only.is_asked_for(self.param_groups, active, processes)
         stacks = []
         for group, params in zip(groups, active):
             group.count_step(params, self.state)
             stacks.append(group.stacks(params, self.state) if params else [])
+        if only_states:
+            states_only.make(groups, stacks, self.state, self._driver)
+            return loss
         taking = [(group, own) for group, own in zip(groups, stacks) if own]
-        watched_at = self._driver.watch_every(groups), self._driver.watch_places(groups)
-        step = self._engine.begin_step(taking, self.state, *watched_at, self._techniques)
+        watched_at = watch_every, self._driver.watch_places(groups)
+        step = self._engine.begin_step(taking, self.state, *watched_at, self._techniques, processes)
         measured = [step.measure(group, own) for group, own in taking]
         for found in measured:
             measure.tally(self._unusable, found.unusable)
-        multiplier = self._driver.observe(groups, measured)
+        measured, totals = step.add_up(measured, self._driver.to_add_up(groups, measured, processes))
+        multiplier = self._driver.observe(groups, measured, totals)
+        step.ask(measured, multiplier)
         watched = [seen for found in measured for seen in step.update(found, multiplier)]
-        self._driver.follow(measured, watched)
+        self._driver.follow(groups, measured, watched)
         return loss
 
     def report_loss(self, loss: Tensor | float) -> None:

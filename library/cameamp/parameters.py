@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from . import lora
+from .sharding import Alone, Cut, Processes, cut_of, processes_of
 
 logger = logging.getLogger(__name__)
 
@@ -40,24 +41,46 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
             )
 
 
+class Named(Protocol):
+    """A parameter group. Names go by place, because a wrapper that shards parameters replaces them.
+
+    Attributes:
+        names: the names of its parameters; "" for one that is not known.
+    """
+
+    names: list[str]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Its parameters."""
+
+
 class Parameters:
     """What is known of all parameters together, once `locate` has looked.
 
+    Args:
+        groups: the optimizer's groups, now and later.
+
     Attributes:
-        names: the names of the parameters whose names are known.
         factors: the LoRA factors.
+        processes: those that hold the parameters.
     """
 
-    def __init__(self) -> None:
-        self.names: dict[Tensor, str] = {}
+    def __init__(self, groups: Sequence[Named]) -> None:
+        self._groups = groups
         self.forget(log_again=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names}
+        return {"_groups": self._groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.names = state["names"]
+        self._groups = state["_groups"]
         self.forget(log_again=True)
+
+    @property
+    def names(self) -> dict[Tensor, str]:
+        """The names of the parameters whose names are known."""
+        return {p: name for group in self._groups for p, name in zip(group.params, group.names) if name}
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -66,6 +89,8 @@ class Parameters:
         """Let `locate` look again, and log what it finds if it has changed or, with `log_again`, in any case."""
         self.factors: set[Tensor] = set()
         self._positions: dict[Tensor, int] = {}
+        self._cuts: dict[Tensor, Cut] = {}
+        self.processes: Processes = Alone()
         if log_again:
             self._logged: tuple[int, int] | None = None
 
@@ -74,7 +99,11 @@ class Parameters:
         if self._positions:
             return
         self.factors = lora.find_factors(groups, self.names)
-        self._positions = {p: position for position, p in enumerate(p for group in groups for p in group)}
+        parameters = [p for group in groups for p in group]
+        self._positions = {p: position for position, p in enumerate(parameters)}
+        self.processes = processes_of(parameters)
+        alike: dict[Cut, Cut] = {}  # One object for equal cuts, which are compared at every step.
+        self._cuts = {p: alike.setdefault(cut, cut) for p in parameters for cut in [cut_of(p)]}
         count, total = len(self.factors), len(self._positions)
         if (count, total) != self._logged:
             self._logged = (count, total)
@@ -88,3 +117,7 @@ class Parameters:
     def position(self, p: Tensor) -> int:
         """The parameter's number in the optimizer."""
         return self._positions[p]
+
+    def cut(self, p: Tensor) -> Cut:
+        """Which part of the parameter this process holds."""
+        return self._cuts.get(p) or cut_of(p)

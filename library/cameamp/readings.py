@@ -40,9 +40,10 @@ def summarize(group: Group, states: States, driver: Driver) -> Tensor | float:
     """Mean, smallest and largest effective learning rate of a group.
 
     Returns:
-        (3,) float32 on the group's device; before its first step the one number that it starts from.
+        (3,) float32 on the group's device; the one number that it starts from if there are no states here.
     """
-    stacks = group.stacks_with_states(states)
+    # Of shards what is here, which may be nothing.
+    stacks = [stack for stack in group.stacks_with_states(states) if stack.rows > 0]
     if not stacks:
         return float(group.entry["lr"])
     sums, lows, highs, count = [], [], [], 0

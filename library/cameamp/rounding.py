@@ -33,10 +33,12 @@ class Dither(NamedTuple):
     Attributes:
         positions: int32 number of each tensor, (tensors,), that tells its noise from its neighbours'.
         step: number of the step, likewise.
+        first: the number of the stack's first element in each whole tensor, of which a shard is a part.
     """
 
     positions: Tensor
     step: int
+    first: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +52,7 @@ class Dither(NamedTuple):
             The parts, which are views, and for each a function that makes its noise in [0, 1), of its shape.
         """
         parts = x.split(max(1, _PART // len(x)), dim=1)
-        starts = [sum(part.shape[1] for part in parts[:index]) for index in range(len(parts))]
+        starts = [self.first + sum(part.shape[1] for part in parts[:index]) for index in range(len(parts))]
         return parts, [partial(uniform_noise, self, start, part.shape[1]) for start, part in zip(starts, parts)]
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from .config import OptimizerConfig
 from .phase import Phase
 from .rounding import Dither
-from .storage import Format
+from .storage import Format, matrix_shape
 from .storage.averages import average_formats
 from .storage.bits import Bits
-from .storage.blockwise import SMALLEST_BLOCK, Blockwise, block_of
+from .storage.blockwise import SMALLEST_BLOCK, Blockwise, block_of, block_of_row
+from .storage.by_row import ByRow
 from .storage.full import Full
 from .storage.linear import Linear
 
@@ -50,6 +51,7 @@ class State:
         within_lr_bounds: whether its elements stay from min_lr to max_lr.
         always_coded: whether the 32-bit optimizers code it too.
         counter: the key under which its updates are counted; "" if the parameter's step is that count.
+        code_of_row: how a row is stored if each is coded by itself; None for as `code` would.
     """
 
     name: str
@@ -63,6 +65,7 @@ class State:
     within_lr_bounds: bool = False
     always_coded: bool = False
     counter: str = ""
+    code_of_row: _Code | None = None
 
     @property
     def when(self) -> str:
@@ -80,21 +83,35 @@ class State:
         """Its format when it is not coded."""
         return Full(self.dtype)
 
-    def format_of(self, saved: Mapping[str, Any], shape: torch.Size, config: OptimizerConfig) -> Format | None:
+    def code_of_rows(self, config: OptimizerConfig, shape: torch.Size) -> Format | None:
+        """How it is stored in 8 bits if each row is coded by itself; None if rows are too short, or odd."""
+        _, columns = matrix_shape(shape)
+        block = block_of_row(columns, config.blocksize)
+        if block is None:
+            return None
+        code = (self.code_of_row or self.code)(config, torch.Size((columns,)), block)
+        if isinstance(code, Bits) and columns % 8:
+            return None
+        return code if isinstance(code, Linear) else ByRow(code)
+
+    def format_of(
+        self, saved: Mapping[str, Any], shape: torch.Size, config: OptimizerConfig, whole: torch.Size | None = None
+    ) -> Format | None:
         """The format in which one parameter's saved state holds this state; None if it does not.
 
         Args:
             saved: the parameter's state.
-            shape: the parameter's.
+            shape: the parameter's, as far as it is there.
             config: the options that it was saved under.
+            whole: the parameter's own, if only some of its rows are there.
 
         Raises:
             ValueError: what it holds is of no format of this state; with the key and the reason.
         """
         if self.name in saved:
             found: Format = self.full
-        elif f"{self.name}_q" in saved and (not self.always_coded or shape.numel() >= SMALLEST_CODED):
-            found = self.code(config, shape, SMALLEST_BLOCK)
+        elif f"{self.name}_q" in saved and (not self.always_coded or (whole or shape).numel() >= SMALLEST_CODED):
+            found = self._code_of(saved, config, whole or shape)
         else:
             return None
         tensors = {}
@@ -108,6 +125,13 @@ class State:
         if self.never_negative and isinstance(found, Full) and (tensors[""] < 0).any():
             raise ValueError(f"the state '{self.name}' has negative elements")
         return found
+
+    def _code_of(self, saved: Mapping[str, Any], config: OptimizerConfig, shape: torch.Size) -> Format:
+        """Its code, for a parameter of `shape`; by row if the saved tensors have rows in front."""
+        plain, of_rows = self.code(config, shape, SMALLEST_BLOCK), self.code_of_rows(config, shape)
+        *_, (suffix, part) = plain.parts(shape).items()
+        value = saved.get(self.name + suffix)
+        return of_rows if of_rows and isinstance(value, Tensor) and value.ndim > len(part.shape) else plain
 
 
 def _signed(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
@@ -157,6 +181,7 @@ def momentum(period: int) -> State:
         partial(_average, period),
         always_coded=True,
         counter=f"momentum_count_{period}",
+        code_of_row=partial(_average, period),
     )
 
 
@@ -188,12 +213,21 @@ class Precision:
     codes_all: bool = False
     codes_none: bool = False
 
-    def format(self, state: State, shape: torch.Size, config: OptimizerConfig) -> Format:
-        """The format of a state of a parameter of `shape` under a group's options."""
+    def format(self, state: State, shape: torch.Size, config: OptimizerConfig, by_row: bool = False) -> Format:
+        """The format of a state of a parameter of `shape` under a group's options.
+
+        Args:
+            state: the state.
+            shape: the parameter's.
+            config: the group's options.
+            by_row: whether each row is to be coded by itself, as those of shards are.
+        """
         count = shape.numel()
         smallest = SMALLEST_CODED if self.codes_all else SMALLEST_CODED_MOMENTUM
         if self.codes_none or count < smallest or not (self.codes_all or state.always_coded):
             return state.full
+        if by_row:
+            return state.code_of_rows(config, shape) or state.full
         block = block_of(count, config.blocksize)
         if block is None and not state.always_coded:
             return state.full
@@ -230,7 +264,7 @@ def to_full(state: State, saved: Mapping[str, Any], written: Format, shape: torc
         shape: the parameter's.
     """
     tensors = [saved[key].detach().contiguous().unsqueeze(0) for key in written.keys(state.name)]
-    return written.over(tensors, shape).read().view(shape).clone()
+    return written.over(tensors, shape).read().reshape(shape).clone()
 
 
 def in_format(name: str, values: Tensor, wanted: Format, shape: torch.Size, dither: Dither) -> dict[str, Tensor]:
@@ -244,7 +278,7 @@ def in_format(name: str, values: Tensor, wanted: Format, shape: torch.Size, dith
         dither: what rounding may depend on: the parameter's position, and its next step.
     """
     stored = wanted.new(1, shape, values.device)
-    stored.write(values.clone().view(1, stored.rows, stored.columns), dither)
+    stored.write(values.clone().reshape(1, stored.rows, stored.columns), dither)
     return {key: tensor[0] for key, tensor in zip(wanted.keys(name), stored.tensors)}
 
 

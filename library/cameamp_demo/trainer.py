@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import library.automagic_cameamp as family
@@ -91,6 +92,7 @@ class Trainer:
             The held-out loss before and after. None if the user interrupted the run; its state has been saved then.
         """
         options = self.options
+        self._unshard()
         samples_before = sample_digits(self.base, self.accelerator.device)
         if options.resume:
             self._load_state(Path(options.resume))
@@ -122,6 +124,7 @@ class Trainer:
         if self.history.held_out[-1][0] != self.step:
             self.history.held_out.append((self.step, self.held_out_loss()))
         self._save("")
+        self._unshard()
         if self.accelerator.is_main_process:
             samples = sample_digits(self.base, self.accelerator.device)
             title = f"{options.optimizer_type}, lr {options.learning_rate:g}"
@@ -202,18 +205,23 @@ class Trainer:
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer_args: {error}") from None
 
+    def _unshard(self) -> None:
+        """Under FSDP2, have all of the LoRA on every process, for what uses it outside of a training step."""
+        if hasattr(self.network, "unshard"):
+            self.network.unshard()
+
     # Files ------------------------------------------------------------------------------------------------------
 
     def _save(self, suffix: str) -> None:
+        tensors = {name: _whole(value).cpu().contiguous() for name, value in self.lora.state_dict().items()}
         if self.accelerator.is_main_process:
             path = self.output / f"{self.options.output_name}{suffix}.safetensors"
             with _saving(path):
-                self._save_lora(path)
+                self._save_lora(tensors, path)
         if self.options.save_state:
             self._save_state(suffix)
 
-    def _save_lora(self, path: Path) -> None:
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.lora.state_dict().items()}
+    def _save_lora(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, str(files.beside(path)), metadata=self._metadata())
         files.take_place_of_file(path)
 
@@ -280,6 +288,11 @@ class Trainer:
                 asked[0],
             )
         self.step, self.history = step, history
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, of which this process may hold a shard; then every process has to ask for it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Two processes over gloo: DDP keeps its replicas equal bit for bit; sharded parameters are refused."""
+"""Two processes over gloo: DDP keeps its replicas equal bit for bit; FSDP1's parameters are refused."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def ddp(steps: int) -> dict[str, list[str]]:
     return {name: [r[name][0] for r in results] + [r[name][1] for r in results] for name in results[0]}
 
 
-def sharded() -> list[dict[str, dict[str, str]]]:
-    """Take a step with parameters that each kind of FSDP has sharded.
+def flattened() -> list[dict[str, dict[str, str]]]:
+    """Take a step with parameters that each kind of FSDP1 has flattened.
 
     Returns:
         For each process, kind and optimizer, the message of the RuntimeError; empty if there was none.
     """
-    return in_processes(_sharded)
+    return in_processes(_flattened)
 
 
 def built_too_early() -> list[dict[str, dict[str, str]]]:
@@ -138,16 +138,17 @@ def _fsdp(model: nn.Module, use_orig_params: bool) -> nn.Module:
     return model
 
 
-_SHARDINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "fully_shard": _fully_sharded,
+_FLATTENINGS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FullyShardedDataParallel": partial(_fsdp, use_orig_params=False),
     "FullyShardedDataParallel, use_orig_params": partial(_fsdp, use_orig_params=True),
 }
 
+_SHARDINGS = {"fully_shard": _fully_sharded, **_FLATTENINGS}
 
-def _sharded(rank: int) -> dict[str, dict[str, str]]:
+
+def _flattened(rank: int) -> dict[str, dict[str, str]]:
     messages: dict[str, dict[str, str]] = {}
-    for kind, shard in _SHARDINGS.items():
+    for kind, shard in _FLATTENINGS.items():
         for optimizer_class in OPTIMIZERS:
             model = shard(_model())
             optimizer = optimizer_class(model.parameters())

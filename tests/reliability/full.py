@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import platform
 import sys
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +31,7 @@ KILLS = 200
 FULL_DISKS = 50
 PAIR_STEPS = 100
 DDP_STEPS = 200
+SHARD_STEPS = 200
 EXTREME_STEPS = 10_000
 ARRANGED_STEPS = 100
 LONG_STEPS = 20_000
@@ -88,16 +91,42 @@ def pairs() -> list[str]:
 
 def ddp() -> list[str]:
     """Two processes over gloo."""
-    from reliability.distributed import ddp, sharded
+    from reliability.distributed import ddp, flattened
 
     for name, digests in ddp(DDP_STEPS).items():
         assert len(set(digests)) == 1, name
-    kinds = [kind for messages in sharded() for kind in messages.items()]
-    assert all("sharded over processes" in message for _, messages in kinds for message in messages.values())
+    kinds = [kind for messages in flattened() for kind in messages.items()]
+    assert all("is of FSDP1" in message for _, messages in kinds for message in messages.values())
     return [
         f"{DDP_STEPS} steps of DDP, gradients of 2 batches accumulated, resumed in the middle: bit-identical replicas",
         *(f"{kind}: a clear RuntimeError at the first step, nothing changed" for kind in sorted(dict(kinds))),
     ]
+
+
+def shards() -> list[str]:
+    """Parameters sharded by FSDP2 over two, three, and two times two processes."""
+    from reliability.sharded import alone, in_processes, loss_of, steps_of
+
+    names = "Automagic_CameAMP", "Automagic_CameAMP_COptim"
+    # The multiplier would raise what rounding does to the samples it follows to a power; so it is held nearly still.
+    options = {"warmup_steps": SHARD_STEPS * 3 // 5, "adaptation_rate": 1e-3}
+    lines = []
+    for shape, mixed in (((2,), False), ((3,), False), ((2, 2), False), ((2,), True)):
+        found = in_processes(math.prod(shape), partial(steps_of, mixed=mixed, **options), shape, names, SHARD_STEPS)
+        for name in names:
+            first, *others = (process[name] for process in found)
+            assert all(other["multiplier"] == first["multiplier"] for other in others), name
+            expected, _ = alone(name, SHARD_STEPS, **options)
+            ours, one = loss_of(first["weights"]), loss_of(expected)
+            furthest = max((weight - expected[p]).abs().max().item() for p, weight in first["weights"].items())
+            assert mixed or furthest < 1e-6, (name, shape, furthest)
+            assert abs(ours / one - 1) < (0.1 if mixed else 1e-5), (name, shape, ours, one)
+            kind = ", bfloat16 mixed precision" if mixed else ""
+            lines.append(
+                f"{name}, {' x '.join(map(str, shape))} processes{kind}: after {SHARD_STEPS} steps weights within "
+                f"{furthest:.1e} of one process, loss {ours:.4f} against {one:.4f}, one multiplier"
+            )
+    return lines
 
 
 def numbers() -> list[str]:
@@ -139,7 +168,7 @@ def long_run() -> list[str]:
 
 
 PARTS: dict[str, Callable[[], list[str]]] = {
-    part.__name__: part for part in (fuzz, kills, full_disk, pairs, ddp, long_run, numbers)
+    part.__name__: part for part in (fuzz, kills, full_disk, pairs, ddp, shards, long_run, numbers)
 }
 
 

@@ -19,10 +19,11 @@ from ..context.driver import Driver
 from ..groups import Group
 from ..phase import Phase
 from ..rounding import Dither
+from ..sharding import WHOLE, Processes, cut_of, is_sharded, processes_of
 from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full
 from ..storage import Format
 from ..storage.trial import can_store
-from . import older_layout
+from . import older_layout, sharded
 from .layout import CHECKSUMS, OWN_ENTRIES, VERSION, group_checksum
 
 _DAMAGED = "damaged or edited after it was saved"
@@ -50,6 +51,8 @@ class Restored:
 def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Tensor, str], driver: Driver) -> Restored:
     """Check a checkpoint against an optimizer, and convert it.
 
+    If parameters are sharded, all processes do this together, and all refuse a checkpoint that one of them refuses.
+
     Args:
         saved: what `state_dict()` returned. `magic_version` may be missing: torch.distributed.checkpoint drops it.
         groups: the optimizer's parameter groups.
@@ -62,9 +65,35 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
     Raises:
         ValueError: what does not fit, with the parameter's number, shape and name.
     """
+    processes = processes_of(p for group in groups for p in group.params)
+    checks = _Checksums(processes)
+    restored = Restored()
+    error = None
+    try:
+        _read(saved, groups, names, driver, restored, checks)
+    except ValueError as found:
+        error = found
+    if processes.shards:
+        (failed,) = processes.add_up([torch.tensor([float(error is not None)], device=_device(groups))])
+        if failed.item() > 0 and error is None:
+            error = ValueError("another process refused its part of the checkpoint, and says why")
+    if error is not None:
+        raise error
+    checks.compare()
+    return restored
+
+
+def _read(
+    saved: Mapping[str, Any],
+    groups: Sequence[Group],
+    names: Mapping[Tensor, str],
+    driver: Driver,
+    restored: Restored,
+    checks: _Checksums,
+) -> None:
+    """As `restore`, without the other processes: into `restored`, and with what is left to compare in `checks`."""
     _check_top_level(saved, groups)
     labels = _labels(groups, names)
-    restored = Restored()
     if older_layout.is_written_in(saved):
         saved = older_layout.converted(saved, [group.params for group in groups], labels)
         restored.notes.append(older_layout.NOTE)
@@ -75,14 +104,14 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
         if not carries_checksums and saved["state"]:
             restored.notes.append("it carries no checksums, so damage to it would not be seen")
     restored.notes += _check_names(saved["param_groups"], groups, names, labels)
-    restored.context = _context(saved["param_groups"])
-    states = saved["state"]
+    states, pieces = _without_context(saved["state"])
+    restored.context = _context(pieces or saved["param_groups"])
     has_momenta = restored.context is not None or _holds_momenta(states)
     changes = _Changes()
     if states:
         changes.context = driver.difference(restored.context is not None, has_momenta)
     differences: list[str] = []
-    owners = _owners(saved["param_groups"], groups, labels) if carries_checksums else {}
+    checks.owners = _owners(saved["param_groups"], groups, labels) if carries_checksums else {}
     seen = set()
     position = 0
     for group, saved_group in zip(groups, saved["param_groups"]):
@@ -101,7 +130,7 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
                     saved_state = reader.without_leftovers(states[key])
                     restored.state[p] = reader.read(saved_state, p, position)
                     if carries_checksums:
-                        _check_checksum(saved_state, expected, owners)
+                        checks.add(saved_state, expected, labels[p])
             except ValueError as error:
                 raise ValueError(f"{labels[p]}: {error}") from None
             position += 1
@@ -115,7 +144,20 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
         restored.notes.append(
             "options differ from the checkpoint's; the constructor's are used: " + "; ".join(differences)
         )
-    return restored
+
+
+def _device(groups: Sequence[Group]) -> torch.device:
+    return next(p.device for group in groups for p in group.params)
+
+
+def _without_context(states: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """The saved states without pieces of a context, and the context if one of them carries it."""
+    rest, found = dict(states), []
+    for key, state in states.items():
+        if isinstance(state, Mapping):
+            rest[key], context = sharded.put_together(state)
+            found += [context] if context else []
+    return rest, found
 
 
 def _context(saved_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -272,13 +314,57 @@ def _owners(
     }
 
 
-def _check_checksum(saved: Mapping[str, Any], expected: int, owners: Mapping[int, str]) -> None:
-    found = checksum({**{key: value for key, value in saved.items() if key not in DERIVED}, "step": _step(saved)})
-    if found == expected:
-        return
-    if found in owners:
-        raise ValueError(f"its state is the one of {owners[found]}")
-    raise ValueError(f"its state does not match its checksum: it was {_DAMAGED}, or trained on without a copy")
+class _Checksums:
+    """Compares saved states with their checksums; those of shards together, when all are known.
+
+    Args:
+        processes: those that hold the shards.
+
+    Attributes:
+        owners: whose state has which checksum.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._waiting: list[tuple[dict[str, Any], int, str, dict[str, Tensor]]] = []
+        self.owners: dict[int, str] = {}
+
+    def add(self, saved: Mapping[str, Any], expected: int, label: str) -> None:
+        """Compare the state of one parameter, or have it compared.
+
+        Raises:
+            ValueError: it is not what was saved.
+        """
+        covered = {**{key: value for key, value in saved.items() if key not in DERIVED}, "step": _step(saved)}
+        tensors = {key: value for key, value in covered.items() if isinstance(value, Tensor)}
+        if not any(is_sharded(value) for value in tensors.values()):
+            self._compare(checksum(covered), expected)
+            return
+        sums = {key: sharded.own_sum(value, self._processes) for key, value in tensors.items()}
+        self._waiting.append((covered, expected, label, sums))
+
+    def compare(self) -> None:
+        """Compare those that wait.
+
+        Raises:
+            ValueError: as `add`, with the parameter.
+        """
+        if not self._waiting:
+            return
+        own = torch.stack([value for *_, sums in self._waiting for value in sums.values()])
+        totals = iter(self._processes.add_up([own])[0].tolist())
+        for covered, expected, label, sums in self._waiting:
+            try:
+                self._compare(checksum(covered, {key: next(totals) for key in sums}), expected)
+            except ValueError as error:
+                raise ValueError(f"{label}: {error}") from None
+
+    def _compare(self, found: int, expected: int) -> None:
+        if found == expected:
+            return
+        if found in self.owners:
+            raise ValueError(f"its state is the one of {self.owners[found]}")
+        raise ValueError(f"its state does not match its checksum: it was {_DAMAGED}, or trained on without a copy")
 
 
 def _learning_rates(number: int, saved_group: Mapping[str, Any]) -> dict[str, float]:
@@ -302,6 +388,54 @@ def _option_differences(number: int, saved_group: Mapping[str, Any], config: Opt
             if (tuple(saved) if isinstance(saved, list) else saved) != own:
                 differences.append(f"group {number} {name} {saved} -> {own}")
     return differences
+
+
+class _Part:
+    """What a process gets of one parameter's saved state.
+
+    Args:
+        p: the parameter.
+        saved: its saved state, whose tensors are cut as it is, or whole.
+
+    Attributes:
+        p: the parameter.
+        saved: its saved state, of DTensors the parts that are here.
+        shape: the shape of the rows of the parameter that are here.
+        saved_shape: the shape of those that `saved` has.
+        first_element: the first element that is here.
+    """
+
+    def __init__(self, p: Tensor, saved: Mapping[str, Any]) -> None:
+        self.p = p
+        self._cut = cut = cut_of(p)
+        self._first, self._rows = cut.rows(p.shape)
+        self.first_element = self._first * p.shape[1:].numel()
+        self.shape = torch.Size((self._rows, *p.shape[1:])) if p.ndim else p.shape
+        parts = any(isinstance(value, Tensor) and is_sharded(value) for value in saved.values())
+        if parts and cut is WHOLE:
+            raise ValueError("its state is sharded, and it is not; load a full state dict")
+        self.saved_shape = self.shape if parts else p.shape
+        self.saved = {
+            key: cut.local([value])[0] if isinstance(value, Tensor) else value for key, value in saved.items()
+        }
+
+    @property
+    def is_as_saved(self) -> bool:
+        """Whether what is saved is what is here, no more."""
+        return self.saved_shape == self.shape
+
+    def own_rows(self, value: Tensor) -> Tensor:
+        """Of a state of `saved_shape`, the rows that are here."""
+        return value if self.is_as_saved else value[self._first : self._first + self._rows]
+
+    def wrapped(self, tensors: Mapping[str, Tensor], own: Format) -> dict[str, Tensor]:
+        """Tensors in the optimizer's own format as its state holds them."""
+        rows = self.p.shape[0] if self.p.ndim else 1
+        kinds = own.parts(self.shape).values()
+        return {
+            key: self._cut.wrapped([tensor], rows if kind.by_row else None)[0]
+            for (key, tensor), kind in zip(tensors.items(), kinds)
+        }
 
 
 class _Reader:
@@ -366,6 +500,8 @@ class _Reader:
         if p.numel() == 0:
             raise ValueError("it has no elements, and so no state")
         step = _step(saved)
+        part = _Part(p, saved)
+        saved = part.saved
         owed = self._owed(saved, step)
         wanted = self._group.states(Phase.at(step, self._group.config.warmup_steps))
         names = {row.name for row in wanted}
@@ -373,7 +509,7 @@ class _Reader:
         known = {"step", *DERIVED}
         converted = False
         for row in owed:
-            written = row.format_of(saved, p.shape, self._config)
+            written = row.format_of(saved, part.saved_shape, self._config, p.shape)
             if written is None:
                 key = row.name + THIRTY_TWO_BITS.format(row, p.shape, self._config).suffixes[0]
                 when = "" if row.counter else f", which step {step} of {self._config.warmup_steps} warm-up steps has"
@@ -384,7 +520,7 @@ class _Reader:
                 count = _count(saved, row.counter)
                 restored |= {row.counter: count} if row.name in names else {}
             if row.name in names:
-                tensors, was_converted = self._tensors(row, saved, written, p, position, step)
+                tensors, was_converted = self._tensors(row, part, written, position, step)
                 restored |= tensors
                 converted |= was_converted
         for key in saved:
@@ -405,23 +541,25 @@ class _Reader:
         return owed + self._momenta
 
     def _tensors(
-        self, row: State, saved: Mapping[str, Any], written: Format, p: Tensor, position: int, step: int
+        self, row: State, part: _Part, written: Format, position: int, step: int
     ) -> tuple[dict[str, Tensor], bool]:
         """One state as the optimizer stores it, by key, and whether it was written in another kind of format."""
+        p, saved = part.p, part.saved
         own, config = self._format(row, p), self._group.config
         value = None
         if row.within_lr_bounds:
-            value = to_full(row, saved, written, p.shape)
+            value = to_full(row, saved, written, part.saved_shape)
             if _outside(value, config):
                 value.clamp_(config.min_lr, config.max_lr)
             elif written == own:
                 value = None
-        if written == own and value is None:
-            return {key: saved[key].detach().to(p.device, copy=True) for key in own.keys(row.name)}, False
-        value = (to_full(row, saved, written, p.shape) if value is None else value).to(p.device)
+        if written == own and value is None and part.is_as_saved:
+            tensors = {key: saved[key].detach().to(p.device, copy=True) for key in own.keys(row.name)}
+            return part.wrapped(tensors, own), False
+        value = (to_full(row, saved, written, part.saved_shape) if value is None else value).to(p.device)
         converted = type(written) is not type(own) or bool(row.counter)
-        dither = Dither(torch.tensor([position], dtype=torch.int32, device=p.device), step + 1)
-        return in_format(row.name, value, own, p.shape, dither), converted
+        dither = Dither(torch.tensor([position], dtype=torch.int32, device=p.device), step + 1, part.first_element)
+        return part.wrapped(in_format(row.name, part.own_rows(value), own, part.shape, dither), own), converted
 
     def _format(self, row: State, p: Tensor) -> Format:
         return row.full if p in self.uncoded else self._group.format(row, p)
@@ -467,7 +605,9 @@ def _holds_momenta(states: Mapping[Any, Any]) -> bool:
 
 def _outside(mask: Tensor, config: OptimizerConfig) -> bool:
     """Whether a learning-rate mask leaves the bounds, by more than rounding."""
-    return bool(mask.amin() < config.min_lr * (1 - 1e-6) or mask.amax() > config.max_lr * (1 + 1e-6))
+    return mask.numel() > 0 and bool(
+        mask.amin() < config.min_lr * (1 - 1e-6) or mask.amax() > config.max_lr * (1 + 1e-6)
+    )
 
 
 def _step(saved: Mapping[str, Any]) -> int:

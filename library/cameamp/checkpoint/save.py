@@ -12,6 +12,8 @@ from torch import Tensor
 from ..checksum import checksum
 from ..context.driver import Driver
 from ..groups import Group, States
+from ..sharding import Processes, processes_of
+from . import sharded
 from .layout import VERSION, sealed
 
 
@@ -27,10 +29,15 @@ def complete(
         names: the names of parameters whose names are known.
         driver: what drives its learning rates.
     """
-    derived = _derived_values(groups, states)
-    checksums = _state_checksums(groups, states)
     parameters = [p for group in groups for p in group.params]
+    processes = processes_of(parameters)
+    derived = _derived_values(groups, states, processes)
+    checksums = _state_checksums(groups, states, processes)
     context = driver.saved()
+    more: dict[Tensor, dict[str, Any]] = {}
+    if processes.shards:
+        more = sharded.additions(groups, states, context)
+        context = {}
     saved_groups = [
         sealed(
             {
@@ -47,7 +54,11 @@ def complete(
     ]
     return {
         **saved,
-        "state": {key: {**state, **derived.get(parameters[key], {})} for key, state in saved["state"].items()},
+        "state": {
+            key: {**state, **derived.get(p, {}), **more.get(p, {})}
+            for key, state in saved["state"].items()
+            for p in [parameters[key]]
+        },
         "param_groups": saved_groups,
         "magic_version": VERSION,
     }
@@ -60,19 +71,20 @@ def _names(group: Group, names: Mapping[Tensor, str]) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def _state_checksums(groups: Sequence[Group], states: States) -> dict[Tensor, int]:
+def _state_checksums(groups: Sequence[Group], states: States, processes: Processes) -> dict[Tensor, int]:
     """For each parameter with a state, the checksum of it; one read-back from the device in all."""
     sums: list[Tensor] = []
     owners: list[tuple[Tensor, str]] = []
     for group in groups:
         for stack in group.stacks_with_states(states):
             group.bind(stack, states, reading=True)
-            for key, values in stack.tensor_sums().items():
+            for key, values in stack.tensor_sums(processes).items():
                 sums.append(values)
                 owners += [(p, key) for p in stack.params]
     if not sums:
         return {}
-    totals = torch.cat([values.to(sums[0].device) for values in sums]).tolist()
+    (added,) = processes.add_up([torch.cat([values.to(sums[0].device) for values in sums])])
+    totals = added.tolist()
     known: dict[Tensor, dict[str, int]] = defaultdict(dict)
     for (p, key), total in zip(owners, totals):
         known[p][key] = total
@@ -80,7 +92,7 @@ def _state_checksums(groups: Sequence[Group], states: States) -> dict[Tensor, in
 
 
 @torch.no_grad()
-def _derived_values(groups: Sequence[Group], states: States) -> dict[Tensor, dict[str, Any]]:
+def _derived_values(groups: Sequence[Group], states: States, processes: Processes) -> dict[Tensor, dict[str, Any]]:
     """For each parameter with a state: what `states.DERIVED` lists."""
     derived: dict[Tensor, dict[str, Any]] = {}
     means: list[Tensor] = []
@@ -88,11 +100,13 @@ def _derived_values(groups: Sequence[Group], states: States) -> dict[Tensor, dic
         largest = max(float(group.entry["lr"]), group.initial_lr)
         for stack in group.stacks_with_states(states):
             masks, rows = group.mask_and_row_scaling(stack, states)
-            means += masks.mean(dim=(1, 2)).unbind()
+            shares = masks.sum(dim=(1, 2)).div_(stack.whole_rows * stack.columns)
+            means += (shares if processes.speaks(stack.cut) else torch.zeros_like(shares)).unbind()
+            parts = () if rows is None else stack.cut.wrapped(rows.unbind(), stack.whole_rows)
             for index, p in enumerate(stack.params):
-                derived[p] = {"lr_max": largest} if rows is None else {"lr_max": largest, "row_scaling": rows[index]}
+                derived[p] = {"lr_max": largest} if rows is None else {"lr_max": largest, "row_scaling": parts[index]}
     if means:
-        values = torch.stack([mean.to(means[0].device) for mean in means]).tolist()
-        for p, value in zip(derived, values):
+        (added,) = processes.add_up([torch.stack([mean.to(means[0].device) for mean in means])])
+        for p, value in zip(derived, added.tolist()):
             derived[p]["avg_lr"] = value
     return derived

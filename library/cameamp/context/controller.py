@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import distributed
 from ..devices import moved
 from . import detection
-from .memory import Memory
+from .memory import SAMPLES, Memory
 
 # The multiplier starts where the largest learning rate is this, whatever the user wrote, and never falls below FLOOR.
 SAFE_LR = 1e-6
@@ -130,20 +130,29 @@ class ContextualOptimizationModule:
             return kernels.update_context(
                 self._memory, gradient, known, float(lr), unusable, self._start, self._threshold
             )
+        report = report_of(loss, unusable, gradient.device)
+        last = self._memory.sample_like("last_gradient", gradient)
+        means = distributed.average(torch.cat([report, torch.stack(_products(last, gradient))]))
+        return self.take_in(gradient, means[: len(report)], lr, means[len(report) :])
+
+    def take_in(self, gradient: Tensor, report: Tensor, lr: Tensor | float, products: Tensor | None = None) -> Tensor:
+        """As `update_context`, of what all processes agree on.
+
+        Args:
+            gradient: the sample.
+            report: the mean of what `report_of` gives on each process.
+            lr: as of `update_context`.
+            products: the mean of `_products` of the last sample and this one; None if all processes have the same ones.
+        """
+        self._memory.go_to(gradient.device)
+        if products is None:
+            products = torch.stack(_products(self._memory.sample_like("last_gradient", gradient), gradient))
         values = self._memory.values
         values["multiplier"] = torch.where(values["multiplier"].isnan(), self._start, values["multiplier"])
-        last = self._memory.sample_like("last_gradient", gradient)
-        reported = torch.zeros_like(values["confidence"]) if loss is None else as_scalar(loss, gradient.device)
-        means = distributed.average(torch.stack([
-            reported,
-            torch.full_like(reported, loss is not None),
-            torch.zeros_like(reported) if unusable is None else unusable.to(reported.dtype),
-            *_products(last, gradient),
-        ]))  # fmt: skip
-        loss_share, reports, lost, *products = means.unbind()
+        loss_share, reports, lost = report.unbind()
         mean_loss = loss_share / reports
         self._memory.remember("loss_history", mean_loss)
-        self._memory.remember("gradient_history", _cosine(products, absent=torch.nan))
+        self._memory.remember("gradient_history", _cosine(products.unbind(), absent=torch.nan))
         self._memory.samples["last_gradient"] = gradient.bfloat16()
         broken = (lost > 0) | ((reports > 0) & mean_loss.isfinite().logical_not())
         values["confidence"] = torch.where(
@@ -154,18 +163,26 @@ class ContextualOptimizationModule:
         self._memory.remember("lr_history", multiplier * lr)
         return multiplier
 
+    def make_room(self, size: int, device: torch.device) -> None:
+        """Remember samples of zeros, which are as good as none."""
+        self._memory.go_to(device)
+        self._memory.samples = {name: torch.zeros(size, dtype=torch.bfloat16, device=device) for name in SAMPLES}
+
     def multiplier(self) -> Tensor:
         """The factor of this step's learning rates, 0-d, on the device."""
         value = self._memory.values["multiplier"]
         begun = torch.where(value.isnan(), self._start, value)
         return torch.where(self._is_edge_case(), begun * EDGE_SHARE, begun)
 
-    def follow(self, scaled_grad: Tensor, change: Tensor, kernels: Deciding | None = None) -> None:
+    def follow(
+        self, scaled_grad: Tensor, change: Tensor, of_all: bool = False, kernels: Deciding | None = None
+    ) -> None:
         """Update the multiplier, for the next step, by how well this step's gradient agrees with the step before.
 
         Args:
             scaled_grad: sample of this step's scaled gradient, 1-d.
             change: sample of the step taken now, learning rate times update, 1-d.
+            of_all: whether both are the same on all processes.
             kernels: as of `update_context`.
         """
         if kernels is not None:
@@ -175,7 +192,8 @@ class ContextualOptimizationModule:
         values = self._memory.values
         last = self._memory.sample_like("last_change", change)
         # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
-        *products, of_squares = distributed.average(torch.stack(_products(last, scaled_grad))).unbind()
+        own = torch.stack(_products(last, scaled_grad))
+        *products, of_squares = (own if of_all else distributed.average(own)).unbind()
         alignment = _cosine(products, absent=0.0)
         # The variance of a cosine of vectors whose signs have nothing to do with one another.
         variance = of_squares / (products[1] * products[2]).clamp_min(SMALLEST_SQUARE)
@@ -285,6 +303,16 @@ def _cosine(products: Tensor | Sequence[Tensor], absent: float) -> Tensor:
     """The cosine of two vectors from what `_products` gave; `absent` where one of them is 0."""
     dot, x_square, y_square, *_ = products
     return torch.where((x_square > 0) & (y_square > 0), dot / (x_square * y_square).sqrt(), absent)
+
+
+def report_of(loss: Tensor | float | None, unusable: Tensor | None, device: torch.device) -> Tensor:
+    """What one process knows of a step: its loss or 0, whether there is one, and unusable elements; (3,) float32."""
+    zero = torch.zeros((), dtype=torch.float32, device=device)
+    return torch.stack([
+        zero if loss is None else as_scalar(loss, device),
+        torch.full_like(zero, loss is not None),
+        zero if unusable is None else unusable.to(zero.dtype),
+    ])  # fmt: skip
 
 
 def as_scalar(loss: Tensor | float, device: torch.device) -> Tensor:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..config import OptimizerConfig
 from ..groups import Group
+from ..sharding import Alone, Processes
 from ..step.passes import Measured
 from ..step.rules import Watched
 from ..techniques import lr_mask
-from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar
+from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, report_of
 from .sampling import Sampler
 
 # Options that groups of one optimizer share, because they share the context.
@@ -49,10 +50,26 @@ class Driver(Protocol):
     def report_loss(self, loss: Tensor | float) -> None:
         """Take in a loss of the next step."""
 
-    def observe(self, groups: Sequence[Group], measured: Sequence[Measured]) -> Tensor | None:
-        """Take in a step before it is taken, and return the 0-d factor of its learning rates; None for none."""
+    def make_room(self, groups: Sequence[Group]) -> None:
+        """Have all that it remembers of a step, before there was one."""
 
-    def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
+    def to_add_up(
+        self, groups: Sequence[Group], measured: Sequence[Measured], processes: Processes
+    ) -> Sequence[Tensor]:
+        """What to add up over the processes for `observe`, where parameters are sharded."""
+
+    def observe(
+        self, groups: Sequence[Group], measured: Sequence[Measured], totals: Sequence[Tensor] = ()
+    ) -> Tensor | None:
+        """Take in a step before it is taken, and return the 0-d factor of its learning rates; None for none.
+
+        Args:
+            groups: the optimizer's.
+            measured: what the first pass found in those that take a step.
+            totals: the sums of what `to_add_up` gave.
+        """
+
+    def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         """Take in the step that was taken."""
 
     def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
@@ -99,10 +116,18 @@ class NoContext:
     def report_loss(self, loss: Tensor | float) -> None:
         pass
 
-    def observe(self, groups: Sequence[Group], measured: Sequence[Measured]) -> None:
+    def make_room(self, groups: Sequence[Group]) -> None:
+        pass
+
+    def to_add_up(
+        self, groups: Sequence[Group], measured: Sequence[Measured], processes: Processes
+    ) -> Sequence[Tensor]:
+        return ()
+
+    def observe(self, groups: Sequence[Group], measured: Sequence[Measured], totals: Sequence[Tensor] = ()) -> None:
         return None
 
-    def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
+    def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         pass
 
     def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
@@ -142,9 +167,13 @@ class Context:
         )
         self._losses: list[Tensor | float] = []  # reported since the last step
         self._sampler: Sampler | None = None
+        self._processes: Processes = Alone()
+        # This process's part of the samples of the last step, where parameters are sharded: what follows from them
+        # waits for the first message of the next step.
+        self._waiting: tuple[Tensor, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sampler": None}
+        return {**self.__dict__, "_sampler": None, "_processes": Alone()}
 
     def periods(self, config: OptimizerConfig) -> tuple[int, ...]:
         return config.momentum_scales
@@ -177,29 +206,47 @@ class Context:
         else:
             raise TypeError(f"the loss is {loss!r}; allowed: a number or a tensor")
 
-    def observe(self, groups: Sequence[Group], measured: Sequence[Measured]) -> Tensor | None:
-        losses, self._losses = self._losses, []  # They belong to this step even if it has no gradient.
-        if not measured:
-            return None
-        stacks = [stack for group in measured for stack in group.stacks]
-        gradient = self._sampler_of(groups).gather(stacks, [piece for group in measured for piece in group.watched])
-        device = gradient.device
-        counts = [count.to(device) for group in measured for count in group.unusable]
-        unusable = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
-        reported = [as_scalar(loss, device) for loss in losses]
-        loss = torch.stack(reported).mean() if len(reported) > 1 else reported[0] if reported else None
-        self._set_bounds(groups)
-        largest = max(float(group.entry["lr"]) for group in groups)
-        return self.module.update_context(gradient, loss, largest, unusable, _kernels(measured))
+    def make_room(self, groups: Sequence[Group]) -> None:
+        device = next(p.device for group in groups for p in group.params)
+        self.module.make_room(self._sampler_of(groups).size, device)
 
-    def follow(self, measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
+    def to_add_up(
+        self, groups: Sequence[Group], measured: Sequence[Measured], processes: Processes
+    ) -> Sequence[Tensor]:
+        self._processes = processes
+        if not measured or not processes.shards:
+            return ()
+        gradient = self._gathered(groups, measured, [piece for group in measured for piece in group.watched])
+        report = report_of(*self._loss_and_unusable(measured, gradient.device), gradient.device)
+        return [report, gradient, *(self._waiting or ())]
+
+    def observe(
+        self, groups: Sequence[Group], measured: Sequence[Measured], totals: Sequence[Tensor] = ()
+    ) -> Tensor | None:
+        lr = max(float(group.entry["lr"]) for group in groups)
+        self._set_bounds(groups)
+        if not measured:
+            self._losses = []  # They belong to this step even if it has no gradient.
+            return None
+        if totals:
+            report, gradient, *samples = (total.float() for total in totals)
+            if samples:
+                self.module.follow(samples[0], samples[1], of_all=True)
+            self._losses, self._waiting = [], None
+            return self.module.take_in(gradient, report / self._processes.count(), lr)
+        gradient = self._gathered(groups, measured, [piece for group in measured for piece in group.watched])
+        loss, unusable = self._loss_and_unusable(measured, gradient.device)
+        self._losses = []
+        return self.module.update_context(gradient, loss, lr, unusable, _kernels(measured))
+
+    def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         if not watched:
             return
-        stacks = [stack for group in measured for stack in group.stacks]
-        grads, changes = (list(pieces) for pieces in zip(*watched))
-        assert self._sampler is not None
-        grad, change = self._sampler.gather(stacks, grads), self._sampler.gather(stacks, changes)
-        self.module.follow(grad, change, _kernels(measured))
+        grads, changes = (self._gathered(groups, measured, pieces) for pieces in zip(*watched))
+        if self._processes.shards:
+            self._waiting = grads, changes
+        else:
+            self.module.follow(grads, changes, kernels=_kernels(measured))
 
     def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
         return lr_mask.scaled(mask, self.module.multiplier().to(mask.device), config.min_lr, config.max_lr)
@@ -208,10 +255,16 @@ class Context:
         return self.module.summary()
 
     def saved(self) -> dict[str, Any]:
+        if self._waiting is not None:
+            scaled_grad, change = self._processes.add_up(self._waiting)
+            self.module.follow(scaled_grad, change, of_all=True)
+            self._waiting = None
         return self.module.state_dict()
 
     def load(self, saved: Mapping[str, Any] | None) -> None:
-        self._losses = []  # They are of steps that the checkpoint knows nothing of.
+        # Both are of steps that the checkpoint knows nothing of.
+        self._losses = []
+        self._waiting = None
         self.module.load_state_dict(saved)
 
     def difference(self, has_context: bool, has_momenta: bool) -> str:
@@ -220,6 +273,19 @@ class Context:
         if has_momenta:  # torch.distributed.checkpoint's flat layout drops the context; or its group was dropped.
             return "it has momenta but no context: multiplier and histories start fresh"
         return "it is of an optimizer without context: multiplier, histories and momenta start fresh"
+
+    def _gathered(self, groups: Sequence[Group], measured: Sequence[Measured], pieces: Sequence[Tensor]) -> Tensor:
+        """The sample that pieces of all stacks make up; of shards this process's part of it, with 0 elsewhere."""
+        stacks = [stack for group in measured for stack in group.stacks]
+        # An element that several processes have is of one of them, so that their sum is exact in any order.
+        own = [piece if self._processes.speaks(stack.cut) else piece * 0 for stack, piece in zip(stacks, pieces)]
+        return self._sampler_of(groups).gather(stacks, own)
+
+    def _loss_and_unusable(self, measured: Sequence[Measured], device: torch.device) -> tuple[Tensor | None, Tensor]:
+        counts = [count.to(device) for group in measured for count in group.unusable]
+        unusable = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+        losses = [as_scalar(reported, device) for reported in self._losses]
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0] if losses else None, unusable
 
     def _set_bounds(self, groups: Sequence[Group]) -> None:
         largest = max(group.initial_lr for group in groups)

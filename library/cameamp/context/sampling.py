@@ -7,7 +7,6 @@ of elements of any of them, and so meets all rows and columns alike without any 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from itertools import chain
 from math import gcd
 
 import torch
@@ -42,7 +41,7 @@ class Sampler:
         self._places: dict[tuple[tuple[int, ...], ...], Tensor] = {}
 
     def gather(self, stacks: Sequence[Stack], pieces: Sequence[Tensor]) -> Tensor:
-        """One vector, (size,) float32 on the first piece's device; 0 for parameters that are in no stack.
+        """One vector, (size,) float32 on the first stack's device; 0 for elements that are in no stack here.
 
         Args:
             stacks: the stacks of all groups that take this step.
@@ -50,7 +49,7 @@ class Sampler:
         """
         if all(piece is pieces[0] for piece in pieces) and pieces[0].shape == (self.size,):
             return pieces[0]
-        device = pieces[0].device
+        device = stacks[0].device
         flat = torch.cat([moved(piece.flatten(), device) for piece in pieces])
         vector = torch.zeros(self.size, dtype=torch.float32, device=device)
         return vector.index_copy_(0, self._places_of(stacks, device), flat)
@@ -60,11 +59,20 @@ class Sampler:
         key = tuple([stack.parameter_numbers for stack in stacks])
         places = self._places.get(key)
         if places is None or places.device != device:
-            numbers = chain.from_iterable(key)
-            ranges = [torch.arange(self.starts[n], self.starts[n + 1], device="cpu") for n in numbers]
+            ranges = [
+                torch.arange(self.starts[n] + first, self.starts[n] + end, device="cpu")
+                for stack in stacks
+                for first, end in [self._share_of(stack)]
+                for n in stack.parameter_numbers
+            ]
             places = moved(torch.cat(ranges), device)
             self._places = {key: places}
         return places
+
+    def _share_of(self, stack: Stack) -> tuple[int, int]:
+        """The first of a parameter's samples that a stack holds, and the one after the last."""
+        first, end = stack.first_element, stack.first_element + stack.rows * stack.columns
+        return -(-first // self.every), -(-end // self.every)
 
 
 def _coprime_from(number: int, sizes: Collection[int]) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stack import Stack, Traits, stacked_shape
+from .stack import Stack, Traits, largest_part, stacked_shape
+
+# Sizes are what the process with most of a tensor holds of it, so that all processes build the same stacks.
 
 # At most this many elements side by side: the half dozen temporary stacks of the rules, 25 MiB each, stay well under
 # 256 MiB.
@@ -50,12 +52,12 @@ class Layout:
         total = 0
         for position, p, traits in params:
             alike.setdefault((stacked_shape(p.shape), p.dtype, p.device, traits), []).append((position, p))
-            total += p.numel()
+            total += largest_part(p.shape, traits.cut)
         result: dict[int, Stack] = {}
-        for (_, _, device, traits), members in alike.items():
+        for (shape, _, device, traits), members in alike.items():
             largest = _LARGEST_CACHED if self._cached and device.type == "cpu" else LARGEST_STACK
             limit = min(max(total // _STACKS, _SMALLEST_STACK), largest)
-            size = members[0][1].numel()
+            size = largest_part(shape, traits.cut)
             parts = math.ceil(len(members) * size / max(limit, size))
             length = math.ceil(len(members) / parts)
             for start in range(0, len(members), length):
@@ -63,7 +65,10 @@ class Layout:
         dropped = [stack for position, stack in self._known.items() if result.get(position) is not stack]
         self._known = result
         # Stacks too large for the workspace come first, all together: its memory is given up while they are worked on.
-        ordered = sorted(result.values(), key=lambda stack: stack.numel() <= LARGEST_STACK)
+        ordered = sorted(
+            result.values(),
+            key=lambda stack: len(stack) * largest_part(stack.params[0].shape, stack.cut) <= LARGEST_STACK,
+        )
         present = {p for _, p, _ in params} if dropped else set()
         self._last = _Division(kinds, ordered)
         return ordered, [p for stack in dropped for p in stack.params if p not in present]

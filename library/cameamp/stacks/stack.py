@@ -7,6 +7,7 @@ another stack are copied into new tensors, and nothing else has to know.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import repeat
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..checksum import tensor_sums
 from ..devices import moved
 from ..rounding import Dither
+from ..sharding import WHOLE, Cut, Processes
 from ..states import in_format, momentum_name
 from ..storage import Format, Stored, StoredAverage, matrix_shape
 from ..storage.averages import Update, lerp_and_sum
@@ -36,12 +38,14 @@ class Traits(NamedTuple):
         row_scaled: whether ALLoRA applies to them.
         has_polarity: whether they have a gradient sign from a step before.
         momentum_counts: how often each of their multi-scale momenta has been updated; empty without such momenta.
+        cut: which part of them this process holds.
     """
 
     step: int
     row_scaled: bool
     has_polarity: bool
     momentum_counts: tuple[int, ...] = ()
+    cut: Cut = WHOLE
 
 
 class Binding(NamedTuple):
@@ -68,35 +72,50 @@ def stacked_shape(shape: torch.Size) -> torch.Size:
     return shape[: len(shape) - ones]
 
 
+def largest_part(shape: torch.Size, cut: Cut) -> int:
+    """How many elements the process holds that has most of a parameter of `shape`."""
+    return cut.most_rows(shape) * shape[1:].numel()
+
+
 class Stack:
     """Parameters of one group that share dtype, device, traits, and a shape, except for last dimensions of 1.
+
+    Of sharded parameters it holds this process's rows, possibly none.
 
     Attributes:
         params: the parameters.
         traits: what they have in common.
         parameter_numbers: their positions in the optimizer.
-        rows, columns: their shape as matrices: the first dimension, and the others flattened.
+        cut: the traits' own.
+        whole_rows: how many rows the parameters have as matrices, whose first dimension is rows.
+        first_row, rows: which of them are here.
+        first_element: the first element that is here.
+        columns: the other dimensions flattened.
         stored: their states by name, while they are bound.
     """
 
     def __init__(self, params: list[Tensor], positions: list[int], traits: Traits) -> None:
         self.params = params
         self.traits = traits
-        self.rows, self.columns = matrix_shape(params[0].shape)
         self.parameter_numbers = tuple(positions)
-        self._shape = stacked_shape(params[0].shape)
+        self.cut = traits.cut
+        self.whole_rows, self.columns = matrix_shape(params[0].shape)
+        self.first_row, self.rows = self.cut.rows(params[0].shape)
+        self.first_element = self.first_row * self.columns
+        self._shape = _with_rows(self.rows, stacked_shape(params[0].shape))
         self.stored: dict[str, Stored] = {}
         # For each key, the tensor of the whole stack, and the slices of it that the parameters' states hold.
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._addresses: dict[str, list[int]] = {}
+        self._same_in_all_shards: set[str] = set()
         self._positions_on_device: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.params)
 
     def numel(self) -> int:
-        """Elements of the whole stack."""
+        """Elements of the whole stack, as far as they are here."""
         return len(self.params) * self.rows * self.columns
 
     @property
@@ -154,25 +173,31 @@ class Stack:
         self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
     ) -> None:
         """Take each momentum m to (1 - rate) m + rate * target, and put the sum of share * m into `out`."""
-        updates = [
-            Update(cast(StoredAverage, self.stored[momentum_name(scale.period)]), scale.rate, scale.share)
-            for scale in scales
-        ]
-        lerp_and_sum(updates, target, self.dither(), out, scratch)
+        _update_momenta(self.stored, scales, target, self.dither(), out, scratch)
 
-    def tensor_sums(self) -> dict[str, Tensor]:
-        """For each bound state key, the checksums of its tensors, (tensors,) int64 on their device."""
-        return {key: tensor_sums(tensor) for key, tensor in self._tensors.items()}
+    def rehearsal(self) -> Rehearsal:
+        """The stack for a step that is tried and not taken."""
+        return Rehearsal(self, self.stored)
+
+    def tensor_sums(self, processes: Processes) -> dict[str, Tensor]:
+        """For each bound state key, what this process adds to the checksums of its tensors, (tensors,) int64."""
+        found = {}
+        for key, tensor in self._tensors.items():
+            cut = WHOLE if key in self._same_in_all_shards else self.cut
+            first = 0 if cut is WHOLE else self.first_row * tensor.shape[2:].numel()
+            sums = tensor_sums(tensor, first)
+            found[key] = sums if processes.speaks(cut) else torch.zeros_like(sums)
+        return found
 
     def dither(self) -> Dither:
         """The noise of this step."""
-        return Dither(self.positions(), self.traits.step)
+        return Dither(self.positions(), self.traits.step, self.first_element)
 
     # Gradients and weights --------------------------------------------------------------------------------------
 
     def gradients(self, out: Tensor | None = None) -> Tensor:
         """The gradients as float32, (tensors, rows, columns): a copy to write into, in `out` if it is given."""
-        grads = [p.grad for p in self.params if p.grad is not None]
+        grads = self.cut.local([p.grad for p in self.params if p.grad is not None])
         if len(grads) == 1:
             single = grads[0].reshape(1, self.rows, self.columns)
             if out is not None:
@@ -183,13 +208,14 @@ class Stack:
     def weights(self, out: Tensor | None = None) -> Tensor:
         """The parameters as float32, (tensors, rows, columns): a copy, except of a single contiguous float32 one."""
         if len(self.params) == 1:
-            return self.params[0].reshape(1, self.rows, self.columns).float()
-        return self._gather(self.params, out)
+            return self.cut.local(self.params)[0].reshape(1, self.rows, self.columns).float()
+        return self._gather(self.cut.local(self.params), out)
 
     def write_weights(self, stack: Tensor) -> None:
         """Write a stack of the parameters' own dtype back into them."""
-        if stack.data_ptr() != self.params[0].data_ptr():
-            torch._foreach_copy_(self._as_stacked(self.params), list(stack.view(-1, *self._shape).unbind()))
+        params = self.cut.local(self.params)
+        if stack.data_ptr() != params[0].data_ptr():
+            torch._foreach_copy_(self._as_stacked(params), list(stack.view(len(params), *self._shape).unbind()))
 
     def positions(self) -> Tensor:
         """The parameters' numbers in the optimizer, int32 (tensors,), on their device."""
@@ -200,21 +226,21 @@ class Stack:
 
     # The inside -------------------------------------------------------------------------------------------------
 
-    def _as_stacked(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _as_stacked(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Views of tensors, in the shape in which they are stacked."""
         dimensions = len(self._shape)
         return [tensor if tensor.ndim == dimensions else tensor.view(self._shape) for tensor in tensors]
 
-    def _gather(self, tensors: list[Tensor], out: Tensor | None) -> Tensor:
+    def _gather(self, tensors: Sequence[Tensor], out: Tensor | None) -> Tensor:
         tensors = self._as_stacked(tensors)
         if out is not None:
-            stacked = out.view(-1, *self._shape)
+            stacked = out.view(len(tensors), *self._shape)
             if tensors[0].dtype == out.dtype:
                 torch.stack(tensors, out=stacked)
             else:
                 torch._foreach_copy_(list(stacked.unbind()), tensors)
             return out
-        return torch.stack(tensors).reshape(-1, self.rows, self.columns).float().contiguous()
+        return torch.stack(tensors).reshape(len(tensors), self.rows, self.columns).float().contiguous()
 
     def _holds(self, own: Sequence[ParameterState], key: str, thorough: bool) -> bool:
         """Whether a state of each parameter is still the slice of this stack's tensor that it was given.
@@ -227,7 +253,7 @@ class Stack:
         if not all(map(is_, map(dict.get, own, repeat(key)), slices)):
             return False
         count = len(slices) if thorough or key == next(iter(self._slices)) else 1
-        return list(map(Tensor.data_ptr, slices[:count])) == self._addresses[key][:count]
+        return _addresses(self.cut, slices[:count]) == self._addresses[key][:count]
 
     def _allocate(self, binding: Binding, lr: float) -> Stored:
         """New tensors for one state. What this device cannot store fails here, before any value depends on it."""
@@ -245,17 +271,74 @@ class Stack:
         """
         for place, state_of_p in enumerate(own):
             if name in state_of_p and name not in binding.keys:
-                positions, step = self.dither()
-                alone = Dither(positions[place : place + 1], step)
-                state_of_p |= in_format(name, state_of_p.pop(name), binding.format, self._shape, alone)
-        for key, tensor in zip(binding.keys, stored.tensors):
+                dither = self.dither()
+                alone = dither._replace(positions=dither.positions[place : place + 1])
+                (values,) = self.cut.local([state_of_p.pop(name)])
+                state_of_p |= in_format(name, values, binding.format, self._shape, alone)
+        kinds = binding.format.parts(self._shape).values()
+        for key, tensor, kind in zip(binding.keys, stored.tensors, kinds):
             for state_of_p, part in zip(own, tensor):
                 if key in state_of_p:
-                    part.copy_(state_of_p[key].view(part.shape))
+                    part.copy_(self.cut.local([state_of_p[key]])[0].view(part.shape))
             slices = tensor.unbind()
             if tensor.shape[1:] == self._shape:  # One value or code per element: give it its parameter's shape.
-                slices = tuple(part.view(p.shape) for part, p in zip(slices, self.params))
+                slices = tuple(part.view(_with_rows(self.rows, p.shape)) for part, p in zip(slices, self.params))
+            if not kind.by_row:
+                self._same_in_all_shards.add(key)
+            slices = self.cut.wrapped(slices, self.whole_rows if kind.by_row else None)
             self._tensors[key], self._slices[key] = tensor, slices
-            self._addresses[key] = list(map(Tensor.data_ptr, slices))
+            self._addresses[key] = _addresses(self.cut, slices)
             for state_of_p, part in zip(own, slices):
                 state_of_p[key] = part
+
+
+def _with_rows(rows: int, shape: torch.Size) -> torch.Size:
+    """The shape of some rows of a tensor of `shape`."""
+    return torch.Size((rows, *shape[1:])) if shape else shape
+
+
+def _addresses(cut: Cut, tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, cut.local(tensors)))
+
+
+class Rehearsal:
+    """A stack whose weights and states are copies, made as they are asked for: what is written is forgotten."""
+
+    def __init__(self, stack: Stack, stored: Mapping[str, Stored]) -> None:
+        self._stack = stack
+        self._stored = stored
+
+    def weights(self, out: Tensor | None = None) -> Tensor:
+        """A copy of the weights."""
+        return self._stack.weights(out).clone()
+
+    def read(self, name: str, out: Tensor | None = None) -> Tensor:
+        """A copy of a state."""
+        return self._stored[name].read(out).clone()
+
+    def write(self, name: str, stack: Tensor) -> None:
+        """Nothing is stored."""
+
+    def update_momenta(
+        self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
+    ) -> None:
+        """What updating the momenta would put into `out`."""
+        copies = {}
+        for name in map(momentum_name, (scale.period for scale in scales)):
+            copies[name] = copy.copy(self._stored[name])
+            copies[name].tensors = tuple(tensor.clone() for tensor in self._stored[name].tensors)
+        _update_momenta(copies, scales, target, self._stack.dither(), out, scratch)
+
+
+def _update_momenta(
+    stored: Mapping[str, Stored],
+    scales: Sequence[Scale],
+    target: Tensor,
+    dither: Dither,
+    out: Tensor,
+    scratch: Tensor | None,
+) -> None:
+    updates = [
+        Update(cast(StoredAverage, stored[momentum_name(scale.period)]), scale.rate, scale.share) for scale in scales
+    ]
+    lerp_and_sum(updates, target, dither, out, scratch)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..groups import Group, States
 from ..phase import Phase
+from ..sharding import ALONE, WHOLE, Processes
 from ..stacks.stack import Stack
 from ..stacks.workspace import Workspace
 from .passes import Measured, Passes
@@ -66,6 +67,7 @@ class Engine:
         watch_every: int,
         watch_places: Sequence[int],
         techniques: Techniques,
+        processes: Processes = ALONE,
     ) -> Step:
         """Decide who takes the step of each group.
 
@@ -75,14 +77,17 @@ class Engine:
             watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
             watch_places: for each parameter, and one past the last, where its elements begin among all that it sees.
             techniques: the rule in each place.
+            processes: those that hold the parameters.
         """
         served = {}
         for group, stacks in groups:
             kernels = self._kernels_of(group, stacks) if techniques == ALL_TECHNIQUES else None
             if kernels is not None:
                 served[group] = kernels
-        self._workspace.begin_step([stack for group, own in groups if group not in served for stack in own])
-        rules = Passes(states, self._workspace, watch_every, techniques)
+        # Not gradients of shards, which a rehearsal overwrites.
+        kept = [stack for group, own in groups if group not in served for stack in own if stack.cut is WHOLE]
+        self._workspace.begin_step(kept)
+        rules = Passes(states, self._workspace, watch_every, techniques, processes)
         return Step(self, rules, served, states, watch_every, watch_places, techniques)
 
     def proves(self, measured: Measured, difference: Callable[[], str]) -> bool:
@@ -124,7 +129,7 @@ class Engine:
                 return None
         first = stacks[0].device
         whole = all(type(p) in _PLAIN and p.device == first for stack in stacks for p in stack.params)
-        whole = whole and all(stack.rows * stack.columns <= _LARGEST for stack in stacks)
+        whole = whole and all(stack.cut is WHOLE and stack.rows * stack.columns <= _LARGEST for stack in stacks)
         return self._kernels[device] if whole else None
 
     def _say(self, level: int, text: str) -> None:
@@ -163,6 +168,14 @@ class Step:
                 self._engine.give_up(_first_line(error))
                 self._served = {}
         return self._rules.measure(group, stacks)
+
+    def add_up(self, measured: Sequence[Measured], more: Sequence[Tensor]) -> tuple[list[Measured], list[Tensor]]:
+        """As `Passes.add_up`."""
+        return self._rules.add_up(measured, more)
+
+    def ask(self, measured: Sequence[Measured], multiplier: Tensor | None) -> None:
+        """As `Passes.ask`."""
+        self._rules.ask(measured, multiplier)
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: new states and weights; returns what the context sees of each stack."""

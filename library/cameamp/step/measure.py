@@ -64,7 +64,7 @@ class GroupSums:
         deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
         if not deviations:
             return cls(magnitude, [None] * len(stacks))
-        sizes = [stack.rows * stack.columns for stack in stacks]
+        sizes = [stack.whole_rows * stack.columns for stack in stacks]
         counts = torch.cat([torch.full_like(m.abs_sums, size) for m, size in zip(measured, sizes)]).to(device)
         strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
         parts = strengths.split([len(stack) for stack in stacks])
@@ -92,17 +92,6 @@ def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
     return active
 
 
-def check_whole(params: Iterable[Tensor]) -> None:
-    """Raise RuntimeError for a parameter of which this process holds a part: a DTensor, or one that FSDP flattened."""
-    for p in params:
-        if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
-            raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} is sharded over processes (FSDP, DTensor); these optimizers "
-                "need whole parameters, because sums over a parameter and over its group decide a step. Supported: one "
-                "process, and DDP with any number, where every process holds every parameter"
-            )
-
-
 def tally(tallies: dict[torch.device, Tensor], counts: Sequence[Tensor]) -> None:
     """Add counts of unusable elements to a tally for each device."""
     for device in {count.device for count in counts}:
@@ -123,7 +112,9 @@ def warn_of_none(params: Iterable[Tensor]) -> None:
         )
 
 
-def first_pass(g: Tensor, with_deviations: bool, watch_every: int = 0, scratch: Tensor | None = None) -> FirstPass:
+def first_pass(
+    g: Tensor, with_deviations: bool, watch_every: int = 0, scratch: Tensor | None = None, watch_from: int = 0
+) -> FirstPass:
     """Measure a stack of gradients.
 
     Args:
@@ -131,16 +122,17 @@ def first_pass(g: Tensor, with_deviations: bool, watch_every: int = 0, scratch: 
         with_deviations: whether to measure deviations.
         watch_every: distance between the elements to return; 0 for none.
         scratch: memory to compute in, of g's shape; allocated where None.
+        watch_from: the first element to return.
     """
     unusable = drop_unusable_(g, scratch)
     count = unusable.ne_(0).sum()  # 1 for NaN too
     magnitudes = _measure(g, with_deviations, scratch=unusable)
-    return FirstPass(magnitudes, count, at_every_nth(g, watch_every).clone() if watch_every else None)
+    return FirstPass(magnitudes, count, at_every_nth(g, watch_every, watch_from).clone() if watch_every else None)
 
 
-def at_every_nth(stack: Tensor, n: int) -> Tensor:
-    """Every n-th element of each tensor of a stack, from the first one on: (tensors, elements), a view."""
-    return stack.flatten(1)[:, ::n]
+def at_every_nth(stack: Tensor, n: int, first: int = 0) -> Tensor:
+    """Every n-th element of each tensor of a stack, from a first one on: (tensors, elements), a view."""
+    return stack.flatten(1)[:, first::n]
 
 
 def drop_unusable_(g: Tensor, scratch: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor
 
 from ..groups import Group, States
 from ..rounding import stochastic_round
+from ..sharding import ALONE, WHOLE, Processes
 from ..stacks.stack import Stack
-from ..stacks.workspace import Workspace
-from . import measure
+from ..stacks.workspace import Work, Workspace
+from ..techniques.sums import OF_WHOLE_TENSORS, Sums
+from . import measure, shared
 from .kernels.gpu.launching import Launcher
-from .measure import GroupSums
-from .rules import StackOptions, StepScalars, Techniques, Watched, take_step_
+from .measure import GroupSums, Magnitudes
+from .rules import StackOptions, StepScalars, Techniques, Watched, questions, take_step_
 
 
 class Measured(NamedTuple):
@@ -28,6 +31,7 @@ class Measured(NamedTuple):
         watched: the gradient's elements that the context sees; empty without a context.
         gradients: the usable gradients, if they are held for the second pass, which takes them out.
         launcher: what launches kernels on its device; None where no kernels ran.
+        magnitudes: where a stack is sharded, those of the part that this process holds.
     """
 
     group: Group
@@ -37,6 +41,7 @@ class Measured(NamedTuple):
     watched: list[Tensor]
     gradients: list[Tensor | None]
     launcher: Launcher | None = None
+    magnitudes: Sequence[Magnitudes] = ()
 
 
 class Passes:
@@ -47,13 +52,23 @@ class Passes:
         workspace: memory to compute in.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
         techniques: the rule in each place.
+        processes: those that hold the parameters.
     """
 
-    def __init__(self, states: States, workspace: Workspace, watch_every: int, techniques: Techniques) -> None:
+    def __init__(
+        self,
+        states: States,
+        workspace: Workspace,
+        watch_every: int,
+        techniques: Techniques,
+        processes: Processes = ALONE,
+    ) -> None:
         self._states = states
         self._workspace = workspace
         self._watch_every = watch_every
         self._techniques = techniques
+        self._processes = processes
+        self._answers: dict[Stack, list[shared.Answer]] = {}
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over the gradients of the stacks that take the step."""
@@ -62,14 +77,67 @@ class Passes:
         for stack in stacks:
             work = self._workspace.lend(stack)
             g = stack.gradients(work.gradients)
-            found = measure.first_pass(g, decays, self._watch_every, work.scratch)
+            found = measure.first_pass(g, decays, self._watch_every, work.scratch, self._watch_from(stack))
             magnitudes.append(found.magnitudes)
             unusable.append(found.unusable)
             if found.watched is not None:
                 watched.append(found.watched)
             held.append(g if self._workspace.holds(stack) else None)
             del g, found, work
-        return Measured(group, stacks, GroupSums.of(stacks, magnitudes), unusable, watched, held)
+        return Measured(group, stacks, GroupSums.of(stacks, magnitudes), unusable, watched, held, magnitudes=magnitudes)
+
+    def add_up(self, measured: Sequence[Measured], more: Sequence[Tensor]) -> tuple[list[Measured], list[Tensor]]:
+        """What was measured of groups, with the sums over whole tensors; one message if any are sharded.
+
+        Args:
+            measured: what the first pass found in each group.
+            more: what else to add up over the processes, on the way.
+
+        Returns:
+            The same of all processes, and the sums of `more`.
+        """
+        found = {stack: of_stack for group in measured for stack, of_stack in zip(group.stacks, group.magnitudes)}
+        sharded = [stack for stack in found if stack.cut is not WHOLE]
+        if not sharded:
+            return list(measured), list(more)
+        parts = [shared.measured_parts(stack, found[stack]) for stack in sharded]
+        speaking = [
+            part if self._processes.speaks(stack.cut) else torch.zeros_like(part) for stack, part in zip(sharded, parts)
+        ]
+        totals = self._processes.add_up([*speaking, *more])
+        found |= {stack: shared.whole_magnitudes(stack, total) for stack, total in zip(sharded, totals)}
+        whole = [
+            each._replace(sums=GroupSums.of(each.stacks, [found[stack] for stack in each.stacks]))
+            if any(stack.cut is not WHOLE for stack in each.stacks)
+            else each
+            for each in measured
+        ]
+        return whole, totals[len(sharded) :]
+
+    def ask(self, measured: Sequence[Measured], multiplier: Tensor | None) -> None:
+        """Between the passes: have the other processes answer what the rules ask about the tensors that are sharded.
+
+        Args:
+            measured: from `add_up`.
+            multiplier: 0-d factor of all learning rates; None if no context drives the optimizer.
+        """
+        arguments, questions_of = {}, {}
+        for found in measured:
+            for stack, decay in zip(found.stacks, found.sums.decay_strengths):
+                if stack.cut is not WHOLE:
+                    found.group.bind(stack, self._states)
+                    arguments[stack] = found.group, found.sums.magnitude, decay
+                    questions_of[stack] = questions(self._options(found.group, stack))
+
+        def rehearse(stack: Stack, of_shards: Sums) -> None:
+            group, magnitude_sum, decay = arguments[stack]
+            work = self._workspace.lend(stack)
+            g = stack.gradients(work.gradients)
+            measure.drop_unusable_(g, work.scratch)
+            others = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
+            take_step_(g, stack.rehearsal(), *others, of_shards)
+
+        self._answers = shared.answers(rehearse, questions_of, self._processes)
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: every stack through the rules, and the weights written back.
@@ -100,22 +168,47 @@ class Passes:
     ) -> Watched | None:
         """One stack through the rules. Gradients that were not held are gathered again."""
         group.bind(stack, self._states)
-        traits, config = stack.traits, group.config
-        scalars = StepScalars.at(traits.step, config, group.scheduler_factor, traits.momentum_counts)
-        options = StackOptions(
-            group.phase(stack), traits.has_polarity, traits.row_scaled, config, self._watch_every, self._techniques
-        )
         work = self._workspace.lend(stack)
         held = gradients.pop(0)
         g = stack.gradients(work.gradients) if held is None else held
-        total = magnitude_sum.to(g.device)
-        factor = None if multiplier is None else multiplier.to(g.device)
+        arguments = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
         if held is None:
             measure.drop_unusable_(g, work.scratch)
-        p, watched = take_step_(g, stack, total, decay, factor, work, scalars, options)
-        del g, held, work
+        sums = OF_WHOLE_TENSORS if stack.cut is WHOLE else shared.SumsOfShards(stack, self._answers.pop(stack))
+        p, watched = take_step_(g, stack, *arguments, sums)
+        del g, held, work, arguments
         dtype = stack.params[0].dtype
         if dtype in (torch.bfloat16, torch.float16):
             p = stochastic_round(p, dtype, stack.dither())
         stack.write_weights(p)
         return watched
+
+    def _arguments(
+        self,
+        group: Group,
+        stack: Stack,
+        work: Work,
+        magnitude_sum: Tensor,
+        decay: Tensor | None,
+        multiplier: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Work, StepScalars, StackOptions]:
+        """Those of `take_step_` between the states and the sums."""
+        scalars = StepScalars.at(stack.traits.step, group.config, group.scheduler_factor, stack.traits.momentum_counts)
+        total = magnitude_sum.to(stack.device)
+        factor = None if multiplier is None else multiplier.to(stack.device)
+        return total, decay, factor, work, scalars, self._options(group, stack)
+
+    def _options(self, group: Group, stack: Stack) -> StackOptions:
+        return StackOptions(
+            group.phase(stack),
+            stack.traits.has_polarity,
+            stack.traits.row_scaled,
+            group.config,
+            self._watch_every,
+            self._techniques,
+            self._watch_from(stack),
+        )
+
+    def _watch_from(self, stack: Stack) -> int:
+        """The first element that is here of those that the context sees."""
+        return -stack.first_element % self._watch_every if self._watch_every else 0

@@ -25,6 +25,7 @@ from ..techniques import (
     weight_decay,
 )
 from ..techniques.multiscale import Momenta, Scale
+from ..techniques.sums import OF_WHOLE_TENSORS, Sums
 from .measure import at_every_nth
 
 Scalar = float | Tensor
@@ -126,6 +127,7 @@ class StackOptions(NamedTuple):
         config: the group's options.
         watch_every: distance between the elements that the context sees; 0 for none.
         techniques: the rule in each place.
+        watch_from: the first element that the context sees.
     """
 
     phase: Phase
@@ -134,6 +136,7 @@ class StackOptions(NamedTuple):
     config: OptimizerConfig
     watch_every: int = 0
     techniques: Techniques = ALL_TECHNIQUES
+    watch_from: int = 0
 
 
 def take_step_(
@@ -145,6 +148,7 @@ def take_step_(
     work: Work,
     scalars: StepScalars,
     options: StackOptions,
+    sums: Sums = OF_WHOLE_TENSORS,
 ) -> tuple[Tensor, Watched | None]:
     """Update the weights and states of a stack of same-shape parameters, each seen as a matrix.
 
@@ -157,11 +161,12 @@ def take_step_(
         work: memory to compute in.
         scalars: what changes with the step.
         options: which rules act.
+        sums: adds up over whole tensors; asked as often as `questions` says.
 
     Returns:
         The new weights, to be written back, and what the context sees of the step.
     """
-    sg, direction = scale_gradient_(g, states, magnitude_sum, work, scalars, options)
+    sg, direction = scale_gradient_(g, states, magnitude_sum, work, scalars, options, sums)
     # The drive is not bound to a name here, so that its memory is free as soon as the second half is done with it.
     return move_(
         sg,
@@ -173,11 +178,24 @@ def take_step_(
         work,
         scalars,
         options,
+        sums,
     )
 
 
+def questions(options: StackOptions) -> int:
+    """How many times `take_step_` asks for sums over whole tensors."""
+    config = options.config
+    return config.came + 2 * options.phase.early + config.cautious
+
+
 def scale_gradient_(
-    g: Tensor, states: States, magnitude_sum: Tensor, work: Work, scalars: StepScalars, options: StackOptions
+    g: Tensor,
+    states: States,
+    magnitude_sum: Tensor,
+    work: Work,
+    scalars: StepScalars,
+    options: StackOptions,
+    sums: Sums = OF_WHOLE_TENSORS,
 ) -> tuple[Tensor, Tensor]:
     """The first half of a step, to the scaled gradient; arguments as of `take_step_`.
 
@@ -189,7 +207,7 @@ def scale_gradient_(
     if config.came:
         exp_avg_sq = states.read("exp_avg_sq")
         sg = came.scale_by_second_moment_(
-            grad, exp_avg_sq, config.betas[1], config.eps[0], config.clip_threshold, work.scaled
+            grad, exp_avg_sq, config.betas[1], config.eps[0], config.clip_threshold, work.scaled, sums
         )
         states.write("exp_avg_sq", exp_avg_sq)
     else:
@@ -207,6 +225,7 @@ def move_(
     work: Work,
     scalars: StepScalars,
     options: StackOptions,
+    sums: Sums = OF_WHOLE_TENSORS,
 ) -> tuple[Tensor, Watched | None]:
     """The second half of a step, from the scaled gradient to the weights.
 
@@ -217,15 +236,15 @@ def move_(
 
     The others are as of `take_step_`.
     """
-    phase, has_polarity, row_scaled, config, watch_every, techniques = options
+    phase, has_polarity, row_scaled, config, watch_every, techniques, watch_from = options
     eps1, eps2, eps3 = config.eps
     beta1, _, beta3 = config.betas
-    watched_grad = at_every_nth(sg, watch_every).clone() if watch_every else None
+    watched_grad = at_every_nth(sg, watch_every, watch_from).clone() if watch_every else None
 
     exp_avg = states.read("exp_avg")
     if phase.early:
         s = states.read("s")
-        residual = techniques.torque_aware_momentum(exp_avg, s, sg, eps1, work.scratch, drive)
+        residual = techniques.torque_aware_momentum(exp_avg, s, sg, eps1, work.scratch, drive, sums)
         states.write("s", s)
         del s
     else:
@@ -242,7 +261,7 @@ def move_(
     u = techniques.turn_to_gradient(u, direction, scalars.gradient_share, work.scratch)
 
     if phase.early:
-        u = techniques.remove_part_along_weights(u, p, eps3, work.scratch)
+        u = techniques.remove_part_along_weights(u, p, eps3, work.scratch, sums)
 
     mask = states.read("lr_mask")
     if phase.warmup:
@@ -253,7 +272,7 @@ def move_(
         states.write("last_polarity", polarity)
 
     if config.cautious:
-        u = cautious.mask_disagreement_(u, direction)
+        u = cautious.mask_disagreement_(u, direction, sums)
 
     if phase.early and decay_strengths is not None:
         u = weight_decay.add_decay_(u, p, decay_strengths, config.weight_decay)
@@ -269,7 +288,8 @@ def move_(
         states.write("lr_mask", mask)
     if watched_grad is None:
         return p, None
-    return p, Watched(watched_grad, at_every_nth(rates, watch_every) * at_every_nth(u, watch_every))
+    watched_rates, watched_u = (at_every_nth(stack, watch_every, watch_from) for stack in (rates, u))
+    return p, Watched(watched_grad, watched_rates * watched_u)
 
 
 def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:

@@ -18,9 +18,8 @@ from ..rounding import Dither
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Rows and columns of a parameter, which has elements, seen as a matrix: its first dimension, and the others."""
-    rows = shape[0] if len(shape) > 0 else 1
-    return rows, shape.numel() // rows
+    """Rows and columns of a parameter seen as a matrix: its first dimension, and the others."""
+    return (shape[0], shape[1:].numel()) if len(shape) > 0 else (1, 1)
 
 
 class Part(NamedTuple):
@@ -30,11 +29,13 @@ class Part(NamedTuple):
         dtype: its dtype.
         shape: its shape, for a single parameter.
         zero: the value of its elements while the state is 0.
+        by_row: whether each row of it belongs to the same row of the parameter, and to no other.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     zero: int = 0
+    by_row: bool = False
 
 
 class Format(ABC):

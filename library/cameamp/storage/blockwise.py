@@ -20,6 +20,8 @@ from ..rounding import Dither
 from . import Format, Part, Stored
 
 SMALLEST_BLOCK = 64
+# A row that is coded by itself may be as short as this: its scale is then a quarter of its codes.
+_SMALLEST_BLOCK_OF_ROW = 16
 
 # Elements that are coded at a time: the integers needed in between take three times the memory of the values.
 _PART = 4 * 1024 * 1024
@@ -35,6 +37,14 @@ def block_of(count: int, largest: int) -> int | None:
         if count % block == 0:
             return block
         block //= 2
+    return None
+
+
+def block_of_row(columns: int, largest: int) -> int | None:
+    """The largest block, from 16 to `largest`, that divides a row; None if there is none."""
+    for parts in range(-(-columns // largest), columns // _SMALLEST_BLOCK_OF_ROW + 1):
+        if columns % parts == 0:
+            return columns // parts
     return None
 
 
@@ -69,7 +79,7 @@ class Blockwise(Format):
         if codes.shape != shape:
             raise ValueError(f"_q: has shape {tuple(codes.shape)}")
         block = shape.numel() // max(scale.numel(), 1)
-        if scale.ndim != 1 or block < SMALLEST_BLOCK or block & (block - 1) or block * scale.numel() != shape.numel():
+        if scale.ndim != 1 or block < _SMALLEST_BLOCK_OF_ROW or block * scale.numel() != shape.numel():
             raise ValueError(f"_q_scale: has shape {tuple(scale.shape)}, which divides {tuple(shape)} into no blocks")
         if (scale < 0).any():
             raise ValueError("_q_scale: has negative elements")

@@ -21,7 +21,7 @@ class Full(AverageFormat):
     suffixes = ("",)
 
     def parts(self, shape: torch.Size) -> dict[str, Part]:
-        return {"": Part(self.dtype, tuple(shape))}
+        return {"": Part(self.dtype, tuple(shape), by_row=True)}
 
     def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredFull:
         return StoredFull(tensors, shape)
@@ -31,7 +31,7 @@ class StoredFull(StoredAverage):
     """A state in the format `Full`."""
 
     def read(self, out: Tensor | None = None) -> Tensor:
-        return self.tensors[0].view(-1, self.rows, self.columns)
+        return self.tensors[0].view(len(self.tensors[0]), self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         (own,) = self.tensors

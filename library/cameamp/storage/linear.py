@@ -36,7 +36,7 @@ class Linear(Format):
             object.__setattr__(self, name, rounded)
 
     def parts(self, shape: torch.Size) -> dict[str, Part]:
-        return {"_q": Part(torch.uint8, tuple(shape)), "_q_scale": Part(torch.float32, (2,))}
+        return {"_q": Part(torch.uint8, tuple(shape), by_row=True), "_q_scale": Part(torch.float32, (2,))}
 
     def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredLinear:
         return StoredLinear(self, tensors, shape)
@@ -59,7 +59,7 @@ class StoredLinear(Stored):
     def read(self, out: Tensor | None = None) -> Tensor:
         codes, scale = self.tensors
         low, high = scale.view(-1, 2, 1, 1).unbind(1)
-        share = codes.view(-1, self.rows, self.columns).to(torch.float32).div_(_LARGEST_CODE)
+        share = codes.view(len(codes), self.rows, self.columns).to(torch.float32).div_(_LARGEST_CODE)
         return torch.lerp(low, high, share)
 
     def write(self, stack: Tensor, dither: Dither) -> None:

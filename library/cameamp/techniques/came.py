@@ -11,9 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sums import OF_WHOLE_TENSORS, Sums
+
 
 def scale_by_second_moment_(
-    grad: Tensor, exp_avg_sq: Tensor, beta2: float, eps: float, clip_threshold: float, out: Tensor | None = None
+    grad: Tensor,
+    exp_avg_sq: Tensor,
+    beta2: float,
+    eps: float,
+    clip_threshold: float,
+    out: Tensor | None = None,
+    sums: Sums = OF_WHOLE_TENSORS,
 ) -> Tensor:
     """Update the second moment, divide the gradient by its root, and bound the root mean square of each tensor.
 
@@ -39,6 +47,7 @@ def scale_by_second_moment_(
         eps: floor of the second moment.
         clip_threshold: bound d of the root mean square (RMS) of one tensor of the result.
         out: memory for the result, of grad's shape; allocated if None.
+        sums: adds up over whole tensors.
 
     Returns:
         The scaled gradient sg, a plain number.
@@ -56,8 +65,8 @@ def scale_by_second_moment_(
     # Towards the floor, then the square on top: one pass over memory less than scaling and adding a number.
     exp_avg_sq.lerp_(exp_avg_sq.new_full((), eps), 1 - beta2).addcmul_(grad, grad, value=1 - beta2)
     scaled = torch.rsqrt(exp_avg_sq, out=out).mul_(grad)
-    norm = torch.linalg.vector_norm(scaled.flatten(1), dim=1)
-    excess = norm.mul_(1 / (math.sqrt(scaled[0].numel()) * clip_threshold)).clamp_min_(1.0)
+    norm = sums.norms(scaled)
+    excess = norm.mul_(1 / (math.sqrt(sums.numel(scaled)) * clip_threshold)).clamp_min_(1.0)
     return scaled.mul_(excess.reciprocal_().view(-1, 1, 1))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .sums import OF_WHOLE_TENSORS, Sums
 
-def mask_disagreement_(update: Tensor, direction: Tensor) -> Tensor:
+
+def mask_disagreement_(update: Tensor, direction: Tensor, sums: Sums = OF_WHOLE_TENSORS) -> Tensor:
     """Set the elements whose update opposes the gradient to 0, and scale up the others in return.
 
     As in the paper, with the update u and the gradient g of a tensor of n elements:
@@ -18,6 +20,7 @@ def mask_disagreement_(update: Tensor, direction: Tensor) -> Tensor:
     Args:
         update: the update u, (tensors, rows, columns); overwritten by the result.
         direction: sign of the gradient, of the same shape: -1, 0 or 1.
+        sums: adds up over whole tensors.
 
     Returns:
         The masked update, in the unit of `update`.
@@ -29,5 +32,5 @@ def mask_disagreement_(update: Tensor, direction: Tensor) -> Tensor:
         [[[1.0, 2.0, 0.0]]]
     """
     agrees = (update * direction > 0).to(update.dtype)
-    count = agrees.sum(dim=(1, 2), keepdim=True)
-    return update.mul_(agrees).mul_(update[0].numel() / (count + 1))
+    count = sums.counts(agrees)
+    return update.mul_(agrees).mul_(sums.numel(update) / (count + 1))

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sums import OF_WHOLE_TENSORS, Sums
+
 SMALLEST_NORM = 1e-30
 
 
-def remove_part_along_weights_(update: Tensor, p: Tensor, eps: float, scratch: Tensor | None = None) -> Tensor:
+def remove_part_along_weights_(
+    update: Tensor, p: Tensor, eps: float, scratch: Tensor | None = None, sums: Sums = OF_WHOLE_TENSORS
+) -> Tensor:
     """Remove from each tensor's update the part along its weights, and scale the rest to the norm of the whole.
 
     In the paper, with the gradient g and the weights p of a layer as vectors:
@@ -26,6 +30,7 @@ def remove_part_along_weights_(update: Tensor, p: Tensor, eps: float, scratch: T
         p: the weights, of the same shape.
         eps: floor of |v|, so that an update along the weights does not become amplified rounding errors.
         scratch: memory to compute in, of p's shape; allocated if None.
+        sums: adds up over whole tensors.
 
     Returns:
         The orthogonal update, in the unit of `update`. It is unchanged for tensors of a single element and for weights
@@ -38,19 +43,13 @@ def remove_part_along_weights_(update: Tensor, p: Tensor, eps: float, scratch: T
         >>> [round(x, 3) for x in u.flatten().tolist()]
         [0.0, 5.0]
     """
-    if p[0].numel() == 1:
+    if sums.numel(p) == 1:
         return update
     u, w = update.flatten(1), p.flatten(1)
-    u_norm, w_norm = _norms(u), _norms(w)
+    u_norm, w_norm, products = sums.norms_and_products(u, w, scratch)
     has_direction = w_norm > SMALLEST_NORM
     # Dividing twice by the norm, not once by its square, which underflows for small weights.
-    products = torch.mul(update, p, out=scratch).flatten(1)
-    along = products.sum(dim=1, keepdim=True).div_(w_norm).div_(w_norm)
+    along = products.div_(w_norm).div_(w_norm)
     u.addcmul_(w, torch.where(has_direction, along, 0.0), value=-1)
-    u.mul_(torch.where(has_direction, u_norm / _norms(u).clamp_min_(eps), 1.0))
+    u.mul_(torch.where(has_direction, u_norm / sums.norms_of_rest(u).clamp_min_(eps), 1.0))
     return update
-
-
-def _norms(x: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return norms

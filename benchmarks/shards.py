@@ -1,0 +1,146 @@
+"""What do the states of a large model take on each of many processes, and what do those tell one another in a step?
+
+Computed, and not measured: from the shapes of two models, and from how FSDP2 shards them, what the process with most of
+the states holds, and how long the messages of a step are. The steps are those of a full fine-tuning in float32. Of a
+message every process sends and receives about twice its length. For comparison: what a process reads and writes to take
+its step, in the early phase with the rehearsals, and the gradients that FSDP2 itself sends over the network for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+import library.automagic_cameamp as family
+from library.cameamp.config import OptimizerConfig
+from library.cameamp.context.sampling import Sampler
+from library.cameamp.phase import Phase
+from library.cameamp.states import TABLE, momentum
+from library.cameamp.storage import matrix_shape
+
+from .contenders import FAMILY
+from .table import Table
+
+PROCESSES = (8, 64, 512)
+_EARLY, _AFTER = Phase(early=True, warmup=True), Phase(early=False, warmup=False)
+
+Shapes = list[tuple[int, ...]]
+
+
+def flux() -> Shapes:
+    """FLUX.1 dev: 19 double and 38 single blocks of width 3072; 12 billion parameters."""
+    d, mlp = 3072, 12288
+    shapes = _linear(d, 64) + _linear(d, 4096)
+    for first in (256, 768, 256):  # The step, the pooled text, the guidance.
+        shapes += _linear(d, first) + _linear(d, d)
+    stream = (
+        _linear(6 * d, d) + _linear(3 * d, d) + [(128,), (128,)] + _linear(d, d) + _linear(mlp, d) + _linear(d, mlp)
+    )
+    shapes += 19 * 2 * stream
+    shapes += 38 * (_linear(3 * d + mlp, d) + _linear(d, d + mlp) + [(128,), (128,)] + _linear(3 * d, d))
+    return shapes + _linear(64, d) + _linear(2 * d, d)
+
+
+def wan() -> Shapes:
+    """Wan 2.1 14B, a video model: 40 blocks of width 5120; 14 billion parameters."""
+    d, ffn = 5120, 13824
+    shapes = [(d, 16, 1, 2, 2), (d,)]
+    shapes += _linear(d, 4096) + _linear(d, d) + _linear(d, 256) + _linear(d, d) + _linear(6 * d, d)
+    attention = 4 * _linear(d, d) + [(d,), (d,)]
+    shapes += 40 * (2 * attention + [(d,), (d,)] + _linear(ffn, d) + _linear(d, ffn) + [(1, 6, d)])
+    return shapes + _linear(64, d) + [(1, 2, d)]
+
+
+MODELS = {"Flux, 12 B": flux, "Wan 2.1, 14 B": wan}
+
+
+def state_bytes(shapes: Shapes, processes: int, name: str, phase: Phase) -> int:
+    """What the states take on the process that holds most of them."""
+    optimizer_class = getattr(family, name)
+    config = OptimizerConfig()
+    rows = [row for row in TABLE if row.lives(phase, config.came)]
+    if contextual(name):
+        rows += [momentum(period) for period in config.momentum_scales]
+    total = 0
+    for shape in map(torch.Size, shapes):
+        part = torch.Size((-(-shape[0] // processes), *shape[1:]))
+        total += sum(optimizer_class._precision.format(row, shape, config, by_row=True).bytes(part) for row in rows)
+    return total
+
+
+def message_bytes(shapes: Shapes, stacks: int, early: bool, with_context: bool) -> list[int]:
+    """The lengths of the messages of a step.
+
+    Args:
+        shapes: of the tensors, of one group.
+        stacks: how many stacks they are in.
+        early: whether the step is of the early phase; else it is of one after the warm-up.
+        with_context: whether the optimizer is contextual.
+    """
+    tensors = len(shapes)
+    # The sums of magnitudes and, where weights decay, of their squares; how many are not 0.
+    numbers = tensors * (2 if early else 1) + stacks
+    if with_context:
+        # Of each process the loss, and what it adds to three samples: two of the step before.
+        numbers += 3 + 3 * Sampler([torch.Size(shape).numel() for shape in shapes]).size
+    lengths = [8 * numbers, 8 * tensors]
+    if early:
+        columns = sum(matrix_shape(torch.Size(shape))[1] for shape in shapes)
+        lengths += [4 * 2 * columns, 8 * 3 * tensors]
+    return lengths
+
+
+def contextual(name: str) -> bool:
+    """Whether an optimizer of the family is contextual."""
+    return "COptim" in name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--processes", type=int, nargs="+", default=PROCESSES, help="how many (default: 8 64 512)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compute and print."""
+    for title, shapes_of in MODELS.items():
+        shapes = shapes_of()
+        elements = sum(torch.Size(shape).numel() for shape in shapes)
+        print(f"{title}: {len(shapes)} tensors, {elements / 1e9:.2f} billion parameters\n")
+        states = Table(
+            "{:<30}{:>10}{:>15.3f}{:>13.2%}{:>15.3f}",
+            "states", "processes", "warm-up, GB", "over share", "after, GB",
+        )  # fmt: skip
+        for name in FAMILY:
+            for processes in args.processes:
+                warmup, after = (state_bytes(shapes, processes, name, phase) for phase in (_EARLY, _AFTER))
+                share = state_bytes(shapes, 1, name, _EARLY) / processes
+                states.row(name, processes, warmup / 1e9, warmup / share - 1, after / 1e9)
+        print()
+        table = Table("{:<34}{:>10}{:>14.2f}{:>26}", "messages of a step", "messages", "MB in all", "MB each")
+        for with_context in (False, True):
+            for early in (True, False):
+                lengths = message_bytes(shapes, _stacks(shapes), early, with_context)
+                kind = ("contextual" if with_context else "plain") + (", early" if early else ", after the warm-up")
+                table.row(kind, len(lengths), sum(lengths) / 1e6, " ".join(f"{n / 1e6:.2f}" for n in lengths))
+        print()
+        work = Table(
+            "{:>10}{:>30.2f}{:>12.2f}{:>28.2f}",
+            "processes", "read and written, early, GB", "later, GB", "gradients of FSDP2, GB",
+        )  # fmt: skip
+        for processes in args.processes:
+            part = elements / processes
+            # Weights, gradients and states once each way; in a rehearsal the gradients, and the states that it needs.
+            early, later = part * 4 * (2 * 7 + 1 + (2 + 5 + 10)), part * 4 * (2 * 5 + 1 + 2)
+            work.row(processes, early / 1e9, later / 1e9, 4 * elements * (processes - 1) / processes / 1e9)
+        print()
+
+
+def _linear(out: int, into: int) -> Shapes:
+    return [(out, into), (out,)]
+
+
+def _stacks(shapes: Sequence[tuple[int, ...]]) -> int:
+    """At least one for each shape; more do not matter, they add a number each."""
+    return len(set(shapes))

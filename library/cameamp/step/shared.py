@@ -1,0 +1,140 @@
+"""What the processes that hold the shards of some tensors tell one another in a step.
+
+A rule that needs sums over whole tensors asks `Sums` for them. On shards the answer takes a message, and one message a
+stack would be hundreds. So the steps of all stacks are rehearsed up to the first question, on copies of their states;
+all answers come in one message; then all are rehearsed up to the next question, until the step itself finds every
+answer it asks for. That costs arithmetic and no memory: to interrupt the steps, and go on with them, would need room
+for what each has computed so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..sharding import Processes
+from ..stacks.stack import Stack
+from ..techniques.sums import Sums
+from .measure import Magnitudes
+
+# Below this share of a tensor's norm, squared, what is left of it is the rounding of float32.
+_SMALLEST_REST = 2.0**-24
+
+# The sums that answer one question of one stack.
+Answer = Sequence[Tensor]
+
+
+class _OpenQuestionError(Exception):
+    """A rule asked what no message has answered yet.
+
+    Attributes:
+        parts: the sums over the shards of this process.
+    """
+
+    def __init__(self, *parts: Tensor) -> None:
+        self.parts = parts
+
+
+class SumsOfShards(Sums):
+    """Sums over the tensors of a stack of which this process holds a part, as far as they are known.
+
+    They are added in float64, except those over rows, of which there are many.
+
+    Args:
+        stack: the stack.
+        answers: the sums that answer the first questions.
+    """
+
+    def __init__(self, stack: Stack, answers: Iterable[Answer]) -> None:
+        self._numel = stack.whole_rows * stack.columns
+        self._answers: Iterator[Answer] = iter(answers)
+
+    def numel(self, stack: Tensor) -> int:
+        return self._numel
+
+    def norms(self, stack: Tensor) -> Tensor:
+        (squares,) = self._total(stack.square().sum(dim=(1, 2), dtype=torch.float64))
+        return squares.sqrt().to(stack.dtype)
+
+    def over_rows(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        return tuple(total.to(part.dtype, copy=True) for total, part in zip(self._total(*parts), parts))
+
+    def norms_and_products(self, x: Tensor, y: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        room = None if scratch is None else scratch.view_as(x)
+        parts = [
+            torch.mul(a, b, out=room).sum(1, keepdim=True, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y))
+        ]
+        x_squares, y_squares, products = self._total(*parts)
+        # By Pythagoras, which saves a message.
+        rest = (x_squares - products.square() / y_squares).maximum(x_squares * _SMALLEST_REST)
+        self._norms_of_rest = rest.sqrt().to(x.dtype)
+        return x_squares.sqrt().to(x.dtype), y_squares.sqrt().to(x.dtype), products.to(x.dtype)
+
+    def norms_of_rest(self, rest: Tensor) -> Tensor:
+        return self._norms_of_rest
+
+    def counts(self, ones: Tensor) -> Tensor:
+        (total,) = self._total(ones.sum(dim=(1, 2), keepdim=True, dtype=torch.float64))
+        return total.to(ones.dtype)
+
+    def _total(self, *parts: Tensor) -> Answer:
+        answer = next(self._answers, None)
+        if answer is None:
+            raise _OpenQuestionError(*parts)
+        return answer
+
+
+def answers(
+    rehearse: Callable[[Stack, Sums], None], questions: dict[Stack, int], processes: Processes
+) -> dict[Stack, list[Answer]]:
+    """The sums that the steps of some stacks of shards ask for, a message for each question.
+
+    Args:
+        rehearse: takes the step of a stack with some sums, on copies.
+        questions: how many questions the step of each stack asks.
+        processes: those that hold the shards.
+    """
+    known: dict[Stack, list[Answer]] = {stack: [] for stack in questions}
+    for number in range(max(questions.values(), default=0)):
+        asking = [stack for stack, count in questions.items() if count > number]
+        own = [_next_question(rehearse, stack, known[stack]) for stack in asking]
+        speaking = [
+            part if processes.speaks(stack.cut) else torch.zeros_like(part)
+            for stack, parts in zip(asking, own)
+            for part in parts
+        ]
+        totals = iter(processes.add_up(speaking)) if speaking else iter(())
+        for stack, parts in zip(asking, own):
+            known[stack].append([next(totals) for _ in parts])
+    return known
+
+
+def _next_question(rehearse: Callable[[Stack, Sums], None], stack: Stack, known: Sequence[Answer]) -> Answer:
+    """This process's part of what a step asks after some answers; nothing if it asks no more."""
+    try:
+        rehearse(stack, SumsOfShards(stack, known))
+    except _OpenQuestionError as question:
+        return question.parts
+    return ()
+
+
+def measured_parts(stack: Stack, found: Magnitudes) -> Tensor:
+    """What this process adds to the magnitudes of whole tensors: a float64 vector for `whole_magnitudes`."""
+    sums, elements = found.abs_sums.double(), stack.rows * stack.columns
+    parts = [sums, found.nonzero_count.double().view(1)]
+    if found.deviations is not None:
+        # Around 0, because the mean of the whole tensor is not known yet.
+        parts.append(found.deviations.double() + sums.square() / max(elements, 1))
+    return torch.cat(parts)
+
+
+def whole_magnitudes(stack: Stack, total: Tensor) -> Magnitudes:
+    """The magnitudes of whole tensors, from the sum of what `measured_parts` gave."""
+    sums, count, *squares = total.split([len(stack), 1, *[len(stack)] * (len(total) > len(stack) + 1)])
+    deviations = None
+    if squares:
+        mean_squares = sums.square() / (stack.whole_rows * stack.columns)
+        deviations = (squares[0] - mean_squares).clamp_min_(0.0).float()
+    return Magnitudes(sums.float(), count.float().squeeze(0), deviations)

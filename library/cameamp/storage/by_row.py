@@ -1,0 +1,82 @@
+"""Codes that no shard cuts: every row of a parameter is coded as if it were a parameter of its own.
+
+Shards are some of the rows, so such codes are the same on any number of processes, and a checkpoint of them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rounding import Dither
+from . import AverageFormat, Format, Part, Scaled, Stored, StoredAverage, matrix_shape
+
+
+@dataclass(frozen=True)
+class ByRow(AverageFormat):
+    """The tensors of another format, with one more dimension in front: the rows.
+
+    Attributes:
+        of_row: the format of each row. Only one of averages makes this one of averages.
+    """
+
+    of_row: Format
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return self.of_row.suffixes
+
+    def parts(self, shape: torch.Size) -> dict[str, Part]:
+        rows, columns = matrix_shape(shape)
+        return {
+            suffix: part._replace(shape=(rows, *part.shape), by_row=True)
+            for suffix, part in self.of_row.parts(torch.Size((columns,))).items()
+        }
+
+    def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredByRow:
+        return StoredByRow(self.of_row, tensors, shape)
+
+    def as_saved(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> ByRow:
+        rows, columns = matrix_shape(shape)
+        for suffix, part in self.parts(shape).items():
+            if tensors[suffix].ndim != len(part.shape) or len(tensors[suffix]) != rows:
+                raise ValueError(f"{suffix}: has shape {tuple(tensors[suffix].shape)}")
+        if rows == 0:
+            return self
+        first = {suffix: tensor[0] for suffix, tensor in tensors.items()}
+        return ByRow(self.of_row.as_saved(first, torch.Size((columns,))))
+
+
+class StoredByRow(StoredAverage):
+    """A state in the format `ByRow`."""
+
+    def __init__(self, of_row: Format, tensors: Sequence[Tensor], shape: torch.Size) -> None:
+        super().__init__(tensors, shape)
+        self._of_row = of_row
+
+    def read(self, out: Tensor | None = None) -> Tensor:
+        stack = self._all_rows().read(None if out is None else self._as_rows(out))
+        return stack.view(len(self.tensors[0]), self.rows, self.columns)
+
+    def write(self, stack: Tensor, dither: Dither) -> None:
+        self._all_rows().write(self._as_rows(stack.contiguous()), dither)
+
+    def lerp(
+        self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
+    ) -> Scaled | None:
+        rooms = [None if room is None else self._as_rows(room) for room in (out, scratch)]
+        averages = self._all_rows()
+        assert isinstance(averages, StoredAverage)
+        found = averages.lerp(self._as_rows(target.contiguous()), rate, dither, *rooms)
+        return None if found is None else Scaled(found.stack.view(target.shape), found.factor)
+
+    def _all_rows(self) -> Stored:
+        """All rows of all tensors, as so many tensors of one column."""
+        tensors = [tensor.view(-1, *tensor.shape[2:]) for tensor in self.tensors]
+        return self._of_row.over(tensors, torch.Size((self.columns,)))
+
+    def _as_rows(self, stack: Tensor) -> Tensor:
+        return stack.view(-1, self.columns, 1)

@@ -1,0 +1,193 @@
+"""Checkpoints of shards through torch.distributed.checkpoint: saved by some processes, loaded by others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+import library.automagic_cameamp as family
+
+from .sharded import exact, shard_all, whole
+
+
+def model_of() -> nn.Module:
+    """The model, the same at every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 130), nn.Tanh(), nn.Linear(130, 96), nn.Tanh(), nn.Linear(96, 1, bias=False))
+
+
+def training(name: str, warmup_steps: int, **options: Any) -> tuple[nn.Module, Any]:
+    """A sharded model, whose matrices have codes in 8 bits, and its optimizer."""
+    model = shard_all(model_of(), **exact())
+    optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=warmup_steps, **options)
+    optimizer.set_parameter_names({p: name for name, p in model.named_parameters()})
+    return model, optimizer
+
+
+def train(model: nn.Module, optimizer: Any, first: int, last: int) -> list[float]:
+    """Steps from `first` on, before `last`; the losses, over all processes."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    losses = []
+    for step in range(first, last):
+        x = torch.randn(12, 64, generator=torch.Generator().manual_seed(step))
+        mine = x[rank * 12 // ranks : (rank + 1) * 12 // ranks]
+        loss = (model(mine.double()) - mine.mean(dim=1, keepdim=True) * 8).square().mean()
+        loss.backward()
+        family.report_loss(optimizer, loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach() / ranks
+        dist.all_reduce(total)
+        losses.append(total.item())
+    return losses
+
+
+def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """All of the weights, of the states, and of the context, by name."""
+    found: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        found[name] = whole(p)
+        for key, value in optimizer.state[p].items():
+            if not key.startswith("c_optim"):
+                found[f"{name} {key}"] = whole(value) if isinstance(value, Tensor) else value
+    if hasattr(optimizer, "c_optim"):
+        optimizer.state_dict()  # The context takes in the last step with the first message of the next one, or here.
+        context = optimizer.c_optim.state_dict()
+        found |= {f"context {key}": value for key, value in context.pop("c_optim_context").items()} | context
+    return found
+
+
+def save(rank: int, folder: str, cases: Sequence[tuple[str, int]], flat: bool, steps: int) -> dict[str, Any]:
+    """Train, save, and train on. Returns what there was when it was saved, and at the end."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    found = {}
+    for name, warmup_steps in cases:
+        model, optimizer = training(name, warmup_steps)
+        train(model, optimizer, 0, steps)
+        saved = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        }
+        dcp.save(saved, checkpoint_id=Path(folder) / f"{name} {warmup_steps}")
+        then = everything(model, optimizer)
+        losses = train(model, optimizer, steps, 2 * steps)
+        found[f"{name} {warmup_steps}"] = {"then": then, "losses": losses, "end": everything(model, optimizer)}
+    return found
+
+
+def load(rank: int, folder: str, cases: Sequence[tuple[str, int]], flat: bool, steps: int) -> dict[str, Any]:
+    """Load what `save` saved, and train on. Returns what there was when it was loaded, and at the end."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    found = {}
+    for name, warmup_steps in cases:
+        model, optimizer = training(name, warmup_steps)
+        saved = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        }
+        dcp.load(saved, checkpoint_id=Path(folder) / f"{name} {warmup_steps}")
+        set_model_state_dict(model, saved["model"])
+        set_optimizer_state_dict(model, optimizer, saved["optimizer"], options=options)
+        then = everything(model, optimizer)
+        losses = train(model, optimizer, steps, 2 * steps)
+        found[f"{name} {warmup_steps}"] = {"then": then, "losses": losses, "end": everything(model, optimizer)}
+    return found
+
+
+def leave_no_trace(rank: int, name: str) -> dict[str, Any]:
+    """Train from the beginning, and after torch has taken the step with which it makes states."""
+    found = {}
+    for kind in ("straight", "after"):
+        model, optimizer = training(name, 8)
+        if kind == "after":
+            get_optimizer_state_dict(model, optimizer)
+            found["steps"] = [state["step"] for state in optimizer.state.values()]
+        train(model, optimizer, 0, 6)
+        found[kind] = everything(model, optimizer)
+    return found
+
+
+def refuse(rank: int, name: str) -> list[str]:
+    """Load a checkpoint of which the last process has damaged its part. Returns the error, and what has changed."""
+    model, optimizer = training(name, 8)
+    train(model, optimizer, 0, 3)
+    saved = get_optimizer_state_dict(model, optimizer)
+    before = everything(model, optimizer)
+    messages = []
+    for damage in ("a bit", "not finite"):
+        damaged = {**saved, "state": {key: dict(state) for key, state in saved["state"].items()}}
+        state = damaged["state"]["2.weight"]
+        key = "exp_avg_res" if "exp_avg_res" in state else "exp_avg_res_q_scale"
+        state[key] = state[key].clone()
+        if rank == dist.get_world_size() - 1:
+            state[key].to_local().flatten()[-1] += 1e-3 if damage == "a bit" else torch.nan
+        try:
+            set_optimizer_state_dict(model, optimizer, damaged)
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    after = everything(model, optimizer)
+    assert all(same(before[key], after[key]) for key in before)
+    return messages
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of `everything` are the same bit for bit."""
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    return torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0)) if a.is_floating_point() else torch.equal(a, b)
+
+
+def gathered(rank: int, names: Sequence[str], steps: int) -> dict[str, Any]:
+    """Train, and give each optimizer's full state dict to the first process, with what was in it."""
+    found = {}
+    for name in names:
+        model, optimizer = training(name, 20)
+        train(model, optimizer, 0, steps)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict = get_optimizer_state_dict(model, optimizer, options=options)
+        found[name] = {"state_dict": state_dict, "then": everything(model, optimizer)}
+    return found
+
+
+def whole_training(name: str, values: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """What `training` gives, not sharded, with the weights of some values of `everything`."""
+    model = model_of()
+    model.load_state_dict({key: values[key] for key, _ in model.named_parameters()})
+    optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=20)
+    optimizer.set_parameter_names({p: name for name, p in model.named_parameters()})
+    return model, optimizer
+
+
+def cut_up(rank: int, names: Sequence[str], steps: int) -> dict[str, list[bool]]:
+    """Load a checkpoint of whole parameters into shards. Returns of each 32-bit state whether it is the same."""
+    found = {}
+    for name in names:
+        model, optimizer = whole_training(name, {key: p.detach() for key, p in model_of().named_parameters()})
+        for step in range(steps):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        sharded_model, sharded = training(name, 20)
+        sharded.load_state_dict(optimizer.state_dict())
+        found[name] = [
+            torch.equal(value, whole(sharded.state[q][key]))
+            for p, q in zip(model.parameters(), sharded_model.parameters())
+            for key, value in optimizer.state[p].items()
+            if isinstance(value, Tensor) and not key.startswith("momentum") and value.is_floating_point()
+            if not key.endswith("_q_scale")
+        ]
+    return found

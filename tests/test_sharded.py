@@ -1,0 +1,248 @@
+"""FSDP2: shards of the parameters on several processes, which together take the steps of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+if not dist.is_available() or not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+    pytest.skip("this torch has no FSDP2 under its present name", allow_module_level=True)
+
+from reliability import accelerated, resharded
+from reliability.sharded import MANY, all_of, alone, in_processes, messages_of, replaced, shards_of_columns, steps_of
+from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+from benchmarks.shards import contextual, message_bytes
+from library.automagic_cameamp import Automagic_CameAMP
+
+PLAIN, CONTEXTUAL = "Automagic_CameAMP", "Automagic_CameAMP_COptim"
+ALL = (PLAIN, "Automagic_CameAMP8bit", CONTEXTUAL, "Automagic_CameAMP_COptim8bit")
+STEPS = 16  # Early until step 6, warm-up until step 12.
+
+SAVED_AT = 6
+CASES = [(name, warmup_steps) for name in ALL for warmup_steps in (20, 4)]  # Saved in the early phase, and at the end.
+LAYOUTS = ("nested", "flat")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: str(tmp_path_factory.mktemp(kind)) for kind in (*LAYOUTS, "accelerate")}
+
+
+@pytest.fixture(scope="module")
+def two(folders):
+    """What each of two processes found."""
+    works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3],))}
+    works |= {"gathered": (resharded.gathered, (ALL, 3)), "cut up": (resharded.cut_up, (ALL, 3))}
+    works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ())}
+    for layout in LAYOUTS:
+        folder = folders[layout]
+        works[f"{layout} saved"] = resharded.save, (folder, CASES, layout == "flat", SAVED_AT)
+        works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
+    for name in (PLAIN, ALL[3]):
+        works[f"{name} traces"] = resharded.leave_no_trace, (name,)
+    for name in ALL[:2]:
+        works[f"{name} refused"] = resharded.refuse, (name,)
+    works |= {"accelerate saved": (accelerated.saved, (folders["accelerate"],))}
+    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],))}
+    return [dict(zip(works, found)) for found in in_processes(2, all_of, list(works.values()))]
+
+
+@pytest.fixture(scope="module")
+def three(two, folders):
+    """What each of three processes found, which have uneven shards, and empty ones."""
+    works = {"steps": (steps_of, ((3,), (PLAIN, CONTEXTUAL), STEPS))}
+    for layout in LAYOUTS:
+        folder = folders[layout]
+        works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
+    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],))}
+    return [dict(zip(works, found)) for found in in_processes(3, all_of, list(works.values()))]
+
+
+@pytest.fixture(scope="module")
+def one(two, folders, tmp_path_factory):
+    """What this process finds alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('one')}/r", rank=0, world_size=1)
+    try:
+        return [
+            {
+                f"{layout} loaded": resharded.load(0, folders[layout], CASES, layout == "flat", SAVED_AT)
+                for layout in LAYOUTS
+            }
+        ]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(params=[2, 3])
+def several(request):
+    return request.getfixturevalue("two" if request.param == 2 else "three")
+
+
+@pytest.mark.parametrize("name", [PLAIN, CONTEXTUAL])
+def test_shards_take_the_steps_of_one_process(several, name):
+    expected, _ = alone(name, STEPS)
+    for process in several:
+        for p, weight in process["steps"][name]["weights"].items():
+            assert torch.allclose(weight, expected[p], rtol=2e-6, atol=2e-7), p
+
+
+def test_all_processes_take_the_same_multiplier_to_the_bit(several):
+    _, optimizer = alone(CONTEXTUAL, STEPS)
+    first, *others = [process["steps"][CONTEXTUAL] for process in several]
+    # Samples are remembered in bfloat16, which rounds the same numbers, less one bit, to others now and then.
+    assert first["multiplier"] == pytest.approx(optimizer.c_optim.compute_contextual_lr_multiplier(), rel=1e-3)
+    assert first["history"] == pytest.approx(optimizer.c_optim.gradient_history, abs=1e-3)
+    for other in others:
+        assert other["multiplier"] == first["multiplier"]
+        assert other["history"] == first["history"]
+
+
+@pytest.mark.parametrize("name", [PLAIN, CONTEXTUAL])
+def test_states_are_sharded_as_their_parameters_are(several, name):
+    _, optimizer = alone(name, STEPS)
+    total = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    assert all(process["steps"][name]["all sharded"] for process in several)
+    assert sum(process["steps"][name]["bytes"] for process in several) == total
+
+
+@pytest.mark.parametrize("name", [PLAIN, CONTEXTUAL])
+def test_rates_can_be_read_of_shards_and_of_empty_ones(several, name):
+    _, optimizer = alone(name, STEPS)
+    for process in several:
+        assert len(process["steps"][name]["rates"]) == 2
+        assert all(0 < rate < 1e-2 for rate in process["steps"][name]["rates"])
+        for p, mask in process["steps"][name]["masks"].items():
+            expected = optimizer.get_lr_mask(next(q for q, known in optimizer._parameters.names.items() if known == p))
+            assert torch.allclose(mask, expected)
+
+
+@pytest.mark.parametrize("name", ALL[::3])
+def test_messages_of_a_step_are_few_whatever_the_number_of_tensors(two, name):
+    """And as long as the document computes them for models that no machine here could hold."""
+    for process in two:
+        early, later = process["messages"][name]
+        assert set(early["kinds"]) == set(later["kinds"]) == {"c10d.allreduce_"}
+        assert sum(early["kinds"].values()) == 4
+        assert sum(later["kinds"].values()) == 2
+        assert early["bytes"] == message_bytes(MANY, 3, early=True, with_context=contextual(name))
+        assert later["bytes"] == message_bytes(MANY, 3, early=False, with_context=contextual(name))
+
+
+def test_parameters_replaced_by_shards_keep_their_names(two):
+    for process in two:
+        names, factors = process["replaced"]
+        assert factors == [f"{where}lora_{which}.weight" for where in ("", "more.") for which in ("down", "up")]
+        assert names[0] == "inner.weight"
+        assert len(names) == len(set(names)) == 14
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_shards_of_columns_are_refused(two):
+    for process in two:
+        assert process["columns"].startswith("a parameter of shape (4, 6) is placed as (Shard(dim=1),); supported: one")
+
+
+def optimizer_and_params():
+    params = [torch.nn.Parameter(torch.ones(4, 3)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return Automagic_CameAMP(params), params
+
+
+def test_deepspeed_is_refused_by_its_name_if_it_has_put_a_vector_in_the_place_of_parameters():
+    optimizer, _ = optimizer_and_params()
+    flat = torch.nn.Parameter(torch.ones(12))
+    flat.grad = torch.ones(12)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(RuntimeError, match="group 0 has 1 vectors for its 2 parameters; DeepSpeed ZeRO flattens"):
+        optimizer.step()
+    assert torch.equal(flat, torch.ones(12))
+
+
+def test_offloaded_shards_are_refused():
+    optimizer, params = optimizer_and_params()
+    params[1].placements = (torch.distributed.tensor.Shard(0),)
+    params[1].device_mesh = type("Mesh", (), {"device_type": "cuda", "ndim": 1})()
+    with pytest.raises(
+        RuntimeError, match=r"of shape \(4, 3\) is offloaded to cpu; shards must stay on the mesh, cuda"
+    ):
+        optimizer.step()
+    assert len(optimizer.state) == 0
+
+
+def test_deepspeed_is_refused_by_its_name_if_it_has_marked_parameters():
+    optimizer, params = optimizer_and_params()
+    params[1].ds_id = 7
+    with pytest.raises(RuntimeError, match=r"of shape \(4, 3\) belongs to DeepSpeed; DeepSpeed ZeRO flattens"):
+        optimizer.step()
+    assert len(optimizer.state) == 0
+
+
+# Checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("processes", ["one", "two", "three"])
+def test_a_checkpoint_fits_any_number_of_processes(processes, layout, two, request):
+    """Nothing is lost, strict as torch's reader is; as many processes as before go on bit for bit."""
+    loaded = request.getfixturevalue(processes)[0][f"{layout} loaded"]
+    for name, expected in two[0][f"{layout} saved"].items():
+        found = loaded[name]
+        for part in ("then", "end") if processes == "two" else ("then",):
+            assert found[part].keys() == expected[part].keys(), name
+            assert [key for key, value in expected[part].items() if not resharded.same(value, found[part][key])] == []
+        assert found["losses"] == pytest.approx(expected["losses"], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_full_state_dict_loads_where_nothing_is_sharded(two, name):
+    """The 32-bit states, the multiplier and all histories to the bit; codes are made anew, for larger blocks."""
+    saved = two[0]["gathered"][name]
+    model, optimizer = resharded.whole_training(name, saved["then"])
+    set_optimizer_state_dict(model, optimizer, saved["state_dict"])
+    found = resharded.everything(model, optimizer)
+    kept = [key for key in saved["then"] if key in found and not key.endswith(("_q", "_q_scale"))]
+    assert len(kept) > (45 if "COptim" in name else 20)
+    assert [key for key in kept if not resharded.same(saved["then"][key], found[key])] == []
+    assert optimizer.state[model[0].weight]["step"] == 3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_checkpoint_of_whole_parameters_loads_into_shards(two, name):
+    for process in two:
+        same = process["cut up"][name]
+        assert len(same) > 10
+        assert all(same)
+
+
+@pytest.mark.parametrize("processes", ["two", "three"])
+def test_accelerate_saves_and_loads(two, processes, request):
+    """In both kinds of state dict, early and after the warm-up; as many processes as before go on bit for bit."""
+    loaded = request.getfixturevalue(processes)[0]["accelerate loaded"]
+    for case, expected, found in zip(accelerated.CASES, two[0]["accelerate saved"], loaded):
+        assert found.keys() == expected.keys()
+        if processes == "two":
+            assert [key for key in found if not resharded.same(expected[key], found[key])] == [], case
+        assert all(torch.allclose(found[key], expected[key], atol=2e-4) for key in found if key.endswith("weight"))
+
+
+@pytest.mark.parametrize("name", [PLAIN, ALL[3]])
+def test_the_step_that_makes_states_leaves_no_trace(two, name):
+    for process in two:
+        found = process[f"{name} traces"]
+        assert set(found["steps"]) == {0}
+        assert [key for key, value in found["straight"].items() if not resharded.same(value, found["after"][key])] == []
+
+
+@pytest.mark.parametrize("name", ALL[:2])
+def test_all_processes_refuse_what_one_of_them_refuses(two, name):
+    first, last = (process[f"{name} refused"] for process in two)
+    for messages in (first, last):
+        assert "'2.weight'" in messages[0]
+        assert "does not match its checksum" in messages[0]
+    assert first[1] == "another process refused its part of the checkpoint, and says why"
+    assert "has elements that are not finite" in last[1]
