@@ -13,12 +13,13 @@ from benchmarks.cost import operations, state_bytes, temporary_bytes
 from benchmarks.models import load, parameters
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP8bit
 
+FAMILY = [name for name in family.__all__ if name.startswith("Automagic")]
 PHASES = {"early": 1_000_000, "late warm-up": 100, "after": 0}
 
 
-def prepared(shapes, phase, **options):
-    """An optimizer whose next steps lie in a phase."""
-    optimizer = Automagic_CameAMP(parameters(shapes), warmup_steps=PHASES[phase], **options)
+def prepared(shapes, phase, optimizer_class=Automagic_CameAMP, **options):
+    """An optimizer whose next steps lie in a phase, and are taken by the rules unless an option says otherwise."""
+    optimizer = optimizer_class(parameters(shapes), warmup_steps=PHASES[phase], **{"fused": False, **options})
     optimizer.step()
     for state in optimizer.state.values():
         state["step"] = PHASES[phase] // 2 + 10 if phase == "late warm-up" else 1
@@ -51,7 +52,7 @@ def test_no_read_back(phase, options):
     for p in params:
         if p.ndim == 4:
             p.grad = torch.ones_like(p)
-    optimizer = Automagic_CameAMP(params, warmup_steps=PHASES[phase], **options)
+    optimizer = Automagic_CameAMP(params, warmup_steps=PHASES[phase], fused=False, **options)
     for _ in range(3):  # the first step too, which makes the states
         assert operations(optimizer.step).read_backs == []
 
@@ -78,13 +79,24 @@ def test_temporary_memory(model, limit, phase):
     assert temporary_bytes(optimizer) <= max(256 * 2**20, 6 * 4 * largest)
 
 
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(("model", "limit", "bound"), [("sd15_lora16", None, 8), ("sdxl_full", 12_000_000, 32)])
+@pytest.mark.parametrize("phase", PHASES)
+def test_temporary_memory_of_kernels(name, model, limit, bound, phase):
+    """They compute in the caches; what they hold from one step to the next counts too."""
+    pytest.importorskip("numba")
+    optimizer = prepared(load(model, limit), phase, getattr(family, name), fused="auto")
+    optimizer.step()  # In it kernels are checked, on copies.
+    assert temporary_bytes(optimizer) <= bound * 2**20
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_temporary_memory_with_kept_gradients(dtype):
     """Gradients of another dtype than float32 are gathered into the same memory."""
     params = [torch.nn.Parameter(torch.randn(1024, 1024).to(dtype)) for _ in range(42)]
     for p in params:
         p.grad = torch.randn(1024, 1024).to(dtype)
-    optimizer = Automagic_CameAMP8bit(params)
+    optimizer = Automagic_CameAMP8bit(params, fused=False)
     optimizer.step()
     assert temporary_bytes(optimizer) <= 256 * 2**20
 
@@ -137,14 +149,14 @@ def test_parameters_left_behind_hold_no_one_elses_memory():
 def test_stacks_given_up_between_steps_are_not_held():
     """Reading divides all parameters, which may be otherwise than the last step divided those that took it."""
     params = [torch.nn.Parameter(torch.randn(512, 512)) for _ in range(40)]
-    optimizer = Automagic_CameAMP(params)
+    optimizer = Automagic_CameAMP(params, fused=False)
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
     for p in params[::2]:
         p.grad = None
     optimizer.step()
-    during_step = [weakref.ref(stack) for stack in optimizer._workspace._places]
+    during_step = [weakref.ref(stack) for stack in optimizer._engine._workspace._places]
     optimizer.effective_learning_rates()
     gc.collect()
     held = [stack for group in optimizer._groups for stack in group._layout._known.values()]
@@ -177,7 +189,8 @@ def test_an_optimizer_out_of_use_frees_its_states():
         return [weakref.ref(value) for value in optimizer.state[p].values() if torch.is_tensor(value)]
 
     names = [name for name in family.__all__ if name.startswith("Automagic")]
-    states_of(names[0])  # torch holds on to the first optimizer that a process steps.
+    for name in names:  # torch holds on to the first optimizer that a process steps, and so do imports within a step.
+        states_of(name)
     gc.disable()
     try:
         assert [[state() for state in states_of(name) if state() is not None] for name in names] == [[]] * len(names)

@@ -314,3 +314,10 @@ def test_a_run_changes_from_rules_to_kernels_by_a_checkpoint(cls):
 def test_other_values_of_the_option(value):
     with pytest.raises(TypeError, match=r"option 'fused' is .*; allowed: True, False or 'auto'"):
         Automagic_CameAMP(problem()[0], fused=value)
+
+
+def test_kept_results_are_of_all_files_that_they_are_made_of():
+    """numba itself would look at the caller's file alone."""
+    from library.cameamp.step.kernels.cpu import jit, passes
+
+    assert passes.step_whole._cache._cache_file._source_stamp == jit._sources()

@@ -41,6 +41,7 @@ import library
 from library.automagic_cameamp import OptimizerConfig
 from library.cameamp.command_line import OWN_OPTIMIZERS
 from library.cameamp.config import OPTION_NAMES
+from library.cameamp.parameters import names_of
 from library.cameamp.sd_scripts.rates import RATES
 
 skip_without_sd_scripts()
@@ -207,8 +208,8 @@ def test_lora_is_recognized_by_the_networks_own_names(train_util, module, block,
     accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     assert parameters
-    assert set(map(id, parameters)) <= set(map(id, optimizer._parameters.names))
-    optimizer._parameters.locate([group["params"] for group in optimizer.param_groups])
+    assert set(map(id, parameters)) <= set(map(id, names_of(optimizer._groups)))
+    optimizer._parameters.locate(optimizer._groups)
     factors = optimizer._parameters.factors
     matrices = [p for p in parameters if p.ndim >= 2]
     assert factors == (set(matrices) if is_lora else set())

@@ -17,7 +17,7 @@ from .checkpoint.save import complete
 from .config import OptimizerConfig
 from .context.driver import Driver, NoContext
 from .groups import Group, GroupOptions
-from .parameters import Parameters, check_parameters
+from .parameters import Parameters, check_parameters, names_of
 from .readings import read, summarize
 from .states import THIRTY_TWO_BITS, Precision
 from .step import measure
@@ -57,7 +57,7 @@ class CameAMP(Optimizer):
             raise TypeError(f"give either config or options, not both; got config and {', '.join(options)}")
         self.config = config
         self._groups: list[Group] = []
-        self._parameters = Parameters(self._groups)
+        self._parameters = Parameters()
         self._driver = self._driver_class(config)
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
         self._engine = Engine()
@@ -103,7 +103,7 @@ class CameAMP(Optimizer):
         """The current groups; their parameters are located first if any parameter has a state."""
         groups = self._current_groups()
         if any("step" in state for state in self.state.values()):
-            self._parameters.locate([group.params for group in groups])
+            self._parameters.locate(groups)
         return groups
 
     def _forget(self, states: bool = False) -> None:
@@ -148,7 +148,7 @@ class CameAMP(Optimizer):
         if not self.state and not any(active):
             measure.warn_of_none(p for group in groups for p in group.params)
         if any(active):
-            self._parameters.locate([group.params for group in groups])
+            self._parameters.locate(groups)
         processes, watch_every = self._parameters.processes, self._driver.watch_every(groups)
         only_states = not self.state and states_only.is_asked_for(self.param_groups, active, processes)
         stacks = []
@@ -255,7 +255,7 @@ class CameAMP(Optimizer):
             saved = super().state_dict()
         finally:
             self._optimizer_state_dict_post_hooks = hooks  # They run below, on the completed checkpoint.
-        saved = complete(saved, self._groups_with_states(), self.state, self._parameters.names, self._driver)
+        saved = complete(saved, self._groups_with_states(), self.state, names_of(self._groups), self._driver)
         for post_hook in hooks.values():
             changed = post_hook(self, saved)
             saved = saved if changed is None else changed
@@ -278,7 +278,7 @@ class CameAMP(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         groups = self._current_groups()
-        restored = restore(state_dict, groups, self._parameters.names, self._driver)
+        restored = restore(state_dict, groups, names_of(groups), self._driver)
         for note in restored.notes:
             logger.info("checkpoint: %s", note)
         for group, entries, (uncoded, reason) in zip(groups, restored.entries, restored.uncoded):

@@ -55,32 +55,29 @@ class Named(Protocol):
         """Its parameters."""
 
 
+def names_of(groups: Sequence[Named]) -> dict[Tensor, str]:
+    """The names of the parameters whose names are known."""
+    return {p: name for group in groups for p, name in zip(group.params, group.names) if name}
+
+
 class Parameters:
     """What is known of all parameters together, once `locate` has looked.
 
-    Args:
-        groups: the optimizer's groups, now and later.
+    It keeps no groups: these keep it, and an optimizer out of use would wait for the garbage collector.
 
     Attributes:
         factors: the LoRA factors.
         processes: those that hold the parameters.
     """
 
-    def __init__(self, groups: Sequence[Named]) -> None:
-        self._groups = groups
+    def __init__(self) -> None:
         self.forget(log_again=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_groups": self._groups}
+        return {"of": "all"}  # Something that is true, or nothing would be restored.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._groups = state["_groups"]
         self.forget(log_again=True)
-
-    @property
-    def names(self) -> dict[Tensor, str]:
-        """The names of the parameters whose names are known."""
-        return {p: name for group in self._groups for p, name in zip(group.params, group.names) if name}
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -94,11 +91,12 @@ class Parameters:
         if log_again:
             self._logged: tuple[int, int] | None = None
 
-    def locate(self, groups: Sequence[Sequence[Tensor]]) -> None:
+    def locate(self, named: Sequence[Named]) -> None:
         """Look at the parameters of each group, unless they are known."""
         if self._positions:
             return
-        self.factors = lora.find_factors(groups, self.names)
+        groups, names = [group.params for group in named], names_of(named)
+        self.factors = lora.find_factors(groups, names)
         parameters = [p for group in groups for p in group]
         self._positions = {p: position for position, p in enumerate(parameters)}
         self.processes = processes_of(parameters)
@@ -110,7 +108,7 @@ class Parameters:
             if count:
                 logger.info("%d of %d parameters are LoRA factors: ALLoRA is on, unless full_finetune", count, total)
             else:
-                doubt = lora.why_none(groups, self.names)
+                doubt = lora.why_none(groups, names)
                 why = f" ({doubt}; set_parameter_names decides)" if doubt else ""
                 logger.info("none of %d parameters is a LoRA factor: ALLoRA is off%s", total, why)
 
