@@ -26,7 +26,7 @@ from .settings import Settings
 from .threads import spread
 
 # A tensor of more elements is cut into parts, which several threads share; ...
-_LARGEST_WHOLE = 128 * 1024
+_LARGEST_WHOLE = 256 * 1024
 # ... so many at most, of so many elements at least, and all but the last of whole blocks of any code.
 _MOST_PARTS = 16
 _SMALLEST_PART = 64 * 1024
@@ -198,7 +198,8 @@ class CpuPasses:
         scaled_grad, change = work.new_sample(), work.new_sample()
         settings.show(scaled_grad, change)
         is_whole = work.rows["numel"] <= self._largest_whole
-        _step_whole(work, numpy.flatnonzero(is_whole), settings, facts)
+        largest_first = numpy.argsort(-work.rows["numel"], kind="stable")  # so that threads end together
+        _step_whole(work, largest_first[is_whole[largest_first]], settings, facts)
         for tensor in numpy.flatnonzero(~is_whole):
             _step_cut(work, int(tensor), settings, facts[tensor])
         for p, new in work.written_back:
