@@ -88,7 +88,7 @@ def test_temporary_memory(shapes, warmup_steps):
 
 def test_no_read_back():
     for warmup in (8, 0):
-        training = Training(warmup_steps=warmup)
+        training = Training(warmup_steps=warmup, fused=False)
         for _ in range(10):
             training.run(1)
             assert operations(training.optimizer.step).read_backs == []

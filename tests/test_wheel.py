@@ -113,7 +113,9 @@ def test_the_extras_bring_what_the_demo_the_benchmarks_and_the_tests_import(extr
     modules = {{"scikit-learn": "sklearn", "pillow": "PIL"}.get(name, name.replace("-", "_")) for name in brought}
     beside = {path.stem for folder in (".", "tests", *STARTED) for path in (ROOT / folder).iterdir()}
     # Only a trainer's environment has its scripts; packaging comes with pytest.
-    missing = needed - modules - beside - {"library", "train_network", "sdxl_train", "musubi_tuner", "packaging"}
+    missing = needed - modules - beside - {
+        "library", "train_network", "sdxl_train", "flux_train", "musubi_tuner", "lycoris", "packaging",
+    }  # fmt: skip
     assert not missing - OPTIONAL
 
 

@@ -44,7 +44,12 @@ if __name__ == "__main__":
             scheduler.step()
         accelerator.log({"loss": 0.0, "lr/unet": 1e-4}, step=number + 1)
     for optimizer in optimizers:
-        print("full_finetune", optimizer.config.full_finetune, "names", sorted(optimizer._parameters.names.values()))
+        print(
+            "full_finetune",
+            optimizer.config.full_finetune,
+            "names",
+            sorted(name for group in optimizer._groups for name in group.names if name),
+        )
     print("losses", [len(optimizer.c_optim.loss_history) for optimizer in optimizers])
     accelerator.end_training()
     if args.output_dir:

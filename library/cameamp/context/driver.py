@@ -217,7 +217,7 @@ class Context:
         if not measured or not processes.shards:
             return ()
         gradient = self._gathered(groups, measured, [piece for group in measured for piece in group.watched])
-        report = report_of(*self._loss_and_unusable(measured, gradient.device), gradient.device)
+        report = report_of(*_loss_and_unusable(self._losses, measured, gradient.device), gradient.device)
         return [report, gradient, *(self._waiting or ())]
 
     def observe(
@@ -235,7 +235,7 @@ class Context:
             self._losses, self._waiting = [], None
             return self.module.take_in(gradient, report / self._processes.count(), lr)
         gradient = self._gathered(groups, measured, [piece for group in measured for piece in group.watched])
-        loss, unusable = self._loss_and_unusable(measured, gradient.device)
+        loss, unusable = _loss_and_unusable(self._losses, measured, gradient.device)
         self._losses = []
         return self.module.update_context(gradient, loss, lr, unusable, _kernels(measured))
 
@@ -281,12 +281,6 @@ class Context:
         own = [piece if self._processes.speaks(stack.cut) else piece * 0 for stack, piece in zip(stacks, pieces)]
         return self._sampler_of(groups).gather(stacks, own)
 
-    def _loss_and_unusable(self, measured: Sequence[Measured], device: torch.device) -> tuple[Tensor | None, Tensor]:
-        counts = [count.to(device) for group in measured for count in group.unusable]
-        unusable = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
-        losses = [as_scalar(reported, device) for reported in self._losses]
-        return torch.stack(losses).mean() if len(losses) > 1 else losses[0] if losses else None, unusable
-
     def _set_bounds(self, groups: Sequence[Group]) -> None:
         largest = max(group.initial_lr for group in groups)
         self.module.set_bounds(largest, max(group.config.max_lr for group in groups))
@@ -305,3 +299,13 @@ def _kernels(measured: Sequence[Measured]) -> Deciding | None:
     from .gpu import ContextKernels  # It needs Triton.
 
     return ContextKernels(launcher)
+
+
+def _loss_and_unusable(
+    losses: Sequence[Tensor | float], measured: Sequence[Measured], device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """The mean of the losses that were reported, if any, and how many gradient elements are unusable."""
+    counts = [count.to(device) for group in measured for count in group.unusable]
+    unusable = torch.stack(counts).sum() if len(counts) > 1 else counts[0]
+    known = [as_scalar(loss, device) for loss in losses]
+    return torch.stack(known).mean() if len(known) > 1 else known[0] if known else None, unusable

@@ -28,9 +28,15 @@ def regularized(g, total):
 
 
 @jit
+def between(x, y, rate):
+    """x + rate (y - x), from the nearer end, so that a rate of 1 gives y and not what rounding leaves of it."""
+    return x + rate * (y - x) if rate < _f(0.5) else y - (_f(1.0) - rate) * (y - x)
+
+
+@jit
 def mean_square(average, x, rate, eps):
     """A running mean of squares: average + rate (eps - average) + rate x^2."""
-    return average + rate * (eps - average) + rate * x * x
+    return between(average, eps, rate) + rate * x * x
 
 
 @jit
@@ -48,7 +54,7 @@ def clipped(grad, bound):
 @jit
 def averaged(exp_avg, drive, rate):
     """Consistency momentum: exp_avg = exp_avg + (1 - b1_t) (drive - exp_avg)."""
-    return exp_avg + rate * (drive - exp_avg)
+    return between(exp_avg, drive, rate)
 
 
 @jit
