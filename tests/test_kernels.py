@@ -321,3 +321,59 @@ def test_kept_results_are_of_all_files_that_they_are_made_of():
     from library.cameamp.step.kernels.cpu import jit, passes
 
     assert passes.step_whole._cache._cache_file._source_stamp == jit._sources()
+
+
+# What a valid run may hold, and no check may take for a fault -----------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
+def test_a_fresh_lora_whose_downs_have_gradients_of_zero(cls, caplog):
+    down, up = torch.nn.Parameter(torch.randn(16, 768)), torch.nn.Parameter(torch.zeros(768, 16))
+    optimizer = cls([down, up], lr=1e-4, warmup_steps=6)
+    for step in range(9):
+        down.grad = torch.zeros_like(down) if step < 3 else torch.randn_like(down)
+        up.grad = torch.randn_like(up)
+        optimizer.step()
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize(
+    ("weights", "grad"),
+    [
+        (torch.ones(64), torch.rand(64) + 0.1),
+        (torch.full((64, 33), 0.5), torch.ones(64, 33)),
+        (torch.tensor([torch.nan, torch.inf, 3e38] + [1.0] * 61), torch.randn(64)),
+        (torch.randn(3), torch.randn(3)),
+        (torch.randn(64), torch.full((64,), 3e17)),
+    ],
+    ids=["a norm's weights", "alike", "not finite", "few", "large gradients"],
+)
+@pytest.mark.filterwarnings("error")
+def test_no_check_fails_where_kernels_are_right(weights, grad, caplog):
+    p = torch.nn.Parameter(weights.clone())
+    p.grad = grad
+    optimizer = Automagic_CameAMP([p], warmup_steps=4)
+    for _ in range(6):
+        optimizer.step()
+    assert not warnings_of(caplog)
+
+
+def test_a_backward_pass_after_a_step_is_refused_as_after_any_other():
+    layer = torch.nn.Linear(8, 8)
+    optimizer = Automagic_CameAMP(layer.parameters())
+    for _ in range(2):
+        loss = layer(layer(torch.randn(4, 8))).square().sum()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_gradients_that_are_negated_when_they_are_read():
+    results = []
+    for grad in (torch._neg_view(torch.arange(1.0, 65.0)), -torch.arange(1.0, 65.0)):
+        p = torch.nn.Parameter(torch.ones(64))
+        p.grad = grad
+        Automagic_CameAMP([p]).step()
+        results.append(p)
+    assert torch.equal(*results)

@@ -18,9 +18,19 @@ from ..rules import Techniques
 _TENSORS = 3
 _LARGEST = 128 * 1024
 
+# Of fewer elements a step may lie along the weights but for rounding, which kernels and rules treat differently.
+_SMALLEST = 16
+
+# Weights as large as this overflow in anybody's squares, and those that are not finite have no step to compare.
+_LARGEST_WEIGHT = 1e9
+
 # Of the size of a change, or of a state. Rounding alone stays below 1e-5 where nothing is coded; a code that falls on
 # the other side of a midpoint, or a weight of 16 bits, is one of very many elements.
 _TOLERANCE = 0.02
+
+# What rounding alone leaves of states that are 0, and of weights that hardly change, as a share of their size.
+_FLOOR = 1e-30
+_FLOOR_OF_WEIGHTS = 1e-7
 
 # Takes the step of a group whose stacks are copies.
 TakeStep = Callable[[Measured, States], None]
@@ -48,7 +58,7 @@ def difference(
         for take_step in takers:
             found = _Copy(group, stack, place, states, sums)
             take_step(found.measured, found.states)
-            reason = _compare(found, expected, stack.params[place])
+            reason = _compare(found, expected, _apart(stack.params[place].detach()))
             if reason:
                 return f"{reason}, in a parameter of shape {tuple(stack.params[place].shape)}"
     return ""
@@ -59,7 +69,7 @@ def _few(group: Group, stacks: Sequence[Stack]) -> list[tuple[int, int]]:
     small = [
         number
         for number, stack in enumerate(stacks)
-        if stack.rows * stack.columns <= _LARGEST and stack.params[0] not in group.uncoded
+        if _SMALLEST <= stack.rows * stack.columns <= _LARGEST and stack.params[0] not in group.uncoded
     ]
     small.sort(key=lambda number: -stacks[number].rows * stacks[number].columns)
     return [(number, 0) for number in small[:_TENSORS]]
@@ -71,7 +81,7 @@ class _Copy:
     def __init__(self, group: Group, stack: Stack, place: int, states: States, sums: GroupSums) -> None:
         p = stack.params[place]
         assert p.grad is not None
-        self.p = p.detach().clone()
+        self.p = _apart(p.detach())
         self.p.grad = p.grad.detach().clone()
         own: ParameterState = {
             key: value.clone() if torch.is_tensor(value) else value for key, value in states[p].items()
@@ -82,14 +92,27 @@ class _Copy:
         self.measured = Measured(group, [self.stack], sums, [], [], [None])
 
 
+def _apart(p: Tensor) -> Tensor:
+    """Weights of which a step is to be compared, a copy: with every second element halved.
+
+    A step along the weights but for rounding, as weights that are all alike and their gradients have it, is turned off
+    them by the orthogonal gradient into whatever rounding has left.
+    """
+    usable = p.isfinite() & (p.abs() <= _LARGEST_WEIGHT)
+    apart = torch.where(usable, p, torch.ones_like(p)).contiguous().clone()
+    apart.view(-1)[1::2] *= 0.5
+    return apart
+
+
 def _compare(found: _Copy, expected: _Copy, before: Tensor) -> str:
     """What differs between two copies that took the same step; "" for nothing."""
     changes = [(copy.p.double() - before.double()).flatten() for copy in (found, expected)]
-    pairs = {"weights": changes}
+    floor_of_weights = _FLOOR_OF_WEIGHTS * float(torch.linalg.vector_norm(before.double()))
+    pairs = {"weights": (changes[0], changes[1], floor_of_weights)}
     for name, stored in expected.stack.stored.items():
-        pairs[f"state '{name}'"] = [found.stack.stored[name].read().double(), stored.read().double()]
-    for name, (x, y) in pairs.items():
+        pairs[f"state '{name}'"] = (found.stack.stored[name].read().double(), stored.read().double(), _FLOOR)
+    for name, (x, y, floor) in pairs.items():
         size, error = float(torch.linalg.vector_norm(y)), float(torch.linalg.vector_norm(x - y))
-        if not error <= _TOLERANCE * size:
+        if not error <= _TOLERANCE * size + floor:
             return f"the {name} differ by {error:.2g} from {size:.2g}"
     return ""

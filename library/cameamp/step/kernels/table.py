@@ -112,7 +112,7 @@ class Tables:
 def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tensor]], list[Tensor]]:
     """The batch's table with the addresses of gradients and weights as they are now.
 
-    Tensors that a kernel cannot read where they are, because they are not contiguous or of another dtype, are copied.
+    Tensors that a kernel cannot read where they are, because they are not contiguous, negated when read, or of another dtype, are copied.
 
     Returns:
         The table; the weights that were copied, each beside its copy, which is to be written back; and the gradients
@@ -130,11 +130,11 @@ def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tens
 
 def _readable(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
     """The tensors as a kernel can read them; those of them that are copies; and each beside what it is a copy of."""
-    odd = [place for place, x in enumerate(tensors) if x.dtype not in DTYPES or not x.is_contiguous()]
+    odd = [n for n, x in enumerate(tensors) if x.dtype not in DTYPES or not x.is_contiguous() or x.is_neg()]
     read = list(tensors)
     for place in odd:
         dtype = tensors[place].dtype if tensors[place].dtype in DTYPES else torch.float32
-        read[place] = tensors[place].detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        read[place] = tensors[place].detach().resolve_neg().to(dtype, copy=True, memory_format=torch.contiguous_format)
     return read, [read[place] for place in odd], [(tensors[place], read[place]) for place in odd]
 
 

@@ -95,12 +95,13 @@ class Settings:
             "weight_decay": config.weight_decay,
             "multiplier": 1.0 if multiplier is None else multiplier.item(),
             "scheduler": 1.0 if scalars.scheduler is None else scalars.scheduler,
-            "softening": 1 / config.eta**2,
+            "softening": 1 / config.eta / config.eta,
             "turning_point": nibbles.turning_point(traits.step),
         }
         self.record = numpy.zeros(1, dtype=SETTINGS)
-        for name, value in values.items():
-            self.record[name] = value
+        with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
+            for name, value in values.items():
+                self.record[name] = value
 
     def show(self, scaled_grad: numpy.ndarray, change: numpy.ndarray) -> None:
         """Give the context memory for what it sees."""

@@ -176,7 +176,8 @@ class CpuPasses:
         spread(measure, parts[:, 2] - parts[:, 1])
         totals = numpy.zeros((len(rows), 4))
         passes.total_measures(parts, found, totals)
-        abs_sums, deviations = (torch.from_numpy(totals[:, column].astype(_f)) for column in (0, 3))
+        with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
+            abs_sums, deviations = (torch.from_numpy(totals[:, column].astype(_f)) for column in (0, 3))
         counts = torch.from_numpy(totals[:, 1:3].astype(numpy.int64))
         lengths = [len(stack) for stack in work.batch.stacks]
         for own_sums, own_counts, spreads, piece in zip(
@@ -204,8 +205,19 @@ class CpuPasses:
             _step_cut(work, int(tensor), settings, facts[tensor])
         for p, new in work.written_back:
             p.copy_(new)
+        _note_change([p for stack in work.batch.stacks for p in stack.params])
         for grad_piece, change_piece in zip(work.pieces(scaled_grad), work.pieces(change)):
             yield Watched(grad_piece, change_piece)
+
+
+def _note_change(params: list[Tensor]) -> None:
+    """Let autograd know that weights have changed, or it would use new ones in a backward pass of old activations."""
+    tracked = [p for p in params if not p.is_inference()]
+    try:
+        torch.autograd.graph.increment_version(tracked)
+    except (AttributeError, TypeError):  # before PyTorch 2.5
+        for p in tracked:
+            torch.autograd.graph.increment_version(p)
 
 
 def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: numpy.ndarray) -> None:
