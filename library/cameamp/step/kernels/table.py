@@ -112,7 +112,8 @@ class Tables:
 def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tensor]], list[Tensor]]:
     """The batch's table with the addresses of gradients and weights as they are now.
 
-    Tensors that a kernel cannot read where they are, because they are not contiguous, negated when read, or of another dtype, are copied.
+    Tensors that a kernel cannot read where they are, because they are not contiguous, negated when read, or of another
+    dtype, are copied.
 
     Returns:
         The table; the weights that were copied, each beside its copy, which is to be written back; and the gradients

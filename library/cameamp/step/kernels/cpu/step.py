@@ -100,7 +100,7 @@ class CpuKernels:
         return CpuPasses(states, self._tables, watch_every, _LARGEST_WHOLE)
 
     def difference(self, measured: Measured, states: States, multiplier: Tensor | None, techniques: Techniques) -> str:
-        """How a step of some whole tensors, and of the same ones cut, differs from the rules."""
+        """How a step of some tensors, whole and, if there are larger ones, cut, differs from the rules."""
 
         def taker(largest_whole: int) -> TakeStep:
             def take_step(copy: Measured, own: States) -> None:
@@ -110,7 +110,10 @@ class CpuKernels:
 
             return take_step
 
-        return difference(measured, states, multiplier, techniques, [taker(_LARGEST_WHOLE), taker(0)])
+        takers = [taker(_LARGEST_WHOLE)]
+        if any(stack.rows * stack.columns > _LARGEST_WHOLE for stack in measured.stacks):
+            takers.append(taker(0))  # Not otherwise: it takes seconds to compile.
+        return difference(measured, states, multiplier, techniques, takers)
 
 
 class CpuPasses:
