@@ -180,13 +180,14 @@ class Step:
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: new states and weights; returns what the context sees of each stack."""
         group = measured.group
-        taker: TakesSteps = self._rules
         kernels = self._served.get(group)
         if kernels is not None and self._engine.proves(
             measured, lambda: kernels.difference(measured, self._states, multiplier, self._techniques)
         ):
-            taker = self._takers[kernels]
-        watched = taker.update(measured, multiplier)
+            watched = self._takers[kernels].update(measured, multiplier)
+            _note_change([p for stack in measured.stacks for p in stack.params])
+        else:
+            watched = self._rules.update(measured, multiplier)
         _log_progress(group, measured.stacks[0])
         return watched
 
@@ -222,6 +223,16 @@ _PLAIN: tuple[Any, ...] = (torch.Tensor, torch.nn.Parameter)
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _note_change(params: Sequence[Tensor]) -> None:
+    """Let autograd know that kernels have changed weights, or it would use new ones for old activations."""
+    tracked = [p for p in params if not p.is_inference()]
+    try:
+        torch.autograd.graph.increment_version(tracked)
+    except (AttributeError, TypeError):  # before PyTorch 2.5
+        for p in tracked:
+            torch.autograd.graph.increment_version(p)
 
 
 def _log_progress(group: Group, stack: Stack) -> None:

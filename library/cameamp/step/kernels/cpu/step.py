@@ -208,19 +208,8 @@ class CpuPasses:
             _step_cut(work, int(tensor), settings, facts[tensor])
         for p, new in work.written_back:
             p.copy_(new)
-        _note_change([p for stack in work.batch.stacks for p in stack.params])
         for grad_piece, change_piece in zip(work.pieces(scaled_grad), work.pieces(change)):
             yield Watched(grad_piece, change_piece)
-
-
-def _note_change(params: list[Tensor]) -> None:
-    """Let autograd know that weights have changed, or it would use new ones in a backward pass of old activations."""
-    tracked = [p for p in params if not p.is_inference()]
-    try:
-        torch.autograd.graph.increment_version(tracked)
-    except (AttributeError, TypeError):  # before PyTorch 2.5
-        for p in tracked:
-            torch.autograd.graph.increment_version(p)
 
 
 def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: numpy.ndarray) -> None:
