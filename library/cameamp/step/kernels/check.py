@@ -49,37 +49,37 @@ def difference(
         takers: the ways; each gets copies of a few tensors.
     """
     group = measured.group
-    for number, place in _few(group, measured.stacks):
+    for number in _few(group, measured.stacks):
         stack = measured.stacks[number]
         strengths = measured.sums.decay_strengths[number]
-        sums = GroupSums(measured.sums.magnitude, [None] if strengths is None else [strengths[place : place + 1]])
-        expected = _Copy(group, stack, place, states, sums)
+        sums = GroupSums(measured.sums.magnitude, [None] if strengths is None else [strengths[:1]])
+        expected = _Copy(group, stack, states, sums)
         Passes(expected.states, Workspace(), 0, techniques).update(expected.measured, multiplier)
         for take_step in takers:
-            found = _Copy(group, stack, place, states, sums)
+            found = _Copy(group, stack, states, sums)
             take_step(found.measured, found.states)
-            reason = _compare(found, expected, _apart(stack.params[place].detach()))
+            reason = _compare(found, expected, _apart(stack.params[0].detach()))
             if reason:
-                return f"{reason}, in a parameter of shape {tuple(stack.params[place].shape)}"
+                return f"{reason}, in a parameter of shape {tuple(stack.params[0].shape)}"
     return ""
 
 
-def _few(group: Group, stacks: Sequence[Stack]) -> list[tuple[int, int]]:
-    """The number of a stack, and a tensor's place in it: of the smallest ones, of different shapes."""
+def _few(group: Group, stacks: Sequence[Stack]) -> list[int]:
+    """The numbers of some stacks, of whose tensors the first is checked: the largest that are not too large."""
     small = [
         number
         for number, stack in enumerate(stacks)
         if _SMALLEST <= stack.rows * stack.columns <= _LARGEST and stack.params[0] not in group.uncoded
     ]
     small.sort(key=lambda number: -stacks[number].rows * stacks[number].columns)
-    return [(number, 0) for number in small[:_TENSORS]]
+    return small[:_TENSORS]
 
 
 class _Copy:
-    """One tensor of a stack with everything that its step needs, as a stack of its own."""
+    """The first tensor of a stack with everything that its step needs, as a stack of its own."""
 
-    def __init__(self, group: Group, stack: Stack, place: int, states: States, sums: GroupSums) -> None:
-        p = stack.params[place]
+    def __init__(self, group: Group, stack: Stack, states: States, sums: GroupSums) -> None:
+        p = stack.params[0]
         assert p.grad is not None
         self.p = _apart(p.detach())
         self.p.grad = p.grad.detach().clone()
@@ -87,7 +87,7 @@ class _Copy:
             key: value.clone() if torch.is_tensor(value) else value for key, value in states[p].items()
         }
         self.states: States = {self.p: own}
-        self.stack = Stack([self.p], [stack.parameter_numbers[place]], stack.traits)
+        self.stack = Stack([self.p], [stack.parameter_numbers[0]], stack.traits)
         group.bind(self.stack, self.states)
         self.measured = Measured(group, [self.stack], sums, [], [], [None])
 

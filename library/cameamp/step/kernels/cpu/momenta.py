@@ -59,39 +59,36 @@ def factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
 
 
 @jit
+def _half_of(start, count, numel, high):
+    """The part of a block whose levels are the low or the high ones of bytes: its first element, its end, its byte.
+
+    Byte j holds the level of element j and, sixteenfold, that of element j + half.
+    """
+    half = (numel + 1) // 2
+    cut = max(0, min(count, half - start))
+    return (cut, count, start + cut - half) if high else (0, cut, start)
+
+
+@jit
 def sum_products(momenta, numel, rates, raw, start, sums):
     """Add what the norm of each four-bit momentum's new value follows from: raw . levels and levels . levels.
 
     The value is sg + (1 - rate) / rate * scale * levels, and of sg only its multiple `raw` is known yet.
     """
-    half = (numel + 1) // 2
-    low = max(0, min(len(raw), half - start))
     for j in range(len(momenta)):
         if momenta[j].kind == FOUR_BITS and rates[j] != 0:
-            if low > 0:
-                codes = signed_bytes(momenta[j].address, start, low)
-                _sum_low(codes, raw[:low], sums[2 * j : 2 * j + 2])
-            if low < len(raw):
-                codes = signed_bytes(momenta[j].address, start + low - half, len(raw) - low)
-                _sum_high(codes, raw[low:], sums[2 * j : 2 * j + 2])
+            for high in range(2):
+                first, end, byte = _half_of(start, len(raw), numel, high)
+                if first < end:
+                    codes = signed_bytes(momenta[j].address, byte, end - first)
+                    _sum_levels(codes, raw[first:end], high, sums[2 * j : 2 * j + 2])
 
 
 @jit
-def _sum_low(codes, raw, sums):
+def _sum_levels(codes, raw, high, sums):
     product, square = _f(0.0), _f(0.0)
     for i in range(len(raw)):
-        level = _f(_low(codes[i]))
-        product += raw[i] * level
-        square += level * level
-    sums[0] += product
-    sums[1] += square
-
-
-@jit
-def _sum_high(codes, raw, sums):
-    product, square = _f(0.0), _f(0.0)
-    for i in range(len(raw)):
-        level = _f(_high(codes[i]))
+        level = _f(_level_in(codes[i], high))
         product += raw[i] * level
         square += level * level
     sums[0] += product
@@ -160,100 +157,60 @@ def _add_full(momentum, rate, share, sg, start, write, values, out):
 
 @jit
 def _add_four_bits(momentum, numel, rate, share, spacing, turning_point, sg, start, write, unpacked, out):
-    """out += share * m of a block, part by part: elements of the first half are the low levels of bytes, and so on."""
-    half = (numel + 1) // 2
-    low = max(0, min(len(sg), half - start))
+    """out += share * m of a block; with `write`, the new levels are written."""
     scale = floats(momentum.scale, 0, 1)[0]
-    if rate == 0:
-        _add_levels(momentum.address, start, low, half, share * scale, out)
-        return
-    kept, share = (_f(1.0) - rate) / rate * scale, rate * share
     offset = _LARGEST_LEVEL + _f(1.0) - turning_point
-    unit = _f(1.0) / spacing
-    if low > 0:
-        codes = signed_bytes(momentum.address, start, low)
-        if not write:
-            _move_low(codes, sg[:low], kept, share, out[:low])
-        elif unpacked != 0:
-            _quantize_low(codes, sg[:low], kept, unit, offset, signed_bytes(unpacked, start, low))
-            _move_low(codes, sg[:low], kept, share, out[:low])
-        else:
-            _update_low(codes, sg[:low], kept, share, unit, offset, out[:low])
-    if low < len(sg):
-        codes = signed_bytes(momentum.address, start + low - half, len(sg) - low)
-        if not write:
-            _move_high(codes, sg[low:], kept, share, out[low:])
-        elif unpacked != 0:
-            _quantize_high(codes, sg[low:], kept, unit, offset, signed_bytes(unpacked, start + low, len(sg) - low))
-            _move_high(codes, sg[low:], kept, share, out[low:])
-        else:
-            _update_high(codes, sg[low:], kept, share, unit, offset, out[low:])
+    for high in range(2):
+        first, end, byte = _half_of(start, len(sg), numel, high)
+        if first >= end:
+            continue
+        codes = signed_bytes(momentum.address, byte, end - first)
+        if rate == 0:
+            _add_levels(codes, high, share * scale, out[first:end])
+            continue
+        kept = (_f(1.0) - rate) / rate * scale
+        if write and unpacked == 0:
+            unit = _f(1.0) / spacing
+            _update_levels(codes, sg[first:end], high, kept, rate * share, unit, offset, out[first:end])
+            continue
+        if write:
+            levels = signed_bytes(unpacked, start + first, end - first)
+            _quantize(codes, sg[first:end], high, kept, _f(1.0) / spacing, offset, levels)
+        _add_moved(codes, sg[first:end], high, kept, rate * share, out[first:end])
 
 
 @jit
-def _add_levels(address, start, low, half, share, out):
-    if low > 0:
-        codes = signed_bytes(address, start, low)
-        part = out[:low]
-        for i in range(low):
-            part[i] += share * _f(_low(codes[i]))
-    if low < len(out):
-        codes = signed_bytes(address, start + low - half, len(out) - low)
-        part = out[low:]
-        for i in range(len(part)):
-            part[i] += share * _f(_high(codes[i]))
+def _add_levels(codes, high, share, out):
+    for i in range(len(out)):
+        out[i] += share * _f(_level_in(codes[i], high))
 
 
 @jit
-def _move_low(codes, sg, kept, share, out):
+def _add_moved(codes, sg, high, kept, share, out):
     for i in range(len(sg)):
-        out[i] += share * (sg[i] + kept * _f(_low(codes[i])))
+        out[i] += share * (sg[i] + kept * _f(_level_in(codes[i], high)))
 
 
 @jit
-def _move_high(codes, sg, kept, share, out):
+def _update_levels(codes, sg, high, kept, share, unit, offset, out):
     for i in range(len(sg)):
-        out[i] += share * (sg[i] + kept * _f(_high(codes[i])))
-
-
-@jit
-def _update_low(codes, sg, kept, share, unit, offset, out):
-    for i in range(len(sg)):
-        value = sg[i] + kept * _f(_low(codes[i]))
+        value = sg[i] + kept * _f(_level_in(codes[i], high))
         out[i] += share * value
-        codes[i] = numpy.int8(_BASE * _high(codes[i]) + _level(value, unit, offset))
+        level, other = _level(value, unit, offset), _level_in(codes[i], not high)
+        codes[i] = numpy.int8(other + _BASE * level if high else level + _BASE * other)
 
 
 @jit
-def _update_high(codes, sg, kept, share, unit, offset, out):
+def _quantize(codes, sg, high, kept, unit, offset, levels):
     for i in range(len(sg)):
-        value = sg[i] + kept * _f(_high(codes[i]))
-        out[i] += share * value
-        codes[i] = numpy.int8(_low(codes[i]) + _BASE * _level(value, unit, offset))
+        levels[i] = numpy.int8(_level(sg[i] + kept * _f(_level_in(codes[i], high)), unit, offset))
 
 
 @jit
-def _quantize_low(codes, sg, kept, unit, offset, levels):
-    for i in range(len(sg)):
-        levels[i] = numpy.int8(_level(sg[i] + kept * _f(_low(codes[i])), unit, offset))
-
-
-@jit
-def _quantize_high(codes, sg, kept, unit, offset, levels):
-    for i in range(len(sg)):
-        levels[i] = numpy.int8(_level(sg[i] + kept * _f(_high(codes[i])), unit, offset))
-
-
-@jit
-def _low(code):
-    """The level of the element in the first half that a byte holds."""
-    return numpy.int32(code) - _BASE * ((numpy.int32(code) + numpy.int32(8)) >> numpy.int32(4))
-
-
-@jit
-def _high(code):
-    """The level of the element in the second half."""
-    return (numpy.int32(code) + numpy.int32(8)) >> numpy.int32(4)
+def _level_in(code, high):
+    """One of the two levels in a byte."""
+    of_high = (numpy.int32(code) + numpy.int32(8)) >> numpy.int32(4)
+    return of_high if high else numpy.int32(code) - numpy.int32(_BASE) * of_high
 
 
 @jit

@@ -11,6 +11,7 @@ import math
 
 import numpy
 
+from ....techniques import orthograd, tam
 from ..table import FOUR_BITS, LOW_RANK, STATE_NUMBERS
 from . import loops
 from . import momenta as multiscale
@@ -51,8 +52,11 @@ FACTOR, SHARE_ALONG, LENGTHENING, CAUTIOUS, STRENGTH, SPACINGS = range(6)
 # The passes over a tensor that several threads share.
 SCALED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(6)
 
-_SMALLEST_COLUMN_NORM = _f(1e-12)
-_SMALLEST_WEIGHT_NORM = 1e-30
+# Where nothing is written, nothing is rounded at random.
+_NO_STREAM = numpy.uint32(0)
+
+_SMALLEST_COLUMN_NORM = _f(tam.SMALLEST_NORM)
+_SMALLEST_WEIGHT_NORM = orthograd.SMALLEST_NORM
 # Of an update that lies along the weights but for less than this share of it, what is left is rounding error.
 _SMALLEST_REST = 1e-6
 
@@ -124,28 +128,18 @@ def block_length(row):
 
 
 @jit
-def _scaled_gradient(row, k, start, count, factor, rooms):
-    """The scaled gradient of a block; no state changes."""
-    g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
-    sg = rooms[1, :count]
-    if k.came:
-        old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[2])
-        loops.scaled_gradient(g, old, k.total, k.rate2, k.eps1, factor, sg)
-    else:
-        loops.clipped_gradient(g, k.total, k.clip_bound, sg)
-    return sg
-
-
-@jit
-def _scale_gradient(row, k, start, count, factor, stream, rooms):
-    """The scaled gradient of a block; the second moment is updated."""
+def _scaled_gradient(row, k, start, count, factor, write, stream, rooms):
+    """The scaled gradient of a block; with `write`, the second moment is updated."""
     g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
     sg = rooms[1, :count]
     if k.came:
         state = row.states[_EXP_AVG_SQ]
         exp_avg_sq = load_state(state, row.block, start, count, k.maps, rooms[2])
-        loops.scale_gradient(exp_avg_sq, g, k.total, k.rate2, k.eps1, factor, sg)
-        store_state(exp_avg_sq, state, row.block, start, k.maps, stream)
+        if write:
+            loops.scale_gradient(exp_avg_sq, g, k.total, k.rate2, k.eps1, factor, sg)
+            store_state(exp_avg_sq, state, row.block, start, k.maps, stream)
+        else:
+            loops.scaled_gradient(g, exp_avg_sq, k.total, k.rate2, k.eps1, factor, sg)
     else:
         loops.clipped_gradient(g, k.total, k.clip_bound, sg)
     return sg
@@ -166,33 +160,10 @@ def _drive(row, own, low_ranks, k, facts, sg, start, write, unpacked, rooms):
 
 
 @jit
-def _update_alone(row, own, low_ranks, k, facts, norms, start, count, rooms):
-    """The scaled gradient and the update of a block, up to Grams; no state changes."""
-    sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
-    drive = _drive(row, own, low_ranks, k, facts, sg, start, False, 0, rooms)
-    u = rooms[4, :count]
-    exp_avg = load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[5])
-    exp_avg_res = load_state(row.states[_EXP_AVG_RES], row.block, start, count, k.maps, rooms[6])
-    if k.early:
-        s = load_state(row.states[_S], row.block, start, count, k.maps, rooms[7])
-        each = rooms[2, :count]
-        _repeat(norms, start, each)
-        loops.early_update_alone(
-            s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
-        )
-    else:
-        loops.late_update_alone(
-            exp_avg, exp_avg_res, sg, drive, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction,
-            k.gradient_share, u,
-        )  # fmt: skip
-    return sg, u
-
-
-@jit
-def _update(row, own, low_ranks, k, facts, norms, start, count, unpacked, stream, rooms):
-    """The same; the states are updated."""
-    sg = _scale_gradient(row, k, start, count, _f(facts[FACTOR]), stream, rooms)
-    drive = _drive(row, own, low_ranks, k, facts, sg, start, True, unpacked, rooms)
+def _update(row, own, low_ranks, k, facts, norms, start, count, write, unpacked, stream, rooms):
+    """The scaled gradient and the update of a block, up to Grams; with `write`, the states are updated."""
+    sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), write, stream, rooms)
+    drive = _drive(row, own, low_ranks, k, facts, sg, start, write, unpacked, rooms)
     u = rooms[4, :count]
     states = row.states
     exp_avg = load_state(states[_EXP_AVG], row.block, start, count, k.maps, rooms[5])
@@ -201,17 +172,28 @@ def _update(row, own, low_ranks, k, facts, norms, start, count, unpacked, stream
         s = load_state(states[_S], row.block, start, count, k.maps, rooms[7])
         each = rooms[2, :count]
         _repeat(norms, start, each)
-        loops.early_update(
-            s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
-        )
-        store_state(s, states[_S], row.block, start, k.maps, stream)
-    else:
+        if write:
+            loops.early_update(
+                s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
+            )
+            store_state(s, states[_S], row.block, start, k.maps, stream)
+        else:
+            loops.early_update_alone(
+                s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
+            )
+    elif write:
         loops.late_update(
             exp_avg, exp_avg_res, sg, drive, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction,
             k.gradient_share, u,
         )  # fmt: skip
-    store_state(exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
-    store_state(exp_avg_res, states[_EXP_AVG_RES], row.block, start, k.maps, stream)
+    else:
+        loops.late_update_alone(
+            exp_avg, exp_avg_res, sg, drive, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction,
+            k.gradient_share, u,
+        )  # fmt: skip
+    if write:
+        store_state(exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
+        store_state(exp_avg_res, states[_EXP_AVG_RES], row.block, start, k.maps, stream)
     return sg, u
 
 
@@ -262,7 +244,7 @@ def sum_scaled(row, own, begin, end, k, sums, rooms):
         count = min(length, end - start)
         _fetch_gradient(row, start + length, end)
         if k.driven or not k.came:
-            sg = _scaled_gradient(row, k, start, count, _f(1.0), rooms)
+            sg = _scaled_gradient(row, k, start, count, _f(1.0), False, _NO_STREAM, rooms)
             sums[SQUARE] += loops.sum_of_squares(sg)
             multiscale.sum_products(own, row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:])
         else:
@@ -289,7 +271,7 @@ def sum_columns(row, own, low_ranks, begin, end, k, facts, of_momentum, of_drive
     length = block_length(row)
     for start in range(begin, end, length):
         count = min(length, end - start)
-        sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+        sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), False, _NO_STREAM, rooms)
         drive = _drive(row, own, low_ranks, k, facts, sg, start, False, 0, rooms)
         _add_to_columns(load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[5]), start, of_momentum)
         _add_to_columns(drive, start, of_drive)
@@ -323,7 +305,7 @@ def sum_update(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms):
     length = block_length(row)
     for start in range(begin, end, length):
         count = min(length, end - start)
-        sg, u = _update_alone(row, own, low_ranks, k, facts, norms, start, count, rooms)
+        sg, u = _update(row, own, low_ranks, k, facts, norms, start, count, False, 0, _NO_STREAM, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[2])
         if k.early:
             along, weights, update = loops.products(u, p)
@@ -358,7 +340,7 @@ def sum_agreement(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms)
     length = block_length(row)
     for start in range(begin, end, length):
         count = min(length, end - start)
-        sg, u = _update_alone(row, own, low_ranks, k, facts, norms, start, count, rooms)
+        sg, u = _update(row, own, low_ranks, k, facts, norms, start, count, False, 0, _NO_STREAM, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[2])
         sums[AGREEING] += loops.count_agreement(u, sg, p, _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING]))
 
@@ -405,7 +387,7 @@ def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacke
     for start in range(begin, end, length):
         count = min(length, end - start)
         _fetch_rest(row, start + length, end)
-        sg, u = _update(row, own, low_ranks, k, facts, norms, start, count, unpacked[1], stream, rooms)
+        sg, u = _update(row, own, low_ranks, k, facts, norms, start, count, True, unpacked[1], stream, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[5])
         mask = load_state(row.states[_MASK], row.block, start, count, k.maps, rooms[6])
         if k.warmup:
@@ -475,12 +457,12 @@ def follow_low_rank(row, momentum, rate, k, factor, rooms):
     length = block_length(row)
     for start in range(0, row.numel, length):
         count = min(length, row.numel - start)
-        sg = _scaled_gradient(row, k, start, count, factor, rooms)
+        sg = _scaled_gradient(row, k, start, count, factor, False, _NO_STREAM, rooms)
         multiscale.probe_gradient(momentum, rate, sg, start, probe, left)
     right = multiscale.begin_right(momentum, factors, left)
     for start in range(0, row.numel, length):
         count = min(length, row.numel - start)
-        sg = _scaled_gradient(row, k, start, count, factor, rooms)
+        sg = _scaled_gradient(row, k, start, count, factor, False, _NO_STREAM, rooms)
         multiscale.project_gradient(momentum, rate, sg, start, left, right)
     multiscale.finish_low_rank(momentum, left, right)
 

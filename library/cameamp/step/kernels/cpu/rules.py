@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy
 
+from ....techniques import tam
+from ...measure import LARGEST_MAGNITUDE
 from .jit import jit
 
 _f = numpy.float32
-_LARGEST_MAGNITUDE = _f(1e18)
-_TAM_DECAY = _f(0.9)
+_LARGEST_MAGNITUDE = _f(LARGEST_MAGNITUDE)
+_TAM_DECAY = _f(tam.DECAY)
 
 
 @jit
