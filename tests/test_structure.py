@@ -39,7 +39,7 @@ def test_techniques_know_nothing_of_the_engine(path):
 
 @pytest.mark.parametrize("path", sorted((ENGINE / "storage").glob("*.py")), ids=lambda path: path.stem)
 def test_storage_knows_nothing_of_what_it_stores(path):
-    allowed = {"..rounding", "..devices", ".."}  # `..` for compiling
+    allowed = {"..rounding", "..devices"}
     assert {name for name in imported(path) if name.startswith("..")} <= allowed
 
 

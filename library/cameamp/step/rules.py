@@ -28,8 +28,6 @@ from ..techniques.multiscale import Momenta, Scale
 from ..techniques.sums import OF_WHOLE_TENSORS, Sums
 from .measure import at_every_nth
 
-Scalar = float | Tensor
-
 
 class States(Protocol):
     """The weights of a stack, and its states by name."""
@@ -64,7 +62,7 @@ ALL_TECHNIQUES = Techniques()
 
 
 class StepScalars(NamedTuple):
-    """The numbers that change with the step; floats, or 0-d tensors where a compiled graph must not depend on them.
+    """The numbers that change with the step.
 
     Attributes:
         momentum_rate: decay rate of the consistency momentum.
@@ -75,11 +73,11 @@ class StepScalars(NamedTuple):
         scales: the multi-scale momenta; empty in the optimizers without them.
     """
 
-    momentum_rate: Scalar
-    gradient_share: Scalar
-    clip_bound: Scalar
-    scheduler: Scalar | None
-    bias_correction: Scalar | None = None
+    momentum_rate: float
+    gradient_share: float
+    clip_bound: float
+    scheduler: float | None
+    bias_correction: float | None = None
     scales: tuple[Scale, ...] = ()
 
     @classmethod
@@ -292,7 +290,7 @@ def move_(
     return p, Watched(watched_grad, watched_rates * watched_u)
 
 
-def lr_factor(scheduler: Scalar | None, row_scaling: Tensor | None) -> Scalar | None:
+def lr_factor(scheduler: float | None, row_scaling: Tensor | None) -> float | Tensor | None:
     """What the mask is multiplied by to give the effective learning rate: the scheduler's factor, and ALLoRA's.
 
     Returns:

@@ -26,7 +26,7 @@ def divide_by_belief_(
     residual: Tensor,
     beta3: float,
     eps: float,
-    correction: float | Tensor | None = None,
+    correction: float | None = None,
 ) -> Tensor:
     """Update the mean squared residual and divide the momentum by its root.
 

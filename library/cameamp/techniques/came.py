@@ -6,7 +6,6 @@ If CAME is off, a clip with the growing bound of ADOPT (arXiv 2411.02853) takes 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +79,14 @@ def growing_bound(step: int) -> float:
     return float(step**0.25)
 
 
-def clip_elements(grad: Tensor, bound: Any, out: Tensor | None = None) -> Tensor:
+def clip_elements(grad: Tensor, bound: float, out: Tensor | None = None) -> Tensor:
     """Clip each element of the gradient, in place of the scaling if CAME is off.
 
         sg = max(-bound, min(grad, bound))
 
     Args:
         grad: regularized gradient, (tensors, rows, columns).
-        bound: largest magnitude, a number or a 0-d tensor, from `growing_bound`.
+        bound: largest magnitude, from `growing_bound`.
         out: memory for the result, of grad's shape; allocated if None.
 
     Returns:

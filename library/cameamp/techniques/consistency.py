@@ -20,7 +20,7 @@ def decay_rate(beta1: float, beta1_decay: float, step: int) -> float:
 
 
 def consistency_momentum_(
-    exp_avg: Tensor, scaled_grad: Tensor, rate: float | Tensor, beta1: float, drive: Tensor | None = None
+    exp_avg: Tensor, scaled_grad: Tensor, rate: float, beta1: float, drive: Tensor | None = None
 ) -> Tensor:
     """Update the momentum with the decay rate of this step.
 

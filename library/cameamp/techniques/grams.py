@@ -16,9 +16,7 @@ def gradient_share(beta1_decay: float, step: int) -> float:
     return beta1_decay**step
 
 
-def turn_to_gradient_(
-    update: Tensor, direction: Tensor, share: float | Tensor, scratch: Tensor | None = None
-) -> Tensor:
+def turn_to_gradient_(update: Tensor, direction: Tensor, share: float, scratch: Tensor | None = None) -> Tensor:
     """Turn the update towards the gradient, element by element.
 
     In the paper, with the update u of any optimizer and the gradient g:
