@@ -10,7 +10,8 @@ if not dist.is_available() or not hasattr(pytest.importorskip("torch.distributed
     pytest.skip("this torch has no FSDP2 under its present name", allow_module_level=True)
 
 from reliability import accelerated, resharded
-from reliability.sharded import MANY, all_of, alone, in_processes, messages_of, replaced, shards_of_columns, steps_of
+from reliability.processes import all_of, in_processes
+from reliability.sharded import MANY, alone, messages_of, replaced, shards_of_columns, steps_of
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 from benchmarks.shards import contextual, message_bytes

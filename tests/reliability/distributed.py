@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .processes import in_processes
 from .runs import OPTIMIZERS, everything, from_bytes, to_bytes
 
 PROCESSES = 2
@@ -28,7 +27,7 @@ def ddp(steps: int) -> dict[str, list[str]]:
         For each optimizer the digests of weights and states: one for each process after the uninterrupted run, then one
         for each process after the resumed run.
     """
-    results = in_processes(_ddp, steps)
+    results = in_processes(PROCESSES, _ddp, steps)
     return {name: [r[name][0] for r in results] + [r[name][1] for r in results] for name in results[0]}
 
 
@@ -38,7 +37,7 @@ def flattened() -> list[dict[str, dict[str, str]]]:
     Returns:
         For each process, kind and optimizer, the message of the RuntimeError; empty if there was none.
     """
-    return in_processes(_flattened)
+    return in_processes(PROCESSES, _flattened)
 
 
 def built_too_early() -> list[dict[str, dict[str, str]]]:
@@ -47,23 +46,7 @@ def built_too_early() -> list[dict[str, dict[str, str]]]:
     Returns:
         For each process, kind and optimizer, the message of the error or of the warning; empty if there was none.
     """
-    return in_processes(_built_too_early)
-
-
-def in_processes(work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run a function in two processes of one group. Returns what each process returned."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (work, folder, arguments), nprocs=PROCESSES)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
-
-
-def _process(rank: int, work: Callable[..., Any], folder: str, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
-    try:
-        torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    return in_processes(PROCESSES, _built_too_early)
 
 
 def _model() -> nn.Module:

@@ -105,7 +105,8 @@ def ddp() -> list[str]:
 
 def shards() -> list[str]:
     """Parameters sharded by FSDP2 over two, three, and two times two processes."""
-    from reliability.sharded import alone, in_processes, loss_of, steps_of
+    from reliability.processes import in_processes
+    from reliability.sharded import alone, loss_of, steps_of
 
     names = "Automagic_CameAMP", "Automagic_CameAMP_COptim"
     # The multiplier would raise what rounding does to the samples it follows to a power; so it is held nearly still.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,27 +54,6 @@ class Model(nn.Module):
         x = self.norm(self.outer(x))
         x = x + self.lora_up(self.lora_down(x)) - self.more["lora_up"](self.more["lora_down"](x))
         return self.head(torch.tanh(x))
-
-
-def all_of(rank: int, works: Sequence[tuple[Callable[..., Any], tuple]]) -> list[Any]:
-    """Several pieces of work one after the other, because starting processes takes seconds."""
-    return [work(rank, *arguments) for work, arguments in works]
-
-
-def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run a function in some processes of one group. Returns what each process returned."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (count, work, folder, arguments), nprocs=count)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(count)]
-
-
-def _process(rank: int, count: int, work: Callable[..., Any], folder: str, arguments: tuple) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
-    try:
-        torch.save(work(rank, *arguments), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def model_of(shape: Sequence[int] = (), **more: Any) -> nn.Module:
