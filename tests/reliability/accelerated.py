@@ -28,7 +28,7 @@ def saved(rank: int, folder: str) -> list[dict[str, Any]]:
     """Train, save, and train on. Returns for each case what there was at the end."""
     found = []
     for kind, name, steps in CASES:
-        accelerator, model, optimizer = _prepared(kind, name)
+        accelerator, model, optimizer = prepared(kind, name)
         train(model, optimizer.optimizer, 0, steps)
         accelerator.save_state(str(Path(folder) / f"{kind} {name} {steps}"))
         train(model, optimizer.optimizer, steps, steps + MORE)
@@ -40,14 +40,14 @@ def loaded(rank: int, folder: str) -> list[dict[str, Any]]:
     """Load what `saved` saved, and train on. Returns for each case what there was at the end."""
     found = []
     for kind, name, steps in CASES:
-        accelerator, model, optimizer = _prepared(kind, name)
+        accelerator, model, optimizer = prepared(kind, name)
         accelerator.load_state(str(Path(folder) / f"{kind} {name} {steps}"))
         train(model, optimizer.optimizer, steps, steps + MORE)
         found.append(everything(model, optimizer.optimizer))
     return found
 
 
-def _prepared(kind: str, name: str) -> tuple[Accelerator, nn.Module, Any]:
+def prepared(kind: str, name: str) -> tuple[Accelerator, nn.Module, Any]:
     """accelerate with a new model, and with an optimizer that was built before the model was sharded."""
     for variable, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size())):
         os.environ[variable] = os.environ[f"LOCAL_{variable}"] = str(value)
