@@ -50,7 +50,7 @@ def two(folders):
     for name in ALL[:2]:
         works[f"{name} refused"] = resharded.refuse, (name,)
     works |= {"accelerate saved": (accelerated.saved, (folders["accelerate"],))}
-    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],))}
+    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],)), "stops": (accelerated.stops, ())}
     return [dict(zip(works, found)) for found in in_processes(2, all_of, list(works.values()))]
 
 
@@ -247,6 +247,11 @@ def test_a_process_that_is_killed_while_saving_leaves_the_state_before(before_it
     for process in three:
         assert process["left"].keys() == before_it_died.keys()
         assert [key for key, value in before_it_died.items() if not resharded.same(value, process["left"][key])] == []
+
+
+def test_if_one_process_is_interrupted_all_stop_after_the_same_step(two):
+    """Else one would save, and wait for others that are in their next step."""
+    assert [process["stops"] for process in two] == [[False, True], [False, True]]
 
 
 def test_parts_of_two_checkpoints_are_refused(two):
