@@ -175,10 +175,17 @@ class CpuPasses:
         for work in self._work[group]:
             found.update(zip(work.batch.stacks, self._measure(work, decays)))
         in_order = [found[stack] for stack in stacks]
-        sums = GroupSums.of(stacks, [each.magnitudes for each in in_order])
+        magnitudes = [each.magnitudes for each in in_order]
         watched = [each.watched for each in in_order if each.watched is not None]
-        unusable, magnitudes = [each.unusable for each in in_order], [each.magnitudes for each in in_order]
-        return Measured(group, stacks, sums, unusable, watched, [None] * len(stacks), magnitudes=magnitudes)
+        return Measured(
+            group,
+            stacks,
+            GroupSums.of(stacks, magnitudes),
+            [each.unusable for each in in_order],
+            watched,
+            [None] * len(stacks),
+            magnitudes=magnitudes,
+        )
 
     def questions(self, measured: Measured, multiplier: Tensor | None) -> dict[Stack, Questions]:
         """What a step of shards asks before its second pass; see `shared.answers`. Momenta of low rank follow in it."""
