@@ -165,14 +165,15 @@ def optimizer_and_params():
     return Automagic_CameAMP(params), params
 
 
-def test_deepspeed_is_refused_by_its_name_if_it_has_put_a_vector_in_the_place_of_parameters():
-    optimizer, _ = optimizer_and_params()
-    flat = torch.nn.Parameter(torch.ones(12))
-    flat.grad = torch.ones(12)
+@pytest.mark.parametrize("shape", [(4, 3), (12,)], ids=str)
+def test_deepspeed_is_refused_by_its_name_if_it_has_put_a_vector_in_the_place_of_parameters(shape):
+    optimizer = Automagic_CameAMP([torch.nn.Parameter(torch.ones(shape)) for _ in range(2)])
+    flat = torch.nn.Parameter(torch.ones(24))
+    flat.grad = torch.ones(24)
     optimizer.param_groups[0]["params"] = [flat]
     with pytest.raises(RuntimeError, match="group 0 has 1 vectors for its 2 parameters; DeepSpeed ZeRO flattens"):
         optimizer.step()
-    assert torch.equal(flat, torch.ones(12))
+    assert torch.equal(flat, torch.ones(24))
 
 
 def test_offloaded_shards_are_refused():
