@@ -22,6 +22,8 @@ NAMES = (
     "kernels",
     "gpu",
     "lora_bytes",
+    "memory",
+    "in_backward",
     "shards",
     "convergence",
     "learning_rate_free",
