@@ -24,6 +24,7 @@ NAMES = (
     "lora_bytes",
     "memory",
     "in_backward",
+    "long_runs",
     "shards",
     "convergence",
     "learning_rate_free",
