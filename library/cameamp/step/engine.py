@@ -130,6 +130,10 @@ class Engine:
         fused = group.config.fused
         if fused is False or self._failed or not stacks:
             return None
+        if group.config.factored:
+            level = logging.WARNING if fused is True else logging.INFO
+            self._say(level, "fused: no kernel reads factored states, the rules take the steps")
+            return None
         device = stacks[0].device.type
         if device not in self._kernels:
             load = _LOADERS.get(device)

@@ -247,13 +247,13 @@ def move_(
     else:
         residual = techniques.consistency_momentum(exp_avg, sg, scalars.momentum_rate, beta1, drive)
     del drive
-    p = states.weights(work.weights)
 
     exp_avg_res = states.read("exp_avg_res")
     u = techniques.divide_by_belief(exp_avg, exp_avg_res, residual, beta3, eps2, scalars.bias_correction)
     states.write("exp_avg_res", exp_avg_res)
     states.write("exp_avg", exp_avg)
     del exp_avg, exp_avg_res
+    p = states.weights(work.weights)  # Not before: of a very large tensor these are the most copies that ever are.
 
     u = techniques.turn_to_gradient(u, direction, scalars.gradient_share, work.scratch)
 
