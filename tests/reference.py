@@ -89,7 +89,7 @@ class ReferenceCameAMP:
         # 4. AdaBelief
         st["exp_avg_res"] = b3 * st["exp_avg_res"] + (1 - b3) * ((sg - bar) ** 2 + eps2)
         seen = 1 - b3**t if o["bias_correction"] else 1
-        u = st["exp_avg"] / (st["exp_avg_res"] / seen).sqrt()
+        u = (st["exp_avg"] / (st["exp_avg_res"] / seen).sqrt()).clamp(-10, 10)
 
         # 5. Grams
         a = o["beta1_decay"] ** t

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy
 
-from ....techniques import tam
+from ....techniques import adabelief, tam
 from ...measure import LARGEST_MAGNITUDE
 from .jit import jit
 
 _f = numpy.float32
 _LARGEST_MAGNITUDE = _f(LARGEST_MAGNITUDE)
 _TAM_DECAY = _f(tam.DECAY)
+_LONGEST = _f(adabelief.LONGEST)
 
 
 @jit
@@ -79,8 +80,8 @@ def damped(exp_avg, s, drive, eps):
 
 @jit
 def believed(exp_avg, exp_avg_res, correction):
-    """AdaBelief: u = correction exp_avg / sqrt(exp_avg_res)."""
-    return correction * (exp_avg / numpy.sqrt(exp_avg_res))
+    """AdaBelief: u = correction exp_avg / sqrt(exp_avg_res), from -10 to 10."""
+    return max(-_LONGEST, min(correction * (exp_avg / numpy.sqrt(exp_avg_res)), _LONGEST))
 
 
 @jit
