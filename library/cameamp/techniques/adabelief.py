@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-# The longest step of an element, in units of its learning rate. Where gradients are steady the residual dies out: in its
-# first steps, which have seen little of it, and in thousands of them, the update would grow to 60 and to 220.
+# The longest step of an element, in units of its learning rate. Where gradients are steady the residual is small at
+# first, which has seen little of it, and dies out in thousands of steps: the update would grow to 60 and to 220.
 LONGEST = 10.0
 
 

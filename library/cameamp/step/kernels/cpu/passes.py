@@ -404,7 +404,7 @@ def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacke
         change = rooms[1, :count]
         # A cautious update has no part along the weights any more.
         off, longer = (_f(0.0), _f(1.0)) if k.cautious else (along, lengthening)
-        loops.step_weights(p, u, mask, scaling, off, longer, decay, k.multiplier, k.min_lr, k.max_lr, change)
+        loops.step_weights(p, u, mask, scaling, off, longer, decay, k.multiplier, change)
         if k.every:
             loops.sample(change, start, k.every, _seen(row, k, k.change_sample))
         store_weights(p, row.weight, row.weight_kind, start, stream)

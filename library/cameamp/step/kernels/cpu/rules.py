@@ -108,9 +108,3 @@ def agrees(u, sg):
 def bumped(lr_mask, agrees_with_before, bump, low, high):
     """The learning-rate mask rises by the bump where the gradient has the sign of the step before, and else falls."""
     return min(max(lr_mask + (bump if agrees_with_before else -bump), low), high)
-
-
-@jit
-def rate_of(lr_mask, multiplier, low, high):
-    """The mask times the multiplier, within the mask's bounds."""
-    return min(max(lr_mask * multiplier, low), high)

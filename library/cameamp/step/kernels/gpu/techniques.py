@@ -242,11 +242,6 @@ def bumped_mask(row, direction, numbers, maps, offsets, mask, RULES: tl.constexp
         last = load_truths(row, LAST_POLARITY, offsets, mask, RULES)
         differs = ((direction > 0).to(tl.int32) ^ last).to(tl.float32)
         bump = tl.load(numbers + _BUMP)
-        rates = within_bounds(rates + (differs * (-2 * bump) + bump), numbers)
+        rates += differs * (-2 * bump) + bump
+        rates = tl.minimum(tl.maximum(rates, tl.load(numbers + _MIN_LR)), tl.load(numbers + _MAX_LR))
     return rates
-
-
-@triton.jit
-def within_bounds(rates, numbers):
-    """Clamped to min_lr and max_lr."""
-    return tl.minimum(tl.maximum(rates, tl.load(numbers + _MIN_LR)), tl.load(numbers + _MAX_LR))
