@@ -55,7 +55,7 @@ class Law(NamedTuple):
 
     gain: float = 30.0
     kept: float = 0.97
-    freezing: float = 2.0
+    freezing: float = 3.0
     haste: float = 2.0
 
     def gain_at(self, steps: int, schedule: float) -> float:
