@@ -150,7 +150,8 @@ class Study:
             shares = [_share(ours, theirs[-1]) for ours, theirs in pairs]
             rate = f"{lr:g}" if contender.grid is not None else ""
             reached = f"{statistics.median(shares):.2f}" if math.isfinite(statistics.median(shares)) else "never"
-            found = f"{ratios.mean:+8.2%}  from {ratios.low:+7.2%} to {ratios.high:+7.2%}"
+            spread = f"from {ratios.low:+7.2%} to {ratios.high:+7.2%}" if len(pairs) > 1 else ""
+            found = f"{ratios.mean:+8.2%}  {spread:24}"
             yield f"    {name:38}{rate:>8} {len(pairs):5}  {found}   {reached:>10}"
         yield ""
 
