@@ -18,7 +18,6 @@ from ..groups import Group
 from ..sharding import Alone, Processes
 from ..step.passes import Measured
 from ..step.rules import Watched
-from ..techniques import lr_mask
 from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, report_of
 from .sampling import Sampler
 
@@ -75,7 +74,7 @@ class Driver(Protocol):
     def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         """Take in the step that was taken."""
 
-    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
+    def scaled(self, mask: Tensor) -> Tensor:
         """A learning-rate mask as the next step would use it."""
 
     def summary(self) -> dict[str, Tensor]:
@@ -136,7 +135,7 @@ class NoContext:
     def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         pass
 
-    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
+    def scaled(self, mask: Tensor) -> Tensor:
         return mask
 
     def summary(self) -> dict[str, Tensor]:
@@ -257,8 +256,8 @@ class Context:
         else:
             self.module.follow(grads, changes, kernels=_kernels(measured))
 
-    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
-        return lr_mask.scaled(mask, self.module.multiplier().to(mask.device), config.min_lr, config.max_lr)
+    def scaled(self, mask: Tensor) -> Tensor:
+        return mask * self.module.multiplier().to(mask.device)
 
     def summary(self) -> dict[str, Tensor]:
         return self.module.summary()

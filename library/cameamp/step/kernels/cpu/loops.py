@@ -197,11 +197,11 @@ def bump(lr_mask, now, before, amount, low, high):
 
 
 @jit
-def step_weights(p, u, lr_mask, scaling, along, lengthening, decay, multiplier, low, high, change):
+def step_weights(p, u, lr_mask, scaling, along, lengthening, decay, multiplier, change):
     """OrthoGrad, weight decay, and the step itself; `change` is what is taken off the weights."""
     for i in range(len(u)):
         update = rules.across(u[i], p[i], along, lengthening) + decay * p[i]
-        change[i] = rules.rate_of(lr_mask[i], multiplier, low, high) * scaling[i] * update
+        change[i] = lr_mask[i] * multiplier * scaling[i] * update
         p[i] -= change[i]
 
 

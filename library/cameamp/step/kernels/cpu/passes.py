@@ -420,7 +420,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         change = rooms[1, :count]
         # A cautious update has no part along the weights any more.
         off, longer = (_f(0.0), _f(1.0)) if k.cautious else (along, lengthening)
-        loops.step_weights(p, u, mask, scaling, off, longer, decay, k.multiplier, k.min_lr, k.max_lr, change)
+        loops.step_weights(p, u, mask, scaling, off, longer, decay, k.multiplier, change)
         if k.every:
             loops.sample(change, row.first + start, k.every, _sample_of(row, k.every, k.change_sample))
         store_weights(p, row.weight, row.weight_kind, start, stream)

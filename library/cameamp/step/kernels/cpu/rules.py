@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy
 
-from ....techniques import tam
+from ....techniques import adabelief, tam
 from ...measure import LARGEST_MAGNITUDE
 from .jit import jit
 
 _f = numpy.float32
 _LARGEST_MAGNITUDE = _f(LARGEST_MAGNITUDE)
 _TAM_DECAY = _f(tam.DECAY)
+_LONGEST = _f(adabelief.LONGEST)
 
 
 @jit
@@ -79,8 +80,8 @@ def damped(exp_avg, s, drive, eps):
 
 @jit
 def believed(exp_avg, exp_avg_res, correction):
-    """AdaBelief: u = correction exp_avg / sqrt(exp_avg_res)."""
-    return correction * (exp_avg / numpy.sqrt(exp_avg_res))
+    """AdaBelief: u = correction exp_avg / sqrt(exp_avg_res), from -10 to 10."""
+    return max(-_LONGEST, min(correction * (exp_avg / numpy.sqrt(exp_avg_res)), _LONGEST))
 
 
 @jit
@@ -107,9 +108,3 @@ def agrees(u, sg):
 def bumped(lr_mask, agrees_with_before, bump, low, high):
     """The learning-rate mask rises by the bump where the gradient has the sign of the step before, and else falls."""
     return min(max(lr_mask + (bump if agrees_with_before else -bump), low), high)
-
-
-@jit
-def rate_of(lr_mask, multiplier, low, high):
-    """The mask times the multiplier, within the mask's bounds."""
-    return min(max(lr_mask * multiplier, low), high)
