@@ -86,9 +86,9 @@ def _ours(spoiled: str = "", optimizer: str = CONTEXTUAL, **options: Any) -> Con
 CONTENDERS: dict[str, Contender] = {
     "contextual": _ours(),
     "contextual, 8 bits": _ours(optimizer=CONTEXTUAL_8BIT),
-    "contextual, lr 1e-5": _ours(lr=1e-5),
-    "contextual, lr 1e-4": _ours(lr=1e-4),
-    "contextual, lr 1e-3": _ours(lr=1e-3),
+    "contextual from 1e-5": _ours(lr=1e-5),
+    "contextual from 1e-4": _ours(lr=1e-4),
+    "contextual from 1e-3": _ours(lr=1e-3),
     "contextual, max_lr 1e-2": _ours(max_lr=1e-2),
     "contextual, max_lr 1e-1": _ours(max_lr=1e-1),
     "contextual, no momentum scales": _ours(momentum_scales=()),
