@@ -278,36 +278,45 @@ def _encode_evenly(x, start, stream, low, high, codes):
 
 
 @exact
-def load_signs(state, numel, start, count, room):
-    """Yes or no for each element, as bytes: in place if they are stored so, else unpacked into `room`."""
+def load_signs(state, length, start, count, room):
+    """Yes or no for each element, as bytes: in place if they are stored so, else unpacked into `room`.
+
+    Args:
+        state: its kind and address, of one tensor.
+        length: how many elements are packed together: those of the tensor, or of a row.
+        start, count: which elements.
+        room: memory for `count` bytes.
+    """
     address = state[ADDRESS]
     if state[KIND] == BOOL:
         return bytes_at(address, start, count)
     out = room[:count]
-    plane = numel // 8
+    plane = length // 8
     done = 0
     while done < count:
-        bit, byte = (start + done) // plane, (start + done) % plane
+        before, place = (start + done) // length, (start + done) % length
+        bit, byte = place // plane, place % plane
         many = min(plane - byte, count - done)
-        _unpack(bytes_at(address, byte, many), numpy.uint8(bit), out[done : done + many])
+        _unpack(bytes_at(address, before * plane + byte, many), numpy.uint8(bit), out[done : done + many])
         done += many
     return out
 
 
 @exact
-def store_signs(signs, state, numel, start):
-    """Write signs; those that are packed share bytes with distant elements, so one thread writes a whole tensor's."""
+def store_signs(signs, state, length, start):
+    """Write signs; those that are packed share bytes with distant elements, so one thread writes all of a length."""
     address = state[ADDRESS]
     count = len(signs)
     if state[KIND] != PACKED:
         copy_bytes(signs, bytes_at(address, start, count))
         return
-    plane = numel // 8
+    plane = length // 8
     done = 0
     while done < count:
-        bit, byte = (start + done) // plane, (start + done) % plane
+        before, place = (start + done) // length, (start + done) % length
+        bit, byte = place // plane, place % plane
         many = min(plane - byte, count - done)
-        _pack(signs[done : done + many], numpy.uint8(bit), bytes_at(address, byte, many))
+        _pack(signs[done : done + many], numpy.uint8(bit), bytes_at(address, before * plane + byte, many))
         done += many
 
 
