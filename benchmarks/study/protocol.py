@@ -132,9 +132,9 @@ class Study:
                 self._make(name, contender, case, best / 2 if best == min(tried) else best * 2, seed)
 
     def table(self, case: Case) -> Iterator[str]:
-        """How the contenders end beside AdamW at its best rate; nothing of a case that AdamW was not trained on."""
+        """How the contenders end beside AdamW at its best rate; nothing where there is nothing to compare."""
         tried = self._grid(REFERENCE, _ADAMW, case)
-        if not tried:
+        if not tried or not any(self._grid(name, contender, case) for name, contender in CONTENDERS.items()):
             return
         best = min(tried, key=lambda lr: tried[lr][-1])
         rates = "  ".join(f"{lr:g}: {losses[-1]:.5g}" for lr, losses in sorted(tried.items()))
