@@ -68,7 +68,7 @@ class DigitsLoRA(_NewDigits):
         return list(self._lora.named_parameters())
 
 
-class DigitsFull(_NewDigits):
+class AllOfDigits(_NewDigits):
     """The same model and data, and all weights of the model to train."""
 
     def __init__(self, seed: int, batch_size: int, repeats: int = 1, images: int | None = None) -> None:

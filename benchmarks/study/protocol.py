@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..contenders import FAMILY, REFERENCE
-from .digits import DigitsFull, DigitsLoRA
+from .digits import AllOfDigits, DigitsLoRA
 from .encoder import Encoder
 from .finished import Finished
 from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, PLAIN, builder
@@ -23,7 +23,7 @@ from .text import Text
 
 TASKS: dict[str, Callable[[int], Task]] = {
     "digits, LoRA": partial(DigitsLoRA, rank=16, batch_size=8, images=80),
-    "digits, all weights": partial(DigitsFull, batch_size=8, images=80),
+    "digits, all weights": partial(AllOfDigits, batch_size=8, images=80),
     "encoder, LoRA": partial(Encoder, lora=True),
     "encoder, all weights": partial(Encoder, lora=False),
     "text from random weights": Text,
