@@ -24,6 +24,7 @@ NAMES = (
     "lora_bytes",
     "memory",
     "in_backward",
+    "in_backward_time",
     "long_runs",
     "shards",
     "fine_tuning",
