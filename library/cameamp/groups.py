@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from .config import OPTION_NAMES, OptimizerConfig, checked
 from .options import check_group_names
 from .parameters import Parameters
 from .phase import Phase
-from .sharding import WHOLE
+from .sharding import WHOLE, Cut
 from .stacks.layout import Layout
 from .stacks.stack import Binding, ParameterState, Stack, Traits
 from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
@@ -24,6 +26,9 @@ from .storage.trial import can_store
 from .techniques import allora, multiscale
 
 logger = logging.getLogger(__name__)
+
+# For each of some parameters its number in the optimizer, whether ALLoRA applies to it, and which part of it is here.
+_Places = tuple[list[int], list[bool], list[Cut]]
 
 # Per-parameter states, as `optimizer.state` is; groups add to them.
 States = MutableMapping[Tensor, ParameterState]
@@ -116,7 +121,11 @@ class Group:
         self.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_bindings")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_layout", "_bindings", "_known_places")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -128,6 +137,7 @@ class Group:
         # coded, coding takes most of the time and it makes no difference.
         self._layout = Layout(cached=bool(self.periods) and not self.precision.codes_all)
         self._bindings: dict[tuple[Any, ...], dict[str, Binding]] = {}
+        self._known_places: tuple[list[Tensor], object, _Places] = [], None, ([], [], [])
 
     # Options and rates ------------------------------------------------------------------------------------------
 
@@ -182,41 +192,60 @@ class Group:
 
     def count_step(self, params: Iterable[Tensor], states: States) -> None:
         """Count a step of some of its parameters, and the updates of their momenta."""
-        due: dict[int, list[tuple[str, bool]]] = {}  # by the step that a parameter is at; usually all are at one
-        for p in params:
-            state = states[p]
-            if state.get("step") == 0:  # States made without a step have room for signs, and no signs.
-                for key in ("last_polarity", "last_polarity_q"):
-                    state.pop(key, None)
-            step = state["step"] = state.get("step", 0) + 1
-            if step not in due:
-                due[step] = [
-                    (row.counter, multiscale.is_due(period, step)) for row, period in zip(self._momenta, self.periods)
-                ]
-            for counter, is_due in due[step]:
-                if is_due or counter not in state:
-                    state[counter] = state.get(counter, 0) + is_due
+        own = [states[p] for p in params]
+        before = [state.get("step", 0) for state in own]
+        if 0 in before:  # States made without a step have room for signs, and no signs.
+            for state in own:
+                if state.get("step") == 0:
+                    for key in ("last_polarity", "last_polarity_q"):
+                        state.pop(key, None)
+        different = set(before)  # usually all are at one step
+        for step in different:
+            alike = own if len(different) == 1 else [state for state, n in zip(own, before) if n == step]
+            for state in alike:
+                state["step"] = step + 1
+            for row, period in zip(self._momenta, self.periods):
+                counter, is_due = row.counter, multiscale.is_due(period, step + 1)
+                for state in alike:
+                    if is_due or counter not in state:
+                        state[counter] = state.get(counter, 0) + is_due
 
-    def stacks(self, params: Collection[Tensor], states: States) -> list[Stack]:
+    def stacks(self, params: Sequence[Tensor], states: States) -> list[Stack]:
         """The stacks of some of its parameters, which have taken a step."""
-        scaled = set() if self.config.full_finetune else self._parameters.factors
-        counters = [row.counter for row in self._momenta]
-        members = []
-        alike: dict[tuple[Any, ...], Traits] = {}  # usually there are one or two in a group
-        for p in params:
-            state = states[p]
-            has_polarity = "last_polarity" in state or "last_polarity_q" in state
-            cut = self._parameters.cut(p)
-            counts = [state.get(counter, 0) for counter in counters]
-            key = (state["step"], p in scaled, has_polarity, cut, *counts)
-            if key not in alike:
-                alike[key] = Traits(state["step"], p in scaled, has_polarity, tuple(counts), cut)
-            members.append((self._parameters.position(p), p, alike[key]))
+        own = [states[p] for p in params]
+        positions, scaled, cuts = self._places_of(params)
+        kinds = list(
+            zip(
+                [state["step"] for state in own],
+                scaled,
+                ["last_polarity" in state or "last_polarity_q" in state for state in own],
+                zip(*([state.get(row.counter, 0) for state in own] for row in self._momenta))
+                if self._momenta
+                else repeat(()),
+                cuts,
+            )
+        )
+        alike = {kind: Traits(*kind) for kind in set(kinds)}  # usually there are one or two in a group
+        members = list(zip(positions, params, [alike[kind] for kind in kinds]))
         stacks, left_behind = self._layout.stacks(members)
         for p in left_behind:
             # Its states are slices of a whole stack's tensors, which would stay allocated for this parameter alone.
             states[p].update((key, value.clone()) for key, value in states[p].items() if torch.is_tensor(value))
         return stacks
+
+    def _places_of(self, params: Sequence[Tensor]) -> _Places:
+        """What does not change of some parameters while nobody forgets them; usually the same ones come again."""
+        known, located, places = self._known_places
+        if located is not self._parameters.located or len(known) != len(params) or not all(map(is_, known, params)):
+            located = self._parameters.located
+            factors = set() if self.config.full_finetune else self._parameters.factors
+            places = (
+                [self._parameters.position(p) for p in params],
+                [p in factors for p in params],
+                [self._parameters.cut(p) for p in params],
+            )
+            self._known_places = list(params), located, places
+        return places
 
     def stacks_with_states(self, states: States) -> list[Stack]:
         """The stacks of all its parameters that have ever taken a step."""

@@ -85,8 +85,10 @@ class _Work:
 
     def pieces(self, sample: numpy.ndarray) -> Iterator[Tensor]:
         """Each stack's part of a sample, (tensors, elements)."""
-        for stack, (start, end) in zip(self.batch.stacks, pairwise([0, *self.sample_ends])):
-            yield torch.from_numpy(sample[start:end]).view(len(stack), -1)
+        ends = [0, *self.sample_ends]
+        parts = torch.from_numpy(sample).split([end - start for start, end in pairwise(ends)])
+        for stack, part in zip(self.batch.stacks, parts):
+            yield part.view(len(stack), -1)
 
 
 class CpuKernels:
@@ -181,12 +183,12 @@ class CpuPasses:
         passes.total_measures(parts, found, totals)
         with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
             abs_sums, deviations = (torch.from_numpy(totals[:, column].astype(_f)) for column in (0, 3))
-        counts = torch.from_numpy(totals[:, 1:3].astype(numpy.int64))
         lengths = [len(stack) for stack in work.batch.stacks]
-        for own_sums, own_counts, spreads, piece in zip(
-            abs_sums.split(lengths), counts.split(lengths), deviations.split(lengths), work.pieces(sample)
+        starts = numpy.cumsum([0, *lengths[:-1]])
+        counts = torch.from_numpy(numpy.add.reduceat(totals[:, 1:3].astype(numpy.int64), starts))
+        for own_sums, nonzero, unusable, spreads, piece in zip(
+            abs_sums.split(lengths), *counts.T.unbind(), deviations.split(lengths), work.pieces(sample)
         ):
-            nonzero, unusable = own_counts.sum(dim=0).unbind()
             magnitudes = Magnitudes(own_sums, nonzero, spreads if decays else None)
             yield FirstPass(magnitudes, unusable, piece if self._every else None)
 
