@@ -20,6 +20,9 @@ class ReferenceCameAMP:
         options: as in OptimizerConfig.
     """
 
+    # Whether parameters are stepped one by one, inside the backward pass.
+    one_by_one = False
+
     def __init__(self, groups, lora, **options):
         self.options = {
             "lr": 1e-6, "min_lr": 1e-7, "max_lr": 1e-3, "lr_bump": 3e-6, "eps": (1e-30, 1e-16, 1e-8),
@@ -39,9 +42,12 @@ class ReferenceCameAMP:
             with_grad = [p for p in group["params"] if p.grad is not None]
             if with_grad:
                 usable = {p: self.usable(p.grad) for p in with_grad}
-                everything = torch.cat([g.flatten() for g in usable.values()])
+                everything = torch.cat([g.flatten() for g in usable.values()]).abs()
                 for p in with_grad:
-                    self.step_parameter(p, usable[p], everything.abs(), group, scale)
+                    # One by one the gradients of this step are not known; at the first one there are none before.
+                    before = group.get("before", usable[p].abs().flatten()) if self.one_by_one else everything
+                    self.step_parameter(p, usable[p], before, group, scale)
+                group["before"] = everything
 
     @staticmethod
     def usable(g):
@@ -60,8 +66,9 @@ class ReferenceCameAMP:
         b1, b2, b3 = o["betas"]
 
         # 1. AGR
-        alone = (group_abs != 0).sum() < 2
-        grad = g if alone else g * (1 - g.abs() / group_abs.sum())
+        # The sum of the step before may be below the parameter's own.
+        alone = max((group_abs != 0).sum(), (g != 0).sum()) < 2
+        grad = g if alone else g * (1 - g.abs() / max(group_abs.sum(), g.abs().sum()))
 
         # 2. CAME
         if o["came"]:

@@ -96,7 +96,7 @@ def compare(
         before = [p.detach().clone() for p in params]
         ours.step()
         plain.step()
-        if classes is CONTEXTUAL:
+        if issubclass(classes[0], Automagic_CameAMP_COptim):
             multiplier = ours.c_optim.compute_contextual_lr_multiplier()
             assert multiplier == pytest.approx(plain.multiplier, rel=2e-3)
             plain.multiplier = multiplier
@@ -234,6 +234,40 @@ def test_contextual(options):
         shapes, classes=CONTEXTUAL, steps=120, lora=shapes is LORA, edge_threshold=1.0,
         **{"warmup_steps": 80, **options},
     )  # fmt: skip
+
+
+class InBackward:
+    """An optimizer whose parameters are stepped one by one, the last ones first; `step` takes those left over."""
+
+    def step(self):
+        for group in reversed(self.param_groups):
+            for index, p in reversed(list(enumerate(group["params"]))):
+                if index != 2:
+                    self.step_parameter(p, group, index)
+        super().step()
+
+
+def one_by_one(ours, plain):
+    """The two classes, with steps that are taken one by one."""
+    return type("OneByOne", (InBackward, ours), {}), type("Plain", (plain,), {"one_by_one": True})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (LORA, {"lora": True}),
+        (MIXED, {"split": 3, "group_options": ({"lr": 1e-4}, {"lr": 5e-3, "weight_decay": 0.1})}),
+        (MIXED, {"skip": lambda step, index: (step + index) % 7 == 0 or (index == 3 and step < 250)}),
+    ],
+    ids=["LoRA", "groups", "skip"],
+)
+def test_steps_inside_the_backward_pass(shapes, options):
+    compare(shapes, classes=one_by_one(*BASE), steps=120, warmup_steps=80, **options)
+
+
+def test_contextual_steps_inside_the_backward_pass():
+    classes = one_by_one(*CONTEXTUAL)
+    compare(LORA, classes=classes, steps=120, lora=True, edge_threshold=1.0, warmup_steps=80)
 
 
 def test_no_warmup():

@@ -193,7 +193,13 @@ def test_full_finetuning_is_known_from_the_script_and_can_be_overruled():
         ),
         ({"lr_scheduler": "adafactor"}, None, "--lr_scheduler adafactor works with the optimizer Adafactor only"),
         ({"deepspeed": True}, None, "--deepspeed flattens parameters"),
-        ({"fused_backward_pass": True}, None, "use --fused_optimizer_groups"),
+        (
+            {"fused_backward_pass": True, "gradient_accumulation_steps": 2},
+            None,
+            "--gradient_accumulation_steps 2 adds gradients up",
+        ),
+        ({"fused_backward_pass": True, "mixed_precision": "fp16"}, None, "train in bf16"),
+        ({"fused_backward_pass": True, "full_fp16": True}, None, "train in bf16"),
     ],
 )
 def test_mistakes_are_told(changed, table, message):

@@ -129,7 +129,8 @@ def from_the_host(monkeypatch, folder):
     options = {"optimizer_type": "Automagic_CameAMP", "optimizer_args": None, "learning_rate": 1e-6}
     found = set()
     for changed in (
-        {"deepspeed": True}, {"fused_backward_pass": True}, {"lr_scheduler": "adafactor"}, {"unet_lr": 1.0},
+        {"deepspeed": True}, {"fused_backward_pass": True, "gradient_accumulation_steps": 2},
+        {"fused_backward_pass": True, "mixed_precision": "fp16"}, {"lr_scheduler": "adafactor"}, {"unet_lr": 1.0},
         {"optimizer_type": "Automagic-CameAMP8bit"},
     ):  # fmt: skip
         with pytest.raises(UserError) as caught:

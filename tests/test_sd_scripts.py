@@ -329,6 +329,36 @@ def test_several_optimizers_resume_bit_for_bit(model, tmp_path, common):
         assert states[0]["param_groups"][0]["lr"] == states[1]["param_groups"][0]["lr"] == 1e-4
 
 
+@pytest.mark.parametrize("script", [TINY_SDXL, TINY_FLUX], ids=["sdxl", "flux"])
+@pytest.mark.parametrize("name", [OWN_OPTIMIZERS[0], OWN_OPTIMIZERS[-1]])
+def test_steps_in_the_backward_pass_resume_bit_for_bit(name, script, tmp_path, common):
+    words = ["--train_script", script, "--fused_backward_pass", "--logging_dir", str(tmp_path / "logs")]
+    resume = ["--resume", str(tmp_path / "half" / "a-state"), "--first_batch", "4"]
+    for kind, steps, more in (("straight", 8, []), ("half", 4, []), ("resumed", 4, resume)):
+        done = run(*all_weights(common, tmp_path / kind, *words, *more, name=name, steps=steps))
+        assert "ignores it" not in done.log
+    straight, resumed = (load_file(str(tmp_path / kind / "a.safetensors")) for kind in ("straight", "resumed"))
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+    files = [tmp_path / kind / "a-state" / "optimizer.bin" for kind in ("straight", "resumed")]
+    states = [torch.load(file, weights_only=True) for file in files]
+    assert {state["step"] for state in states[1]["state"].values()} == {8}
+    for key, state in states[0]["state"].items():
+        for entry, value in state.items():
+            other = states[1]["state"][key][entry]
+            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, (key, entry)
+    first, second = (saved["param_groups"][0] for saved in states)
+    assert torch.equal(first["gradient_magnitudes"], second["gradient_magnitudes"])
+    if "COptim" in name:
+        losses = first["c_optim_context"]["loss_history"]
+        assert torch.allclose(losses, second["c_optim_context"]["loss_history"], rtol=0, atol=0, equal_nan=True)
+        assert losses.isfinite().sum() == 8
+
+
+def test_a_script_without_steps_in_the_backward_pass_says_so(tmp_path, common):
+    done = run("--train_script", TINY, *common, *ours(tmp_path, "Automagic_CameAMP", 2, "--fused_backward_pass"))
+    assert done.log.count("this script does not step in the backward pass, and ignores it") == 1
+
+
 def test_several_optimizers_refuse_what_does_not_belong_to_them(tmp_path, common):
     run(*sdxl(common, tmp_path / "half"))
     folder = tmp_path / "half" / "a-state"

@@ -17,7 +17,7 @@ from .options import check_group_names
 from .parameters import Parameters
 from .phase import Phase
 from .sharding import WHOLE, Cut
-from .stacks.layout import Layout
+from .stacks.layout import Layout, Singles
 from .stacks.stack import Binding, ParameterState, Stack, Traits
 from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
 from .storage import Format
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 # For each of some parameters its number in the optimizer, whether ALLoRA applies to it, and which part of it is here.
 _Places = tuple[list[int], list[bool], list[Cut]]
+
+# The entry of a group's dictionary that holds what was measured of all its gradients in the step before, if that was
+# taken one by one: sum, count of elements other than 0, mean and variance of |g|, (4,) float32.
+MAGNITUDES = "gradient_magnitudes"
 
 # Per-parameter states, as `optimizer.state` is; groups add to them.
 States = MutableMapping[Tensor, ParameterState]
@@ -95,6 +99,7 @@ class Group:
     Attributes:
         names: the names of its parameters; "" for one that is not known.
         shapes: the shapes of the parameters that it was built with.
+        apart: whether each parameter's states are kept by themselves, because its steps are taken one by one.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class Group:
         self._momenta = [momentum(period) for period in periods]
         # Parameters whose states stay in 32 bits because their device failed to code them.
         self.uncoded: set[Tensor] = set()
+        self.apart = False
         self.restart()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,11 +137,13 @@ class Group:
         self.__dict__.update(state)
         self.restart()
 
-    def restart(self) -> None:
-        """Drop everything built on the states so far; they may be other tensors now."""
+    def restart(self, apart: bool = False) -> None:
+        """Drop everything built on the states so far; they may be other tensors now. `apart` holds from here on."""
+        self.apart = self.apart or apart
         # Multi-scale momenta add two dozen passes over a stack, so it pays to have it in the caches. If all states are
         # coded, coding takes most of the time and it makes no difference.
-        self._layout = Layout(cached=bool(self.periods) and not self.precision.codes_all)
+        cached = bool(self.periods) and not self.precision.codes_all
+        self._layout: Layout | Singles = Singles() if self.apart else Layout(cached)
         self._bindings: dict[tuple[Any, ...], dict[str, Binding]] = {}
         self._known_places: tuple[list[Tensor], object, _Places] = [], None, ([], [], [])
 

@@ -16,9 +16,10 @@ from .checkpoint.load import restore
 from .checkpoint.save import complete
 from .config import OptimizerConfig
 from .context.driver import Driver, NoContext
-from .groups import Group, GroupOptions
+from .groups import MAGNITUDES, Group, GroupOptions
+from .one_by_one import OneByOne, Parts
 from .parameters import Parameters, check_parameters, names_of
-from .readings import read, summarize
+from .readings import HasReadings
 from .states import THIRTY_TWO_BITS, Precision
 from .step import measure
 from .step.engine import Engine
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 _OWN = ("config", "_groups", "_parameters", "_driver", "_unusable")
 
 
-class CameAMP(Optimizer):
+class CameAMP(HasReadings, Optimizer):
     """The engine of the Automagic_CameAMP family; use one of its four classes.
 
     Args:
@@ -60,9 +61,14 @@ class CameAMP(Optimizer):
         self._parameters = Parameters()
         self._driver = self._driver_class(config)
         self._unusable: dict[torch.device, Tensor] = {}  # one tally a device: adding them up would read back
-        self._engine = Engine()
-        self._forget(states=True)
+        self._begin()
         super().__init__(params, config.as_dict() | {"lr": options.get("lr", config.lr)})
+
+    def _begin(self) -> None:
+        """Make what is neither copied nor saved."""
+        self._engine = Engine()
+        self._one_by_one = OneByOne()
+        self._forget(states=True)
 
     # Groups -----------------------------------------------------------------------------------------------------
 
@@ -93,6 +99,16 @@ class CameAMP(Optimizer):
             group.names = [names.get(p, known) for p, known in zip(group.params, group.names)]
         self._forget()
 
+    def _unchanged_groups(self) -> list[Group]:
+        """The current groups, which must be those that were added."""
+        groups = self._current_groups()
+        count, known = sum(len(group.params) for group in groups), len(self._parameters)
+        if len(self.param_groups) != len(groups) or (known and count != known):
+            raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
+        if not known:
+            sharding.check_shards((group.params, group.shapes) for group in groups)
+        return groups
+
     def _current_groups(self) -> list[Group]:
         """The groups, each with its current dictionary: a trainer may have replaced the list `param_groups`."""
         for group, entry in zip(self._groups, self.param_groups):
@@ -122,6 +138,8 @@ class CameAMP(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
+        After `step_parameter` it takes the parameters with a gradient that were not stepped, and ends the step.
+
         Args:
             closure: evaluates the model again and returns the loss; optional.
 
@@ -137,18 +155,18 @@ class CameAMP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
             if loss is not None:
-                self.report_loss(loss)
-        groups = self._current_groups()
-        count, known = sum(len(group.params) for group in groups), len(self._parameters)
-        if len(self.param_groups) != len(groups) or (known and count != known):
-            raise RuntimeError("param_groups was changed by hand; add groups by add_param_group, and remove none")
-        if not known:
-            sharding.check_shards((group.params, group.shapes) for group in groups)
+                self._driver.report_loss(loss)
+        groups = self._unchanged_groups()
+        if self._one_by_one.is_under_way:
+            self._one_by_one.finish(self._parts(groups), take_rest=True)
+            return loss
         active = [measure.with_gradient(group.params) for group in groups]
         if not self.state and not any(active):
             measure.warn_of_none(p for group in groups for p in group.params)
         if any(active):
             self._parameters.locate(groups)
+            for group in groups:
+                group.entry.pop(MAGNITUDES, None)  # This is no step that is taken one by one.
         processes, watch_every = self._parameters.processes, self._driver.watch_every(groups)
         only_states = not self.state and states_only.is_asked_for(self.param_groups, active, processes)
         stacks = []
@@ -171,6 +189,37 @@ class CameAMP(Optimizer):
         self._driver.follow(groups, measured, watched)
         return loss
 
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor, group: Mapping[str, Any], index: int | None = None) -> None:
+        """Take the step of one parameter now, so that its gradient can be freed; for hooks of the backward pass.
+
+        The caller then sets `p.grad = None`. `step()` after the backward pass ends the step; where a trainer does not
+        call it, the next `report_loss` or the next step of a parameter does. What belongs to all gradients of a group
+        is of the step before, see `one_by_one`. Neither clipping by the global norm nor GradScaler works so.
+
+        Args:
+            p: the parameter; without a gradient it is left alone.
+            group: its entry of `param_groups`.
+            index: its place there; not needed.
+
+        Raises:
+            ValueError: `p` is not a parameter of this group.
+            RuntimeError: as of `step`, or the parameter is sharded.
+        """
+        groups = self._unchanged_groups()
+        self._parameters.locate(groups)
+        self._one_by_one.take(p, group, index, self._parts(groups))
+
+    step_param = step_parameter  # Some trainers call it so.
+
+    def _parts(self, groups: list[Group]) -> Parts:
+        return Parts(groups, self._parameters, self.state, self._driver, self._engine, self._techniques, self._unusable)
+
+    def _finish_what_is_under_way(self) -> None:
+        if self._one_by_one.is_under_way:
+            with torch.no_grad():
+                self._one_by_one.finish(self._parts(self._current_groups()))
+
     def report_loss(self, loss: Tensor | float) -> None:
         """Report the loss that the gradients of the next step come from. Optimizers without a context ignore it.
 
@@ -183,64 +232,8 @@ class CameAMP(Optimizer):
         Raises:
             TypeError: it is neither.
         """
+        self._finish_what_is_under_way()  # The loss is of the next step.
         self._driver.report_loss(loss)
-
-    def nonfinite_elements(self) -> int:
-        """How many gradient elements were not finite, or above 1e18, and so counted as 0, in this process."""
-        return sum(int(count.item()) for count in self._unusable.values())
-
-    # Learning rates ---------------------------------------------------------------------------------------------
-
-    def get_lr_mask(self, p: Tensor) -> Tensor:
-        """The learning-rate mask of a parameter.
-
-        Returns:
-            float32 of p's shape, a copy; before p's first step, what its first step will start from.
-
-        Raises:
-            ValueError: `p` is not a parameter of this optimizer.
-        """
-        for group in self._current_groups():
-            if any(p is other for other in group.params):
-                return group.lr_mask(p, self.state)
-        raise ValueError(f"a parameter of shape {tuple(p.shape)} is not one of this optimizer's")
-
-    def effective_learning_rates(self) -> list[tuple[float, float, float]]:
-        """Mean, smallest and largest effective learning rate of each group; one read-back from the device in all.
-
-        The effective learning rate of an element is its mask times the scheduler's factor, and for LoRA factors times
-        ALLoRA's row scaling; in the contextual optimizers the mask counts times the multiplier. Before the first step
-        of a group it is the group's learning rate.
-        """
-        return read([self])[0].learning_rates
-
-    def group_summaries(self) -> list[Tensor | float]:
-        """What `effective_learning_rates` reads, for each group, while still on the device."""
-        return [summarize(group, self.state, self._driver) for group in self._groups_with_states()]
-
-    def context_summary(self) -> dict[str, Tensor]:
-        """The values that drive a contextual optimizer, still on the device; empty for the other optimizers."""
-        return self._driver.summary()
-
-    def _get_group_lr(self, group: Mapping[str, Any]) -> float:
-        """Mean effective learning rate of one of this optimizer's groups.
-
-        Raises:
-            ValueError: `group` is not an entry of `param_groups`.
-        """
-        for own, rate in zip(self.param_groups, self.get_learning_rates()):
-            if own is group:
-                return rate
-        raise ValueError("the group is not an entry of this optimizer's param_groups")
-
-    def get_learning_rates(self) -> list[float]:
-        """Mean effective learning rate of each group."""
-        return [mean for mean, _, _ in self.effective_learning_rates()]
-
-    def get_avg_learning_rate(self) -> float:
-        """Mean over the groups of their mean effective learning rates."""
-        rates = self.get_learning_rates()
-        return sum(rates) / len(rates)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 
@@ -250,6 +243,7 @@ class CameAMP(Optimizer):
         Returns:
             torch's layout with `magic_version` added; only tensors, numbers, strings, None, lists, tuples, dicts.
         """
+        self._finish_what_is_under_way()
         hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
         try:
             saved = super().state_dict()
@@ -291,9 +285,12 @@ class CameAMP(Optimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._finish_what_is_under_way()
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_engine", Engine())
+        if "_engine" not in self.__dict__:
+            self._begin()
+        self._one_by_one.forget()
         self._forget(states=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -89,3 +90,78 @@ def named(readings: Sequence[Readings]) -> dict[str, float]:
         section = "context" if len(readings) == 1 else f"context{number}"
         values |= {f"{section}/{name}": value for name, value in reading.context.items()}
     return values
+
+
+class HasReadings:
+    """What there is to read of an optimizer.
+
+    Attributes:
+        state: the states of its parameters.
+        param_groups: its groups, as dictionaries.
+    """
+
+    state: defaultdict[Tensor, Any]
+    param_groups: list[dict[str, Any]]
+    _driver: Driver
+    _unusable: dict[torch.device, Tensor]
+
+    def _current_groups(self) -> list[Group]:
+        raise NotImplementedError
+
+    def _groups_with_states(self) -> list[Group]:
+        raise NotImplementedError
+
+    def nonfinite_elements(self) -> int:
+        """How many gradient elements were not finite, or above 1e18, and so counted as 0, in this process."""
+        return sum(int(count.item()) for count in self._unusable.values())
+
+    def get_lr_mask(self, p: Tensor) -> Tensor:
+        """The learning-rate mask of a parameter.
+
+        Returns:
+            float32 of p's shape, a copy; before p's first step, what its first step will start from.
+
+        Raises:
+            ValueError: `p` is not a parameter of this optimizer.
+        """
+        for group in self._current_groups():
+            if any(p is other for other in group.params):
+                return group.lr_mask(p, self.state)
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is not one of this optimizer's")
+
+    def effective_learning_rates(self) -> list[tuple[float, float, float]]:
+        """Mean, smallest and largest effective learning rate of each group; one read-back from the device in all.
+
+        The effective learning rate of an element is its mask times the scheduler's factor, and for LoRA factors times
+        ALLoRA's row scaling; in the contextual optimizers the mask counts times the multiplier. Before the first step
+        of a group it is the group's learning rate.
+        """
+        return read([self])[0].learning_rates
+
+    def group_summaries(self) -> list[Tensor | float]:
+        """What `effective_learning_rates` reads, for each group, while still on the device."""
+        return [summarize(group, self.state, self._driver) for group in self._groups_with_states()]
+
+    def context_summary(self) -> dict[str, Tensor]:
+        """The values that drive a contextual optimizer, still on the device; empty for the other optimizers."""
+        return self._driver.summary()
+
+    def _get_group_lr(self, group: Mapping[str, Any]) -> float:
+        """Mean effective learning rate of one of this optimizer's groups.
+
+        Raises:
+            ValueError: `group` is not an entry of `param_groups`.
+        """
+        for own, rate in zip(self.param_groups, self.get_learning_rates()):
+            if own is group:
+                return rate
+        raise ValueError("the group is not an entry of this optimizer's param_groups")
+
+    def get_learning_rates(self) -> list[float]:
+        """Mean effective learning rate of each group."""
+        return [mean for mean, _, _ in self.effective_learning_rates()]
+
+    def get_avg_learning_rate(self) -> float:
+        """Mean over the groups of their mean effective learning rates."""
+        rates = self.get_learning_rates()
+        return sum(rates) / len(rates)

@@ -41,12 +41,19 @@ class Run:
         optimizer_class: one of the family.
         named: whether the optimizer is given the parameters' names.
         dtype: of the parameters.
+        in_backward: whether steps are taken parameter by parameter, and each gradient freed.
         options: of the optimizer, beside OPTIONS.
     """
 
     def __init__(
-        self, optimizer_class: type[Any], named: bool = True, dtype: torch.dtype = torch.float32, **options: Any
+        self,
+        optimizer_class: type[Any],
+        named: bool = True,
+        dtype: torch.dtype = torch.float32,
+        in_backward: bool = False,
+        **options: Any,
     ) -> None:
+        self.in_backward = in_backward
         generator = torch.Generator().manual_seed(0)
         self.params = [
             torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in SHAPES.values()
@@ -71,9 +78,18 @@ class Run:
                 p.grad = (p.detach().float() - target + noise).to(p.dtype)
             if self.taken < 4:
                 self.params[len(SHAPES) - 1].grad = None
+            if self.in_backward:
+                self.step_parameters()
             self.optimizer.step()
             self.taken += 1
         return self
+
+    def step_parameters(self) -> None:
+        """Step the parameters one by one, the last ones first, as a backward pass meets them."""
+        for group in reversed(self.optimizer.param_groups):
+            for index, p in reversed(list(enumerate(group["params"]))):
+                self.optimizer.step_parameter(p, group, index)
+                p.grad = None
 
     def resumed(self, optimizer_class: type[Any], **options: Any) -> Run:
         """A new run with another optimizer that continues from a checkpoint of this one."""

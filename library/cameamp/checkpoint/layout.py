@@ -12,6 +12,7 @@ from typing import Any
 from ..checksum import checksum
 from ..config import OPTION_NAMES
 from ..context.memory import SAVED as CONTEXT
+from ..groups import MAGNITUDES
 
 # Layout of the checkpoints written here; 1 and 2 are those of an older implementation.
 VERSION = 3
@@ -20,7 +21,7 @@ VERSION = 3
 CHECKSUMS = ("state_checksums", "group_checksum")
 
 # What the checksum of a saved group covers.
-_SEALED = ("initial_lr", "param_names", "state_checksums", *CONTEXT, *OPTION_NAMES)
+_SEALED = ("initial_lr", "param_names", "state_checksums", MAGNITUDES, *CONTEXT, *OPTION_NAMES)
 
 # What a saved group has of this family. Schedulers and trainers may add to a group, some of them their place in a run.
 OWN_ENTRIES = {"params", *CHECKSUMS, *_SEALED}

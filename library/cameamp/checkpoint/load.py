@@ -16,7 +16,7 @@ from ..checksum import checksum
 from ..config import OPTION_NAMES, OptimizerConfig
 from ..context import memory
 from ..context.driver import Driver
-from ..groups import Group
+from ..groups import MAGNITUDES, Group
 from ..phase import Phase
 from ..rounding import Dither
 from ..sharding import WHOLE, Processes, cut_of, is_sharded, processes_of
@@ -116,7 +116,8 @@ def _read(
     position = 0
     for group, saved_group in zip(groups, saved["param_groups"]):
         added = {name: copy.deepcopy(value) for name, value in saved_group.items() if name not in OWN_ENTRIES}
-        restored.entries.append({**added, **_learning_rates(group.number, saved_group)})
+        rates, magnitudes = _learning_rates(group.number, saved_group), _magnitudes(group.number, saved_group)
+        restored.entries.append({**added, **rates, **magnitudes})
         differences += _option_differences(group.number, saved_group, group.config)
         reader = _Reader(group, saved_group, has_momenta, changes)
         checksums = saved_group["state_checksums"] if carries_checksums else [None] * len(group.params)
@@ -378,6 +379,16 @@ def _learning_rates(number: int, saved_group: Mapping[str, Any]) -> dict[str, fl
     # The scheduler's factor is a ratio of the two; without the second it would be taken to the constructor's lr.
     rates.setdefault("initial_lr", rates["lr"])
     return rates
+
+
+def _magnitudes(number: int, saved_group: Mapping[str, Any]) -> dict[str, Tensor]:
+    if MAGNITUDES not in saved_group:
+        return {}
+    value = saved_group[MAGNITUDES]
+    usable = isinstance(value, Tensor) and value.shape == (4,) and value.dtype == torch.float32
+    if not usable or not (value >= 0).all():  # The sum is infinite where float32 has no number for it.
+        raise ValueError(f"parameter group {number} of the checkpoint has {MAGNITUDES} {value!r}")
+    return {MAGNITUDES: value.clone()}
 
 
 def _option_differences(number: int, saved_group: Mapping[str, Any], config: OptimizerConfig) -> list[str]:

@@ -69,6 +69,9 @@ class Driver(Protocol):
             totals: the sums of what `to_add_up` gave.
         """
 
+    def multiplier(self) -> Tensor | None:
+        """What `observe` returned last, or would return at a first step."""
+
     def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         """Take in the step that was taken."""
 
@@ -125,6 +128,9 @@ class NoContext:
         return ()
 
     def observe(self, groups: Sequence[Group], measured: Sequence[Measured], totals: Sequence[Tensor] = ()) -> None:
+        return None
+
+    def multiplier(self) -> None:
         return None
 
     def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
@@ -190,7 +196,7 @@ class Context:
     def groups_changed(self, groups: Sequence[Group]) -> None:
         self._sampler = None
         if groups:
-            self._set_bounds(groups)
+            _set_bounds(self.module, groups)
 
     def watch_every(self, groups: Sequence[Group]) -> int:
         return self._sampler_of(groups).every
@@ -224,7 +230,7 @@ class Context:
         self, groups: Sequence[Group], measured: Sequence[Measured], totals: Sequence[Tensor] = ()
     ) -> Tensor | None:
         lr = max(float(group.entry["lr"]) for group in groups)
-        self._set_bounds(groups)
+        _set_bounds(self.module, groups)
         if not measured:
             self._losses = []  # They belong to this step even if it has no gradient.
             return None
@@ -238,6 +244,9 @@ class Context:
         loss, unusable = _loss_and_unusable(self._losses, measured, gradient.device)
         self._losses = []
         return self.module.update_context(gradient, loss, lr, unusable, _kernels(measured))
+
+    def multiplier(self) -> Tensor:
+        return self.module.multiplier()
 
     def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         if not watched:
@@ -281,14 +290,15 @@ class Context:
         own = [piece if self._processes.speaks(stack.cut) else piece * 0 for stack, piece in zip(stacks, pieces)]
         return self._sampler_of(groups).gather(stacks, own)
 
-    def _set_bounds(self, groups: Sequence[Group]) -> None:
-        largest = max(group.initial_lr for group in groups)
-        self.module.set_bounds(largest, max(group.config.max_lr for group in groups))
-
     def _sampler_of(self, groups: Sequence[Group]) -> Sampler:
         if self._sampler is None:
             self._sampler = Sampler([p.numel() for group in groups for p in group.params])
         return self._sampler
+
+
+def _set_bounds(module: ContextualOptimizationModule, groups: Sequence[Group]) -> None:
+    largest = max(group.initial_lr for group in groups)
+    module.set_bounds(largest, max(group.config.max_lr for group in groups))
 
 
 def _kernels(measured: Sequence[Measured]) -> Deciding | None:

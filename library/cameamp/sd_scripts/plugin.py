@@ -21,6 +21,7 @@ from .. import report_loss
 from ..command_line import OWN_OPTIMIZERS, UserError, config_path, optimizer_name, read_toml
 from ..optimizer import CameAMP
 from .document import check_places
+from .in_backward import InBackward, without_it
 from .monitor import Monitor
 from .rates import given_rates
 from .resuming import Resume
@@ -44,9 +45,10 @@ class Plugin:
         self._optimizers: list[CameAMP] = []
         self._names: dict[Tensor, str] = {}
         self._monitor = Monitor(self._optimizers)
+        self._in_backward = InBackward(self._optimizers)
 
     def install(self, train_util: ModuleType) -> None:
-        """Wrap the three functions of sd-scripts' `library.train_util`, and the progress bar."""
+        """Wrap the three functions of sd-scripts' `library.train_util`, the progress bar, and what hooks call."""
         for name, wrapper in (
             ("read_config_from_file", self._reading_config),
             ("prepare_accelerator", self._preparing_accelerator),
@@ -55,6 +57,7 @@ class Plugin:
             original = getattr(train_util, name)
             setattr(train_util, name, wraps(original)(wrapper(original)))
         self._monitor.add_to_progress_bars(tqdm)
+        self._in_backward.install()
 
     # Options ----------------------------------------------------------------------------------------------------
 
@@ -102,7 +105,7 @@ class Plugin:
                 trainable_params = [{"lr": 0.0, **group} for group in trainable_params]
                 args = argparse.Namespace(**{**vars(args), "learning_rate": config.lr})
             try:
-                name, options, optimizer = original(args, trainable_params)
+                name, options, optimizer = original(without_it(args), trainable_params)
             except (TypeError, ValueError) as error:
                 raise UserError(str(error)) from error
             self._optimizers.append(optimizer)
@@ -118,6 +121,7 @@ class Plugin:
             self._optimizers.clear()
             self._names.clear()
             self._monitor.restart()
+            self._in_backward.begin(args, accelerator)
             resume = Resume(self._optimizers, self._new_rate)
             accelerator.load_state = resume.loading(accelerator, accelerator.load_state)
             accelerator.prepare = self._preparing(accelerator, accelerator.prepare, resume)
@@ -158,7 +162,10 @@ class Plugin:
             if accelerator.sync_gradients:
                 planned_end.step_begins()
                 self._monitor.step_ends()
-            return backward(loss, **options)
+            result = backward(loss, **options)
+            if accelerator.sync_gradients:
+                self._in_backward.step_ends()
+            return result
 
         return report_and_go_backward
 

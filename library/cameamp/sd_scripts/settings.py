@@ -10,6 +10,7 @@ from .. import PUBLIC_MODULE
 from ..command_line import UserError, misspelt_name, optimizer_name
 from ..config import OptimizerConfig
 from ..options import parse_optimizer_args
+from . import in_backward
 from .rates import check_rates, starting_rate
 
 logger = logging.getLogger(__name__)
@@ -108,11 +109,7 @@ def _refuse_what_does_not_fit(args: argparse.Namespace, name: str) -> None:
             f"--lr_scheduler {args.lr_scheduler} works with the optimizer Adafactor only, not with {name}; "
             "choose another, such as constant or cosine"
         )
-    if getattr(args, "fused_backward_pass", False):
-        raise UserError(
-            f"--fused_backward_pass works with the optimizer Adafactor only, not with {name}; "
-            "use --fused_optimizer_groups or --blockwise_fused_optimizers where the script has them"
-        )
+    in_backward.refuse_what_does_not_fit(args)
     if name.endswith("8bit"):
         from ..storage.blockwise import require_bitsandbytes
 

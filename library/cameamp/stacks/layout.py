@@ -97,6 +97,24 @@ class _Kinds(NamedTuple):
         return cls(params, traits, [p.dtype for p in params], [p.device for p in params])
 
 
+class Singles:
+    """In place of `Layout`: each parameter in a stack of its own, for steps that are taken one by one."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Stack] = {}
+
+    def stacks(self, params: Sequence[tuple[int, Tensor, Traits]]) -> tuple[list[Stack], list[Tensor]]:
+        """As `Layout.stacks`; no parameter is ever left behind."""
+        result = []
+        for position, p, traits in params:
+            stack = self._known.get(position)
+            if stack is None or stack.params[0] is not p:
+                stack = self._known[position] = Stack([p], [position], traits)
+            stack.traits = traits
+            result.append(stack)
+        return result, []
+
+
 class _Division:
     """How the parameters of a step were divided, so that the next step need not do it again.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,9 @@ from .rules import ALL_TECHNIQUES, Techniques, Watched
 logger = logging.getLogger(__name__)
 
 _VERBOSE_EVERY = 100
+
+# The types of devices that have kernels.
+_SERVED = ("cpu", "cuda")
 
 
 class TakesSteps(Protocol):
@@ -68,6 +71,7 @@ class Engine:
         watch_places: Sequence[int],
         techniques: Techniques,
         processes: Processes = ALONE,
+        kernels_on: Collection[str] = _SERVED,
     ) -> Step:
         """Decide who takes the step of each group.
 
@@ -78,10 +82,12 @@ class Engine:
             watch_places: for each parameter, and one past the last, where its elements begin among all that it sees.
             techniques: the rule in each place.
             processes: those that hold the parameters.
+            kernels_on: the types of devices on which kernels may take this step.
         """
         served = {}
         for group, stacks in groups:
-            kernels = self._kernels_of(group, stacks) if techniques == ALL_TECHNIQUES else None
+            allowed = techniques == ALL_TECHNIQUES and (not stacks or stacks[0].device.type in kernels_on)
+            kernels = self._kernels_of(group, stacks) if allowed else None
             if kernels is not None:
                 served[group] = kernels
         # Not gradients of shards, which a rehearsal overwrites.

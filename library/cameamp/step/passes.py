@@ -31,7 +31,7 @@ class Measured(NamedTuple):
         watched: the gradient's elements that the context sees; empty without a context.
         gradients: the usable gradients, if they are held for the second pass, which takes them out.
         launcher: what launches kernels on its device; None where no kernels ran.
-        magnitudes: where a stack is sharded, those of the part that this process holds.
+        magnitudes: those of each stack, or of the part of it that this process holds; empty from kernels of a GPU.
     """
 
     group: Group

@@ -39,10 +39,34 @@ def decay_strengths(means: Tensor, deviations: Tensor, counts: Tensor) -> Tensor
         >>> decay_strengths(torch.tensor([2.0, 2.0]), torch.zeros(2), torch.ones(2)).tolist()
         [1.0, 1.0]
     """
+    return strengths_within(means, *mean_and_variance(means, deviations, counts))
+
+
+def mean_and_variance(means: Tensor, deviations: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of |g| over a parameter group, 0-d each; arguments as of `decay_strengths`.
+
+    Example:
+        >>> mean, variance = mean_and_variance(torch.tensor([1.0, 3.0]), torch.zeros(2), torch.ones(2))
+        >>> mean.item(), variance.item()
+        (2.0, 1.0)
+    """
     total = counts.sum()
     mean = (means * counts).sum() / total
     # Chan's rule: spread within the tensors plus spread between them, without the cancellation of E[x^2] - E[x]^2.
-    variance = (deviations + counts * (means - mean).square()).sum() / total
+    return mean, (deviations + counts * (means - mean).square()).sum() / total
+
+
+def strengths_within(means: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """As `decay_strengths`, in a group whose mean and variance of |g| are known.
+
+    Args:
+        means: mean |g| of each tensor, (tensors,).
+        mean: mean |g| of the group, 0-d.
+        variance: variance of |g| in the group, 0-d.
+
+    Returns:
+        theta, (tensors,).
+    """
     z = torch.where(variance > 0, (means - mean) * variance.rsqrt(), 0.0)
     return 2 * torch.sigmoid((ALPHA * z).clamp_(-SATURATION, SATURATION))
 

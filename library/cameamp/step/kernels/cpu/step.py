@@ -150,9 +150,17 @@ class CpuPasses:
         for work in self._work[group]:
             found.update(zip(work.batch.stacks, self._measure(work, decays)))
         in_order = [found[stack] for stack in stacks]
-        sums = GroupSums.of(stacks, [each.magnitudes for each in in_order])
+        magnitudes = [each.magnitudes for each in in_order]
         watched = [each.watched for each in in_order if each.watched is not None]
-        return Measured(group, stacks, sums, [each.unusable for each in in_order], watched, [None] * len(stacks))
+        return Measured(
+            group,
+            stacks,
+            GroupSums.of(stacks, magnitudes),
+            [each.unusable for each in in_order],
+            watched,
+            [None] * len(stacks),
+            magnitudes=magnitudes,
+        )
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: new states and weights.

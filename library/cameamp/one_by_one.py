@@ -1,0 +1,241 @@
+"""Steps of single parameters inside the backward pass, each as soon as its gradient is whole, so that it can be freed.
+
+The gradients of a group are then never there together. What a step needs to know of all of them is of the step before:
+AGR's sum, the mean and the variance of the magnitudes, and the multiplier of a context. Everything else is as in an
+ordinary step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .context.driver import Driver
+from .devices import moved
+from .groups import MAGNITUDES, Group, States
+from .parameters import Parameters
+from .sharding import WHOLE
+from .step import measure
+from .step.engine import Engine
+from .step.measure import GroupSums, Magnitudes
+from .step.passes import Measured
+from .step.rules import Techniques, Watched
+from .techniques import agr, weight_decay
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a step needs of an optimizer.
+
+    Attributes:
+        groups: its groups.
+        parameters: all of its parameters, located.
+        states: its states.
+        driver: what drives its learning rates.
+        engine: what chooses between kernels and rules.
+        techniques: the rule in each place.
+        tallies: for each device, how many gradient elements were not usable.
+    """
+
+    groups: Sequence[Group]
+    parameters: Parameters
+    states: States
+    driver: Driver
+    engine: Engine
+    techniques: Techniques
+    tallies: dict[torch.device, Tensor]
+
+
+class OneByOne:
+    """Takes the steps of single parameters, and ends a step that was taken so."""
+
+    def __init__(self) -> None:
+        self._under_way: _UnderWay | None = None
+        # A backward pass over several GPUs calls hooks from several threads.
+        self._lock = threading.RLock()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether parameters have been stepped since the last step ended."""
+        return self._under_way is not None
+
+    def forget(self) -> None:
+        """Drop the step that is under way: its states are others now."""
+        self._under_way = None
+
+    def take(self, p: Tensor, entry: Mapping[str, Any], index: int | None, parts: Parts) -> None:
+        """Step one parameter, if it has a gradient. If it was stepped before, another step begins.
+
+        Args:
+            p: the parameter.
+            entry: its group's entry of `param_groups`.
+            index: its place in the group; None if it is not known.
+            parts: the optimizer's.
+
+        Raises:
+            ValueError: the group does not have the parameter, or not in this place.
+            RuntimeError: a gradient that no rule can use, or the parameter is sharded.
+        """
+        group = _group_of(p, entry, index, parts.groups)
+        if not measure.with_gradient([p]):
+            return
+        if parts.parameters.cut(p) is not WHOLE:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} is sharded; step_parameter takes whole parameters, call step()"
+            )
+        with self._lock:
+            if self._under_way is not None and p in self._under_way:
+                self.finish(parts)
+            if self._under_way is None:
+                for each in parts.groups:
+                    if not each.apart:
+                        each.restart(apart=True)
+                self._under_way = _UnderWay(parts.driver.multiplier())
+            _take(group, p, parts, self._under_way)
+
+    def finish(self, parts: Parts, take_rest: bool = False) -> None:
+        """End the step that is under way.
+
+        Args:
+            parts: the optimizer's.
+            take_rest: first step the parameters that have a gradient and were not stepped.
+        """
+        under_way = self._under_way
+        assert under_way is not None
+        for group in parts.groups if take_rest else ():
+            for p in measure.with_gradient(group.params):
+                if p not in under_way:
+                    _take(group, p, parts, under_way)
+        self._under_way = None
+        measured = under_way.all_measured()
+        for found in measured:
+            measure.tally(parts.tallies, found.unusable)
+            found.group.entry[MAGNITUDES] = _magnitudes_of(found)
+        parts.driver.observe(parts.groups, measured)
+        parts.driver.follow(parts.groups, measured, under_way.all_watched())
+
+
+def _group_of(p: Tensor, entry: Mapping[str, Any], index: int | None, groups: Sequence[Group]) -> Group:
+    for group in groups:
+        params = group.params if group.entry is entry else []
+        own = params if index is None else params[index : index + 1] if index >= 0 else []
+        if any(p is other for other in own):
+            return group
+    raise ValueError(
+        f"step_parameter: a parameter of shape {tuple(p.shape)} is not in the group that was given; allowed: a "
+        "parameter, the entry of this optimizer's param_groups that has it, and its place there"
+    )
+
+
+class _UnderWay:
+    """A step of which some parameters have been taken.
+
+    Args:
+        multiplier: 0-d factor of all learning rates in this step; None if no context drives the optimizer.
+
+    Attributes:
+        multiplier: the same.
+    """
+
+    def __init__(self, multiplier: Tensor | None) -> None:
+        self.multiplier = multiplier
+        self._params: set[Tensor] = set()
+        self._taken: dict[Group, list[tuple[Measured, list[Watched]]]] = {}
+
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._params
+
+    def add(self, measured: Measured, watched: list[Watched]) -> None:
+        """Note that the parameters of some stacks have been taken.
+
+        Args:
+            measured: what the first pass found in them.
+            watched: what the context sees of each stack; nothing without a context.
+        """
+        self._params.update(p for stack in measured.stacks for p in stack.params)
+        self._taken.setdefault(measured.group, []).append((measured, watched))
+
+    def all_measured(self) -> list[Measured]:
+        """What the first pass found in each group."""
+        return [_joined(group, [measured for measured, _ in taken]) for group, taken in self._taken.items()]
+
+    def all_watched(self) -> list[Watched]:
+        """What the context sees, in the order of the stacks of `all_measured`."""
+        return [seen for taken in self._taken.values() for _, watched in taken for seen in watched]
+
+
+def _take(group: Group, p: Tensor, parts: Parts, under_way: _UnderWay) -> None:
+    group.count_step([p], parts.states)
+    stacks = group.stacks([p], parts.states)
+    watched_at = parts.driver.watch_every(parts.groups), parts.driver.watch_places(parts.groups)
+    # Those of GPUs are for many tensors at once.
+    step = parts.engine.begin_step([(group, stacks)], parts.states, *watched_at, parts.techniques, kernels_on=("cpu",))
+    measured = _with_sums_before(step.measure(group, stacks), group.entry.get(MAGNITUDES))
+    under_way.add(measured, step.update(measured, under_way.multiplier))
+
+
+def _with_sums_before(measured: Measured, before: Tensor | None) -> Measured:
+    """What was measured of a single parameter, with the sums of its group in the step before.
+
+    Args:
+        measured: of a group with this parameter alone.
+        before: from `_magnitudes_of`; None at the first step, for which the parameter's own sums have to do.
+    """
+    if before is None:
+        return measured
+    (stack,), (own,) = measured.stacks, measured.magnitudes
+    total, nonzero, mean, variance = moved(before, own.abs_sums.device).unbind()
+    # At least the parameter's own: gradients that have grown a thousandfold would change their signs otherwise.
+    magnitude = agr.magnitude_sum(torch.maximum(own.abs_sums, total), torch.maximum(own.nonzero_count, nonzero).view(1))
+    strengths: list[Tensor] | list[None] = [None]
+    if own.deviations is not None:
+        means = own.abs_sums / (stack.rows * stack.columns)
+        strengths = [weight_decay.strengths_within(means, mean, variance)]
+    # A new list: kernels take what they have found in their own for the sums of the whole group.
+    return measured._replace(stacks=[stack], sums=GroupSums(magnitude, strengths))
+
+
+def _magnitudes_of(measured: Measured) -> Tensor:
+    """Sum, count of elements other than 0, mean and variance of |g| in a group: (4,) float32, on its device."""
+    found = measured.magnitudes
+    device = found[0].abs_sums.device
+    abs_sums = _together((each.abs_sums for each in found), device)
+    nonzero = _together((each.nonzero_count.view(1) for each in found), device)
+    counts = _together(
+        (_counts(each, stack.rows * stack.columns) for each, stack in zip(found, measured.stacks)), device
+    )
+    # Unknown deviations count as 0: they are known as long as they matter, in the early phase.
+    deviations = _together((_deviations(each) for each in found), device)
+    spread = weight_decay.mean_and_variance(abs_sums / counts, deviations, counts)
+    return torch.stack([abs_sums.sum(), nonzero.sum().to(abs_sums.dtype), *spread])
+
+
+def _counts(found: Magnitudes, numel: int) -> Tensor:
+    return torch.full_like(found.abs_sums, numel)
+
+
+def _deviations(found: Magnitudes) -> Tensor:
+    return torch.zeros_like(found.abs_sums) if found.deviations is None else found.deviations
+
+
+def _together(parts: Iterable[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([part.to(device) for part in parts])
+
+
+def _joined(group: Group, found: list[Measured]) -> Measured:
+    """What was measured of parts of a group, one after the other. The sums are of the first part alone."""
+    return Measured(
+        group,
+        list(chain.from_iterable(each.stacks for each in found)),
+        found[0].sums,
+        list(chain.from_iterable(each.unusable for each in found)),
+        list(chain.from_iterable(each.watched for each in found)),
+        [],
+        magnitudes=list(chain.from_iterable(each.magnitudes for each in found)),
+    )

@@ -1,0 +1,241 @@
+"""Steps inside the backward pass: each parameter's as soon as its gradient is whole, which is then freed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from reliability.runs import OPTIMIZERS, PHASES, Run, difference, everything, from_bytes, to_bytes
+from torch import nn
+
+from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
+from library.cameamp.step import engine
+
+by_class = pytest.mark.parametrize("optimizer_class", OPTIMIZERS, ids=lambda c: c.__name__)
+
+
+def all_of(optimizer):
+    """Everything that training depends on, after the step that is under way, if any."""
+    optimizer.state_dict()
+    return {name: value for name, value in everything(optimizer).items() if not name.endswith("initial_lr")}
+
+
+def assert_same(one, other):
+    assert difference(one, other) is None
+
+
+def hooked(model, optimizer):
+    """Step each parameter in a hook, as trainers do. Returns a list of how many gradients are alive at each step."""
+    alive = []
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+
+            def hook(p, group=group, index=index):
+                alive.append(sum(other.grad is not None for other in model.parameters()))
+                optimizer.step_parameter(p, group, index)
+                p.grad = None
+
+            parameter.register_post_accumulate_grad_hook(hook)
+    return alive
+
+
+def trained(optimizer_class, steps, after_backward, **options):
+    """Weights and states after some steps in hooks; and how many gradients were alive at each."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64), nn.SiLU(), nn.Linear(64, 8))
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, warmup_steps=steps // 2, **options)
+    alive = hooked(model, optimizer)
+    for _ in range(steps):
+        loss = model(torch.randn(8, 64)).square().mean()
+        optimizer.report_loss(loss)
+        loss.backward()
+        assert all(p.grad is None for p in model.parameters())
+        after_backward(optimizer)
+    return all_of(optimizer), alive, model
+
+
+@by_class
+def test_a_step_ends_with_step_or_with_whatever_comes_next(optimizer_class):
+    """sd-scripts calls no `step` after a backward pass that stepped."""
+    found, alive, _ = trained(optimizer_class, 12, lambda optimizer: optimizer.step())
+    assert max(alive) == 1
+    assert len(alive) == 12 * 6
+    assert_same(found, trained(optimizer_class, 12, lambda optimizer: None)[0])
+    assert_same(found, trained(optimizer_class, 12, lambda optimizer: optimizer.state_dict())[0])
+    assert_same(found, trained(optimizer_class, 12, copy.deepcopy)[0])
+
+
+def test_without_losses_the_next_step_of_a_parameter_ends_a_step():
+    runs = [Run(Automagic_CameAMP_COptim, in_backward=True) for _ in range(2)]
+    runs[1].optimizer.step = lambda: None
+    for run in runs:
+        run.taken = 4  # From here on all parameters have gradients.
+        run.run(6)
+    assert_same(*(all_of(run.optimizer) for run in runs))
+    assert len(runs[1].optimizer.c_optim.lr_history) == 6
+
+
+def test_by_either_name_and_with_or_without_a_place():
+    found = []
+    for step in ("step_parameter", "step_param"):
+        run = Run(Automagic_CameAMP)
+        for p in run.params:
+            p.grad = p.detach() + 1
+        for group in run.optimizer.param_groups:
+            for p in group["params"]:
+                getattr(run.optimizer, step)(p, group)
+        run.optimizer.step()
+        found.append(all_of(run.optimizer))
+    assert_same(*found)
+
+
+@by_class
+def test_the_first_step_of_a_single_parameter_is_the_ordinary_one(optimizer_class):
+    found = []
+    for in_backward in (False, True):
+        p = nn.Parameter(torch.randn(32, 128, generator=torch.Generator().manual_seed(1)))
+        optimizer = optimizer_class([p])
+        p.grad = p.detach() - 1
+        if in_backward:
+            optimizer.step_parameter(p, optimizer.param_groups[0], 0)
+        optimizer.step()
+        found.append({"weight": p.detach(), **{k: v for k, v in optimizer.state[p].items() if torch.is_tensor(v)}})
+    assert_same(*found)
+
+
+@by_class
+@pytest.mark.parametrize("phase", PHASES)
+def test_resuming_is_bit_for_bit(optimizer_class, phase):
+    first = Run(optimizer_class, in_backward=True).run(PHASES[phase])
+    second = first.resumed(optimizer_class, in_backward=True)
+    for run in (first, second):
+        run.run(4)
+    assert_same(all_of(first.optimizer), all_of(second.optimizer))
+
+
+@by_class
+@pytest.mark.parametrize("to_backward", [True, False])
+def test_a_checkpoint_moves_between_the_modes(optimizer_class, to_backward, caplog):
+    first = Run(optimizer_class, in_backward=not to_backward).run(6)
+    caplog.clear()
+    second = first.resumed(optimizer_class, in_backward=to_backward)
+    assert not [record for record in caplog.records if "checkpoint" in record.message]
+    before = second.loss()
+    second.run(6)
+    assert second.loss() < before
+    assert all(second.optimizer.state[p]["step"] in (12, 8) for p in second.params)
+    magnitudes = ["gradient_magnitudes" in group for group in second.optimizer.param_groups]
+    assert magnitudes == [to_backward] * 2
+
+
+def test_kernels_and_rules_agree(monkeypatch):
+    pytest.importorskip("numba", reason="the kernels of CPUs need numba")
+    kernels = Run(Automagic_CameAMP, in_backward=True).run(12)
+    monkeypatch.setattr(engine, "_AUTOMATIC", set())
+    rules = Run(Automagic_CameAMP, in_backward=True).run(12)
+    for p, other in zip(kernels.params, rules.params):
+        assert torch.allclose(p, other, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(p, other) or p.numel() < 6
+
+
+def test_gradients_that_grow_a_thousandfold_keep_their_signs():
+    """AGR's sum is of the step before, but at least the parameter's own."""
+    p, other = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = Automagic_CameAMP([p, other], weight_decay=0.0, lr=1e-4)
+    for scale in (1.0, 1e3):
+        for parameter in (p, other):
+            parameter.grad = scale * torch.tensor([1.0, -1.0, 2.0, -2.0])
+            optimizer.step_parameter(parameter, optimizer.param_groups[0])
+        optimizer.step()
+    assert optimizer.state[p]["exp_avg"].sign().tolist() == [1.0, -1.0, 1.0, -1.0]
+
+
+def test_what_is_left_is_stepped_once():
+    run = Run(Automagic_CameAMP)
+    for p in run.params:
+        p.grad = p.detach() + 1
+    group = run.optimizer.param_groups[0]
+    run.optimizer.step_parameter(run.params[1], group, 1)  # Its gradient stays.
+    run.optimizer.step()
+    assert [run.optimizer.state[p]["step"] for p in run.params] == [1] * len(run.params)
+
+
+def test_losses_of_one_step_are_of_that_step():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Automagic_CameAMP_COptim([p])
+    for loss in (1.0, 2.0, 3.0):
+        optimizer.report_loss(loss)
+        optimizer.report_loss(loss + 0.5)  # as with gradient accumulation
+        p.grad = torch.randn(4)
+        optimizer.step_parameter(p, optimizer.param_groups[0], 0)
+    optimizer.step()
+    assert optimizer.c_optim.loss_history == [1.25, 2.25, 3.25]
+
+
+def test_a_closure_may_step():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Automagic_CameAMP_COptim([p])
+
+    def closure():
+        p.grad = torch.randn(4)
+        optimizer.step_parameter(p, optimizer.param_groups[0], 0)
+        p.grad = None
+        return 2.0
+
+    assert optimizer.step(closure) == 2.0
+    assert optimizer.c_optim.loss_history == [2.0]
+
+
+def test_memory_is_not_kept_in_stacks_of_several_parameters():
+    """A tensor of several parameters' states would stay allocated for the last of them."""
+    first = Run(Automagic_CameAMP).run(3)
+    second = first.resumed(Automagic_CameAMP, in_backward=True).run(1)
+    second.optimizer.effective_learning_rates()
+    for p in second.params:
+        for value in second.optimizer.state[p].values():
+            if torch.is_tensor(value):
+                assert value.untyped_storage().nbytes() == value.nbytes
+
+
+def test_unusable_gradients_are_counted():
+    run = Run(Automagic_CameAMP)
+    for p in run.params:
+        p.grad = torch.full_like(p, torch.nan)
+    run.step_parameters()
+    run.optimizer.step()
+    assert run.optimizer.nonfinite_elements() == sum(p.numel() for p in run.params)
+
+
+def test_a_parameter_of_another_group_is_refused():
+    run = Run(Automagic_CameAMP)
+    first, second = run.optimizer.param_groups
+    stranger = nn.Parameter(torch.ones(3))
+    for p in (*run.params, stranger):
+        p.grad = torch.ones_like(p)
+    for p, group, index in ((run.params[0], second, 0), (run.params[0], first, 1), (stranger, first, None)):
+        with pytest.raises(ValueError, match=r"step_parameter: a parameter of shape \(.*\) is not in the group"):
+            run.optimizer.step_parameter(p, group, index)
+    with pytest.raises(ValueError, match="is not in the group"):
+        run.optimizer.step_parameter(run.params[0], dict(first), 0)
+    assert not run.optimizer.state
+
+
+def test_a_sparse_gradient_is_refused_before_anything_has_changed():
+    p = nn.Parameter(torch.ones(4, 2))
+    p.grad = torch.ones(4, 2).to_sparse()
+    optimizer = Automagic_CameAMP([p])
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step_parameter(p, optimizer.param_groups[0], 0)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(3), torch.tensor([1.0, 2.0, torch.nan, 1.0]), torch.ones(4, dtype=torch.float64), [1.0] * 4]
+)
+def test_damaged_magnitudes_are_seen(value):
+    run = Run(Automagic_CameAMP, in_backward=True).run(2)
+    saved = from_bytes(to_bytes(run.optimizer.state_dict()))
+    saved["param_groups"][0]["gradient_magnitudes"] = value
+    with pytest.raises(ValueError, match="parameter group 0 of the checkpoint"):
+        Run(Automagic_CameAMP).optimizer.load_state_dict(saved)
