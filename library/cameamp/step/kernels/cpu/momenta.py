@@ -123,7 +123,7 @@ def drive(momenta, factors, numel, rates, shares, spacings, turning_point, sg, s
         out: the drive.
     """
     loops.fill(out, _f(0.0))
-    columns = 0
+    columns = numpy.int64(0)  # not the literal, for which everything would be compiled once more
     for j in range(len(momenta)):
         if shares[j] == 0:
             continue

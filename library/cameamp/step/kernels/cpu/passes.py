@@ -277,7 +277,7 @@ def sum_columns(row, own, low_ranks, begin, end, k, facts, of_momentum, of_drive
     while start < end:
         count = next_count(row, start, end)
         sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
-        drive = _drive(row, own, low_ranks, k, facts, sg, start, False, 0, rooms)
+        drive = _drive(row, own, low_ranks, k, facts, sg, start, numpy.bool_(False), numpy.int64(0), rooms)
         exp_avg = load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[_EXP_AVG])
         _add_to_columns(exp_avg, start, of_momentum)
         _add_to_columns(drive, start, of_drive)
@@ -316,7 +316,7 @@ def sum_update(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms):
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, norms, start, count, False, 0, rooms)
+        given = _given(row, own, low_ranks, k, facts, norms, start, count, numpy.bool_(False), numpy.int64(0), rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         if k.early:
             along, weights, update = loops.products(given, p, scaling, following)
@@ -354,7 +354,7 @@ def sum_agreement(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, norms, start, count, False, 0, rooms)
+        given = _given(row, own, low_ranks, k, facts, norms, start, count, numpy.bool_(False), numpy.int64(0), rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         sums[AGREEING] += loops.count_agreement(given, p, scaling, following, along, lengthening)
         start += count
@@ -409,7 +409,7 @@ def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacke
         count = next_count(row, start, end)
         if row.block != 0:
             _fetch_rest(row, start + count, end)
-        given = _given(row, own, low_ranks, k, facts, norms, start, count, True, unpacked[1], rooms)
+        given = _given(row, own, low_ranks, k, facts, norms, start, count, numpy.bool_(True), unpacked[1], rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         mask = load_state(states[_MASK], row.block, start, count, k.maps, rooms[_MASK])
         now, before = signs[0][:count], signs[1][:count]
@@ -475,7 +475,7 @@ def _fill_rows(out, start, columns, factors, common):
 def follow_low_rank(row, momentum, rate, k, factor, rooms):
     """Update one momentum of low rank: one subspace iteration, whose two products see the gradient in two sweeps."""
     factors, probe, left = multiscale.begin_low_rank(momentum, rate, k.step)
-    start = 0
+    start = numpy.int64(0)
     while start < row.numel:
         count = next_count(row, start, row.numel)
         multiscale.probe_gradient(
@@ -483,7 +483,7 @@ def follow_low_rank(row, momentum, rate, k, factor, rooms):
         )
         start += count
     right = multiscale.begin_right(momentum, factors, left)
-    start = 0
+    start = numpy.int64(0)
     while start < row.numel:
         count = next_count(row, start, row.numel)
         sg = _scaled_gradient(row, k, start, count, factor, rooms)
@@ -520,9 +520,10 @@ def step_whole(tensors, first, last, table, momenta, factors, settings, facts, u
     for number in range(first, last):
         tensor = tensors[number]
         row, own, low_ranks, its_facts = table[tensor], momenta[tensor], factors[tensor], facts[tensor]
-        end = row.numel
+        # Not the literal 0, for which everything would be compiled once more.
+        begin, end = numpy.int64(0), row.numel
         loops.fill(sums, 0.0)
-        sum_scaled(row, own, 0, end, k, sums, rooms)
+        sum_scaled(row, own, begin, end, k, sums, rooms)
         conclude_scaled(row, own, k, sums, its_facts)
         if k.driven:
             follow_low_ranks(row, own, k, its_facts, rooms)
@@ -530,18 +531,18 @@ def step_whole(tensors, first, last, table, momenta, factors, settings, facts, u
         if k.early:
             loops.fill(norms, _f(0.0))
             loops.fill(of_drive, _f(0.0))
-            sum_columns(row, own, low_ranks, 0, end, k, its_facts, norms, of_drive, rooms)
+            sum_columns(row, own, low_ranks, begin, end, k, its_facts, norms, of_drive, rooms)
             conclude_columns(norms, of_drive, norms)
         if k.early or k.cautious:
-            sum_update(row, own, low_ranks, 0, end, k, its_facts, norms, sums, rooms)
+            sum_update(row, own, low_ranks, begin, end, k, its_facts, norms, sums, rooms)
             conclude_update(row, k, sums, its_facts)
             if k.early and k.cautious:
-                sum_agreement(row, own, low_ranks, 0, end, k, its_facts, norms, sums, rooms)
+                sum_agreement(row, own, low_ranks, begin, end, k, its_facts, norms, sums, rooms)
                 conclude_agreement(row, sums, its_facts)
         row_factors = widths[2 * row.columns : 2 * row.columns + row.rows]
         if k.row_scaled:
-            scale_rows(row, 0, row.rows, k.softening, row_factors, rooms)
-        write(row, own, low_ranks, 0, end, k, its_facts, norms, row_factors, unpacked, rooms, signs)
+            scale_rows(row, begin, row.rows, k.softening, row_factors, rooms)
+        write(row, own, low_ranks, begin, end, k, its_facts, norms, row_factors, unpacked, rooms, signs)
         if k.driven:
             multiscale.finish_scales(own, floats(k.rates, 0, len(own)), its_facts[SPACINGS:])
 
