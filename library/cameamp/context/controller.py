@@ -51,7 +51,10 @@ STANDARD_LAW = Law()
 
 
 class Deciding(Protocol):
-    """What kernels of a device do in place of `update_context` and `follow`, in a launch or two."""
+    """What kernels of a device do in place of `update_context` and `follow`, in a launch or two.
+
+    They put new tensors into the memory, and change none that is there.
+    """
 
     def update_context(
         self,
@@ -167,6 +170,14 @@ class ContextualOptimizationModule:
         """Remember samples of zeros, which are as good as none."""
         self._memory.go_to(device)
         self._memory.samples = {name: torch.zeros(size, dtype=torch.bfloat16, device=device) for name in SAMPLES}
+
+    def go_back_to(self, memory: Memory) -> None:
+        """Remember what `memory` does, which was `kept` before something failed."""
+        self._memory = memory
+
+    def kept(self) -> Memory:
+        """What is remembered now."""
+        return self._memory.kept()
 
     def multiplier(self) -> Tensor:
         """The factor of this step's learning rates, 0-d, on the device."""

@@ -6,9 +6,10 @@ whether there is a context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from ..step.rules import Watched
 from ..techniques import lr_mask
 from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, report_of
 from .sampling import Sampler
+
+logger = logging.getLogger(__name__)
+
+_Decision = TypeVar("_Decision")
 
 # Options that groups of one optimizer share, because they share the context.
 _SHARED = ("context_window", "edge_threshold", "adaptation_rate")
@@ -167,6 +172,9 @@ class Context:
     # How the multiplier follows the alignment of the steps.
     law: Law = STANDARD_LAW
 
+    # Whether its kernels have failed here.
+    _failed = False
+
     def __init__(self, config: OptimizerConfig) -> None:
         self.module = ContextualOptimizationModule(
             config.context_window, config.edge_threshold, config.adaptation_rate, self.law
@@ -243,7 +251,9 @@ class Context:
         gradient = self._gathered(groups, measured, [piece for group in measured for piece in group.watched])
         loss, unusable = _loss_and_unusable(self._losses, measured, gradient.device)
         self._losses = []
-        return self.module.update_context(gradient, loss, lr, unusable, _kernels(measured))
+        return self._decided(
+            measured, lambda kernels: self.module.update_context(gradient, loss, lr, unusable, kernels)
+        )
 
     def multiplier(self) -> Tensor:
         return self.module.multiplier()
@@ -255,7 +265,7 @@ class Context:
         if self._processes.shards:
             self._waiting = grads, changes
         else:
-            self.module.follow(grads, changes, kernels=_kernels(measured))
+            self._decided(measured, lambda kernels: self.module.follow(grads, changes, kernels=kernels))
 
     def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
         return lr_mask.scaled(mask, self.module.multiplier().to(mask.device), config.min_lr, config.max_lr)
@@ -283,6 +293,25 @@ class Context:
             return "it has momenta but no context: multiplier and histories start fresh"
         return "it is of an optimizer without context: multiplier, histories and momenta start fresh"
 
+    def _decided(self, measured: Sequence[Measured], decide: Callable[[Deciding | None], _Decision]) -> _Decision:
+        """What is decided by kernels, if they measured the step and do not fail; else by operations of PyTorch."""
+        if self._failed:
+            return decide(None)
+        before = self.module.kept()
+        try:
+            return decide(_kernels(measured))
+        except Exception as error:
+            if _kernels(measured) is None:
+                raise
+            # Compiling can fail in any way; nothing has been changed for good.
+            self._failed = True
+            logger.warning(
+                "fused: the kernels of the context do not work here, PyTorch's operations go on without them: %s",
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+            )
+            self.module.go_back_to(before)
+            return decide(None)
+
     def _gathered(self, groups: Sequence[Group], measured: Sequence[Measured], pieces: Sequence[Tensor]) -> Tensor:
         """The sample that pieces of all stacks make up; of shards this process's part of it, with 0 elsewhere."""
         stacks = [stack for group in measured for stack in group.stacks]
@@ -302,13 +331,17 @@ def _set_bounds(module: ContextualOptimizationModule, groups: Sequence[Group]) -
 
 
 def _kernels(measured: Sequence[Measured]) -> Deciding | None:
-    """The kernels of a context, if the first group's gradients were measured by kernels of a GPU."""
-    launcher = measured[0].launcher
-    if launcher is None:
-        return None
-    from .gpu import ContextKernels  # It needs Triton.
+    """The kernels of a context, if the first group's gradients were measured by kernels."""
+    first = measured[0]
+    if first.launcher is not None:
+        from . import gpu  # It needs Triton.
 
-    return ContextKernels(launcher)
+        return gpu.ContextKernels(first.launcher)
+    if first.by_numba:
+        from . import cpu  # It needs numba.
+
+        return cpu.ContextKernels()
+    return None
 
 
 def _loss_and_unusable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +54,12 @@ class Memory:
             self.samples = {
                 name: None if sample is None else moved(sample, device) for name, sample in self.samples.items()
             }
+
+    def kept(self) -> Memory:
+        """The same memory, which is not changed together with this one as long as no tensor is."""
+        same = copy.copy(self)
+        same.values, same.samples = dict(self.values), dict(self.samples)
+        return same
 
     def remember(self, name: str, value: Tensor) -> None:
         """Add the newest value, 0-d, to a history."""

@@ -42,6 +42,7 @@ class Measured(NamedTuple):
     gradients: list[Tensor | None]
     launcher: Launcher | None = None
     magnitudes: Sequence[Magnitudes] = ()
+    by_numba: bool = False
 
 
 class Passes:

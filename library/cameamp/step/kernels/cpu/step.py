@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy
@@ -49,7 +48,6 @@ class _Work:
         factors: of the momenta of low rank, (tensors, some) of `momenta.FACTOR`.
         written_back: weights that a kernel works on as copies, each beside its copy.
         gradients: those that are copies, which must outlive the step.
-        sample_ends: where in a sample each stack's elements end.
     """
 
     batch: Batch
@@ -58,16 +56,13 @@ class _Work:
     factors: numpy.ndarray
     written_back: list[tuple[Tensor, Tensor]]
     gradients: list[Tensor]
-    sample_ends: list[int]
 
     @classmethod
-    def of(cls, batch: Batch, every: int) -> _Work:
-        """Look at the gradients and weights of a batch as they are now; the context sees every so many elements."""
+    def of(cls, batch: Batch, places: numpy.ndarray) -> _Work:
+        """Look at the gradients and weights of a batch as they are now; `places` as of `CpuPasses`."""
         table, written_back, gradients = with_gradients(batch)
-        counts = -(-table[:, fields.NUMEL] // every) if every else numpy.zeros(len(table), dtype=numpy.int64)
-        ends = numpy.cumsum(counts)
-        table[:, fields.SAMPLE] = ends - counts
-        last = accumulate(len(stack) for stack in batch.stacks)
+        if len(places):
+            table[:, fields.SAMPLE] = places[table[:, fields.POSITION]]
         momenta = _records(batch.momenta, MOMENTUM)
         return cls(
             batch,
@@ -76,19 +71,7 @@ class _Work:
             factors_of(momenta),
             written_back,
             gradients,
-            [int(ends[tensor - 1]) for tensor in last],
         )
-
-    def new_sample(self) -> numpy.ndarray:
-        """Memory for what the context sees of each tensor, one after the other."""
-        return numpy.empty(self.sample_ends[-1], dtype=_f)
-
-    def pieces(self, sample: numpy.ndarray) -> Iterator[Tensor]:
-        """Each stack's part of a sample, (tensors, elements)."""
-        ends = [0, *self.sample_ends]
-        parts = torch.from_numpy(sample).split([end - start for start, end in pairwise(ends)])
-        for stack, part in zip(self.batch.stacks, parts):
-            yield part.view(len(stack), -1)
 
 
 class CpuKernels:
@@ -99,7 +82,7 @@ class CpuKernels:
 
     def at_step(self, states: States, watch_every: int, watch_places: Sequence[int]) -> CpuPasses:
         """What takes the steps of groups now; see `CpuPasses`."""
-        return CpuPasses(states, self._tables, watch_every, _LARGEST_WHOLE)
+        return CpuPasses(states, self._tables, watch_every, _LARGEST_WHOLE, watch_places)
 
     def difference(self, measured: Measured, states: States, multiplier: Tensor | None, techniques: Techniques) -> str:
         """How a step of some tensors, whole and, if there are larger ones, cut, differs from the rules."""
@@ -126,13 +109,20 @@ class CpuPasses:
         tables: what is known of the stacks.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
         largest_whole: tensors of more elements are cut.
+        watch_places: for each parameter, and one past the last, where its elements begin among all that it sees.
     """
 
-    def __init__(self, states: States, tables: Tables, watch_every: int, largest_whole: int) -> None:
+    def __init__(
+        self, states: States, tables: Tables, watch_every: int, largest_whole: int, watch_places: Sequence[int] = ()
+    ) -> None:
         self._states = states
         self._tables = tables
         self._every = watch_every
         self._largest_whole = largest_whole
+        self._places = numpy.array(watch_places, dtype=numpy.int64)
+        # What the context sees of all groups: gradients, scaled gradients and changes; 0 where nobody takes a step.
+        self._samples = numpy.zeros((3, watch_places[-1] if watch_every else 0), dtype=_f)
+        self._seen = [torch.from_numpy(sample) for sample in self._samples]
         self._work: dict[Group, list[_Work]] = {}
 
     def prepare(self, group: Group, stacks: list[Stack]) -> None:
@@ -140,7 +130,7 @@ class CpuPasses:
         for stack in stacks:
             group.bind(stack, self._states)
         batches = self._tables.batches(stacks, group.periods)
-        self._work[group] = [_Work.of(batch, self._every) for batch in batches]
+        self._work[group] = [_Work.of(batch, self._places) for batch in batches]
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over the gradients of the stacks that take the step."""
@@ -160,6 +150,7 @@ class CpuPasses:
             watched,
             [None] * len(stacks),
             magnitudes=magnitudes,
+            by_numba=True,
         )
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
@@ -172,19 +163,18 @@ class CpuPasses:
         Returns:
             What the context sees of each stack; nothing without a context.
         """
-        seen: dict[Stack, Watched] = {}
         for work in self._work.pop(measured.group):
-            seen.update(zip(work.batch.stacks, self._update(work, measured, multiplier)))
-        return [seen[stack] for stack in measured.stacks] if self._every else []
+            self._update(work, measured, multiplier)
+        return [Watched(*self._seen[1:])] * len(measured.stacks) if self._every else []
 
     def _measure(self, work: _Work, decays: bool) -> Iterator[FirstPass]:
         """What is found of each stack."""
         rows, parts = work.rows, _parts(work.rows["numel"])
-        found, sample = numpy.empty((len(parts), 4)), work.new_sample()
+        found = numpy.empty((len(parts), 4))
 
         def measure(first: int, last: int) -> None:
             rooms = numpy.empty((passes.ROOMS, passes.SHORT), dtype=_f)
-            passes.measure(parts, first, last, rows, decays, self._every, found, sample.ctypes.data, rooms)
+            passes.measure(parts, first, last, rows, decays, self._every, found, self._samples[0].ctypes.data, rooms)
 
         spread(measure, parts[:, 2] - parts[:, 1])
         totals = numpy.zeros((len(rows), 4))
@@ -194,14 +184,13 @@ class CpuPasses:
         lengths = [len(stack) for stack in work.batch.stacks]
         starts = numpy.cumsum([0, *lengths[:-1]])
         counts = torch.from_numpy(numpy.add.reduceat(totals[:, 1:3].astype(numpy.int64), starts))
-        for own_sums, nonzero, unusable, spreads, piece in zip(
-            abs_sums.split(lengths), *counts.T.unbind(), deviations.split(lengths), work.pieces(sample)
+        for own_sums, nonzero, unusable, spreads in zip(
+            abs_sums.split(lengths), *counts.T.unbind(), deviations.split(lengths)
         ):
             magnitudes = Magnitudes(own_sums, nonzero, spreads if decays else None)
-            yield FirstPass(magnitudes, unusable, piece if self._every else None)
+            yield FirstPass(magnitudes, unusable, self._seen[0] if self._every else None)
 
-    def _update(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> Iterator[Watched]:
-        """What the context sees of each stack."""
+    def _update(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> None:
         strengths = dict(zip(measured.stacks, measured.sums.decay_strengths))
         own = [strength for stack in work.batch.stacks if (strength := strengths[stack]) is not None]
         settings = Settings(measured.group, work.batch, measured.sums.magnitude, bool(own), multiplier, self._every)
@@ -209,8 +198,7 @@ class CpuPasses:
         facts[:, passes.LENGTHENING] = 1.0  # where no pass finds another
         if own:
             facts[:, passes.STRENGTH] = torch.cat(own).numpy()
-        scaled_grad, change = work.new_sample(), work.new_sample()
-        settings.show(scaled_grad, change)
+        settings.show(*self._samples[1:])
         is_whole = work.rows["numel"] <= self._largest_whole
         largest_first = numpy.argsort(-work.rows["numel"], kind="stable")  # so that threads end together
         _step_whole(work, largest_first[is_whole[largest_first]], settings, facts)
@@ -218,8 +206,6 @@ class CpuPasses:
             _step_cut(work, int(tensor), settings, facts[tensor])
         for p, new in work.written_back:
             p.copy_(new)
-        for grad_piece, change_piece in zip(work.pieces(scaled_grad), work.pieces(change)):
-            yield Watched(grad_piece, change_piece)
 
 
 def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: numpy.ndarray) -> None:
