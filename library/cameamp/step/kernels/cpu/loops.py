@@ -20,6 +20,7 @@ from .lanes import (
     doubled,
     load,
     load_truths,
+    magnitude,
     store,
     store_truths,
     sum_of,
@@ -91,12 +92,14 @@ def _gradient(g, i, how):
 
 
 @within
-def _scaled(grad, exp_avg_sq, i, how):
-    """The scaled gradient, and the new second moment."""
-    if not how.came:
-        return rules.clipped(grad, how.bound), grad
-    moment = rules.mean_square(load(exp_avg_sq, i), grad, how.rate, how.eps)
-    return rules.scaled(grad, moment, how.factor), moment
+def _moment(grad, exp_avg_sq, i, how):
+    """The new second moment; without CAME anything."""
+    return rules.mean_square(load(exp_avg_sq, i), grad, how.rate, how.eps) if how.came else grad
+
+
+@within
+def _scaled(grad, moment, how):
+    return rules.scaled(grad, moment, how.factor) if how.came else rules.clipped(grad, how.bound)
 
 
 @jit
@@ -108,17 +111,20 @@ def sum_scaled(g, exp_avg_sq, how, ahead):
             fetch(g, i + ahead)
             fetch(exp_avg_sq, i + ahead)
         grad = _gradient(g, i, how)
-        moment = rules.mean_square(load(exp_avg_sq, i), grad, how.rate, how.eps)
-        total = total + grad * grad / moment
+        total = total + grad * grad / _moment(grad, exp_avg_sq, i, how)
     return sum_of(total)
 
 
 @jit
 def scale_gradient(g, exp_avg_sq, how, sg):
-    """The scaled gradient; the second moment stays as it is."""
+    """The scaled gradient, and its sum of squares; the second moment stays as it is."""
+    total = zeros()
     for i in range(0, len(g), LANES):
-        scaled, _ = _scaled(_gradient(g, i, how), exp_avg_sq, i, how)
+        grad = _gradient(g, i, how)
+        scaled = _scaled(grad, _moment(grad, exp_avg_sq, i, how), how)
+        total = total + scaled * scaled
         store(scaled, sg, i)
+    return sum_of(total)
 
 
 # The update, up to Grams ----------------------------------------------------------------------------------------
@@ -144,7 +150,7 @@ class Given(NamedTuple):
         g: the gradient.
         exp_avg_sq, exp_avg, exp_avg_res, s: the states.
         sg: the scaled gradient, if it is known already.
-        drive: what drives the momentum, likewise.
+        drive: what drives the momentum where there is a gradient, likewise.
         norms: early, of each element's column.
         is_driven: whether both are known.
     """
@@ -164,10 +170,14 @@ class Given(NamedTuple):
 def _updated(given, i, scaling, how):
     """The scaled gradient and the update, and the new states that lead to it."""
     grad = _gradient(given.g, i, scaling)
-    sg, exp_avg_sq = _scaled(grad, given.exp_avg_sq, i, scaling)
-    drive = sg
+    exp_avg_sq = _moment(grad, given.exp_avg_sq, i, scaling)
     if given.is_driven:
-        drive = load(given.drive, i)
+        sg = load(given.sg, i)
+        # What never had a gradient must not drift.
+        drive = choose(magnitude(sg) > _f(0.0), load(given.drive, i), _f(0.0))
+    else:
+        sg = _scaled(grad, exp_avg_sq, scaling)
+        drive = sg
     exp_avg = load(given.exp_avg, i)
     s = exp_avg
     if how.early:

@@ -107,7 +107,9 @@ def new_spacings(momenta, numel, rates, sums, square, factor, out):
 
 @jit
 def drive(momenta, factors, numel, rates, shares, spacings, turning_point, sg, start, write, unpacked, room, out):
-    """The weighted mean of the momenta, which drives in place of sg; with `write`, the new momenta are written.
+    """The weighted mean of the momenta, which drives in place of sg where there is a gradient.
+
+    With `write`, the new momenta are written.
 
     Args:
         momenta: those of one tensor, `table.MOMENTUM`.
@@ -141,7 +143,6 @@ def drive(momenta, factors, numel, rates, shares, spacings, turning_point, sg, s
     if columns:
         for first in range(0, len(factors), 4):
             _add_four_factors(factors[first : first + 4], shares, columns, start, room, out)
-    loops.keep_where_gradient(out, sg)
 
 
 @jit

@@ -148,13 +148,13 @@ def _following(k):
 
 @jit
 def _scaled_gradient(row, k, start, count, factor, rooms):
-    """The scaled gradient of a block; no state changes."""
+    """The scaled gradient of a block, in `rooms[SG]`, and its sum of squares; no state changes."""
     g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
     exp_avg_sq = g
     if k.came:
         exp_avg_sq = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
-    loops.scale_gradient(g, exp_avg_sq, _scaling(k, factor), rooms[SG])
-    return rooms[SG, :count]
+    square = loops.scale_gradient(g, exp_avg_sq, _scaling(k, factor), rooms[SG])
+    return rooms[SG, :count], square
 
 
 @jit
@@ -178,7 +178,7 @@ def _given(row, own, low_ranks, k, facts, norms, start, count, write, unpacked, 
     sg = rooms[SG, :count]
     drive = sg
     if k.driven:
-        sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+        sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
         drive = _drive(row, own, low_ranks, k, facts, sg, start, write, unpacked, rooms)
         fill_up(rooms[DRIVE], count)
     g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
@@ -248,8 +248,8 @@ def sum_scaled(row, own, begin, end, k, sums, rooms):
         if row.block != 0:
             _fetch_gradient(row, start + count, end)
         if k.driven:
-            sg = _scaled_gradient(row, k, start, count, _f(1.0), rooms)
-            sums[SQUARE] += loops.sum_of_squares(sg)
+            sg, square = _scaled_gradient(row, k, start, count, _f(1.0), rooms)
+            sums[SQUARE] += square
             multiscale.sum_products(own, row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:])
         elif k.came:
             g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
@@ -276,8 +276,10 @@ def sum_columns(row, own, low_ranks, begin, end, k, facts, of_momentum, of_drive
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+        sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
         drive = _drive(row, own, low_ranks, k, facts, sg, start, numpy.bool_(False), numpy.int64(0), rooms)
+        if k.driven:
+            loops.keep_where_gradient(drive, sg)
         exp_avg = load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[_EXP_AVG])
         _add_to_columns(exp_avg, start, of_momentum)
         _add_to_columns(drive, start, of_drive)
@@ -478,15 +480,14 @@ def follow_low_rank(row, momentum, rate, k, factor, rooms):
     start = numpy.int64(0)
     while start < row.numel:
         count = next_count(row, start, row.numel)
-        multiscale.probe_gradient(
-            momentum, rate, _scaled_gradient(row, k, start, count, factor, rooms), start, probe, left
-        )
+        sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
+        multiscale.probe_gradient(momentum, rate, sg, start, probe, left)
         start += count
     right = multiscale.begin_right(momentum, factors, left)
     start = numpy.int64(0)
     while start < row.numel:
         count = next_count(row, start, row.numel)
-        sg = _scaled_gradient(row, k, start, count, factor, rooms)
+        sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
         multiscale.project_gradient(momentum, rate, sg, start, left, right)
         start += count
     multiscale.finish_low_rank(momentum, left, right)
