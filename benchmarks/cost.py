@@ -74,14 +74,22 @@ def operations(step: Callable[[], Any]) -> Operations:
 def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
     """The largest amount of CPU memory that a step allocates beyond what was allocated before it.
 
-    Torch's allocator is asked, and numpy's, so that memory inside kernels counts. The working memory that the
+    As `peak_bytes`. The working memory that the
     optimizers of this project reuse from step to step is dropped first, so that it counts too.
     """
     if isinstance(optimizer, CameAMP):
         optimizer._engine._workspace = Workspace()
+    return peak_bytes(optimizer.step)
+
+
+def peak_bytes(act: Callable[[], Any]) -> int:
+    """The largest amount of CPU memory that something allocates beyond what was allocated before it.
+
+    Torch's allocator is asked, and numpy's, so that memory inside kernels counts.
+    """
     tracemalloc.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        optimizer.step()
+        act()
     _, of_numpy = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     held = highest = 0

@@ -28,6 +28,7 @@ class ReferenceCameAMP:
             "lr": 1e-6, "min_lr": 1e-7, "max_lr": 1e-3, "lr_bump": 3e-6, "eps": (1e-30, 1e-16, 1e-8),
             "clip_threshold": 1.0, "betas": (0.8, 0.99, 0.999), "eta": 2.0, "beta1_decay": 0.9995,
             "weight_decay": 5e-4, "warmup_steps": 500, "came": True, "full_finetune": False, "cautious": False,
+            "factored": False,
             "bias_correction": False,
             "momentum_scales": (), **options,
         }  # fmt: skip
@@ -72,8 +73,9 @@ class ReferenceCameAMP:
 
         # 2. CAME
         if o["came"]:
-            st["exp_avg_sq"] = b2 * st["exp_avg_sq"] + (1 - b2) * (grad**2 + eps1)
-            sg = grad / st["exp_avg_sq"].sqrt()
+            v = b2 * st["exp_avg_sq"] + (1 - b2) * (grad**2 + eps1)
+            sg = grad / v.sqrt()
+            st["exp_avg_sq"] = self.kept(v, p, o)
             sg = sg / max(1.0, (sg**2).mean().sqrt().item() / o["clip_threshold"])
         else:
             sg = grad.clamp(-(t**0.25), t**0.25)
@@ -94,9 +96,10 @@ class ReferenceCameAMP:
             bar = b1 * st["exp_avg"] + (1 - b1) * drive
 
         # 4. AdaBelief
-        st["exp_avg_res"] = b3 * st["exp_avg_res"] + (1 - b3) * ((sg - bar) ** 2 + eps2)
+        v = b3 * st["exp_avg_res"] + (1 - b3) * ((sg - bar) ** 2 + eps2)
         seen = 1 - b3**t if o["bias_correction"] else 1
-        u = st["exp_avg"] / (st["exp_avg_res"] / seen).sqrt()
+        u = st["exp_avg"] / (v / seen).sqrt()
+        st["exp_avg_res"] = self.kept(v, p, o)
 
         # 5. Grams
         a = o["beta1_decay"] ** t
@@ -137,6 +140,13 @@ class ReferenceCameAMP:
         st["sg"], st["change"] = sg, p.detach().float().reshape(rows, -1) - w
         st["exact"] = w.reshape(p.shape)
         p.data.copy_(st["exact"])
+
+    @staticmethod
+    def kept(v, p, o):
+        """A mean of squares as it is kept: of all but vectors, if factored, the means of rows and columns."""
+        if not o["factored"] or p.ndim < 2:
+            return v
+        return v.mean(dim=1, keepdim=True) * (v.mean(dim=0, keepdim=True) / v.mean())
 
     @staticmethod
     def drive(sg, st, t, o):

@@ -21,7 +21,7 @@ def test_defaults_are_the_published_ones():
         "clip_threshold": 1.0, "betas": (0.8, 0.99, 0.999), "eta": 2.0, "beta1_decay": 0.9995, "weight_decay": 5e-4,
         "warmup_steps": 500, "came": True, "full_finetune": False, "verbose": False, "context_window": 100,
         "edge_threshold": 0.95, "adaptation_rate": 0.1, "momentum_scales": (1, 5, 10, 25), "blocksize": 4096,
-        "fused": "auto", "cautious": False, "bias_correction": False,
+        "fused": "auto", "factored": False, "cautious": False, "bias_correction": False,
     }  # fmt: skip
 
 

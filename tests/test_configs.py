@@ -23,7 +23,8 @@ def script_of(path):
 
 def test_there_is_one_for_each_kind_of_user():
     names = {path.stem for path in CONFIGS}
-    assert names == {"sd15_lora", "sdxl_lora_8gb", "sdxl_lora_12gb", "sdxl_lora_24gb", "flux_lora", "sdxl_full"}
+    loras = {"sd15_lora", "sdxl_lora_8gb", "sdxl_lora_12gb", "sdxl_lora_24gb", "flux_lora"}
+    assert names == loras | {"sdxl_full_16gb", "sdxl_full_24gb"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

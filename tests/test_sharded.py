@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ import torch.distributed as dist
 if not dist.is_available() or not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
     pytest.skip("this torch has no FSDP2 under its present name", allow_module_level=True)
 
-from reliability import accelerated, resharded
+from reliability import accelerated, killed, resharded
 from reliability.processes import all_of, in_processes
 from reliability.sharded import MANY, alone, messages_of, replaced, shards_of_columns, steps_of
 from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
@@ -29,7 +31,7 @@ LAYOUTS = ("nested", "flat")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return {kind: str(tmp_path_factory.mktemp(kind)) for kind in (*LAYOUTS, "accelerate")}
+    return {kind: str(tmp_path_factory.mktemp(kind)) for kind in (*LAYOUTS, "accelerate", "killed", "in place")}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,7 @@ def two(folders):
     works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3],))}
     works |= {"gathered": (resharded.gathered, (ALL, 3)), "cut up": (resharded.cut_up, (ALL, 3))}
     works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ())}
+    works |= {"in place": (resharded.in_place, (folders["in place"], PLAIN))}
     for layout in LAYOUTS:
         folder = folders[layout]
         works[f"{layout} saved"] = resharded.save, (folder, CASES, layout == "flat", SAVED_AT)
@@ -47,14 +50,21 @@ def two(folders):
     for name in ALL[:2]:
         works[f"{name} refused"] = resharded.refuse, (name,)
     works |= {"accelerate saved": (accelerated.saved, (folders["accelerate"],))}
-    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],))}
+    works |= {"accelerate loaded": (accelerated.loaded, (folders["accelerate"],)), "stops": (accelerated.stops, ())}
     return [dict(zip(works, found)) for found in in_processes(2, all_of, list(works.values()))]
 
 
 @pytest.fixture(scope="module")
-def three(two, folders):
-    """What each of three processes found, which have uneven shards, and empty ones."""
-    works = {"steps": (steps_of, ((3,), (PLAIN, CONTEXTUAL), STEPS))}
+def before_it_died(folders):
+    """What there was when two processes saved, one of which was killed while they saved again."""
+    return killed.kill(Path(folders["killed"]), "states half done")
+
+
+@pytest.fixture(scope="module")
+def three(two, before_it_died, folders):
+    """What each of three processes found, which have uneven shards, and empty ones; the second takes the rules."""
+    works = {"steps": (steps_of, ((3,), (PLAIN, CONTEXTUAL), STEPS, False, [1]))}
+    works |= {"left": (killed.left, (folders["killed"],))}
     for layout in LAYOUTS:
         folder = folders[layout]
         works[f"{layout} loaded"] = resharded.load, (folder, CASES, layout == "flat", SAVED_AT)
@@ -230,6 +240,24 @@ def test_accelerate_saves_and_loads(two, processes, request):
         if processes == "two":
             assert [key for key in found if not resharded.same(expected[key], found[key])] == [], case
         assert all(torch.allclose(found[key], expected[key], atol=2e-4) for key in found if key.endswith("weight"))
+
+
+def test_a_process_that_is_killed_while_saving_leaves_the_state_before(before_it_died, three):
+    """Its part is half written; three processes go on from what two have saved before."""
+    for process in three:
+        assert process["left"].keys() == before_it_died.keys()
+        assert [key for key, value in before_it_died.items() if not resharded.same(value, process["left"][key])] == []
+
+
+def test_if_one_process_is_interrupted_all_stop_after_the_same_step(two):
+    """Else one would save, and wait for others that are in their next step."""
+    assert [process["stops"] for process in two] == [[False, True], [False, True]]
+
+
+def test_parts_of_two_checkpoints_are_refused(two):
+    """As a process leaves them that dies while torch writes over a checkpoint; torch itself says nothing."""
+    for process in two:
+        assert "its state does not match its checksum" in process["in place"]
 
 
 @pytest.mark.parametrize("name", [PLAIN, ALL[3]])

@@ -47,3 +47,35 @@ class DigitsLoRA:
     def held_out_loss(self) -> float:
         """Mean loss on the held-out images, on fixed noise and timesteps."""
         return torch.stack([self._network(batch) for batch in self._held_out]).mean().item()
+
+
+class DigitsFull:
+    """The same model, all weights of which are trained.
+
+    Args:
+        seed: of the batches.
+        batch_size: images in a batch.
+        images: number of held-out images that are used; None for all.
+    """
+
+    def __init__(self, seed: int, batch_size: int, images: int | None = None) -> None:
+        self._seed, self._batch_size = seed, batch_size
+        self._base = load_base()
+        self._base.unet.requires_grad_(True)
+        self._data = load(NEW_DIGITS, held_out=False)
+        held_out = load(NEW_DIGITS, held_out=True)
+        held_out = Digits(held_out.images[:images], held_out.digits[:images])
+        self._held_out = held_out_batches(held_out, TIMESTEPS, repeats=1)
+
+    def named_parameters(self) -> Named:
+        """All of them."""
+        return list(self._base.unet.named_parameters())
+
+    def loss(self, number: int) -> Tensor:
+        """The loss of a batch."""
+        return self._base.loss(training_batch(self._data, self._batch_size, TIMESTEPS, self._seed, number))
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean loss on the held-out images, on fixed noise and timesteps."""
+        return torch.stack([self._base.loss(batch) for batch in self._held_out]).mean().item()

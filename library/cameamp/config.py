@@ -50,6 +50,7 @@ class OptimizerConfig:
         blocksize: 8-bit optimizers: the largest quantization block; a power of two from 64 to 4096.
         fused: native kernels in place of the rules: "auto", on a CPU if numba can be imported; True, wherever there
             are kernels, with one warning where there are none; False, never.
+        factored: store second moment and residual of everything but vectors as the means of their rows and columns.
         cautious: mask the update where it disagrees with the gradient's sign.
         bias_correction: divide the mean squared residual by the share of its weights that an average that started at 0
             has gathered so far.
@@ -79,6 +80,7 @@ class OptimizerConfig:
     momentum_scales: tuple[int, ...] = _option((1, 5, 10, 25), whole_numbers)
     blocksize: int = _option(4096, whole_number)
     fused: bool | str = _option("auto", truth_or_auto)
+    factored: bool = _option(False, truth)
     cautious: bool = _option(False, truth)
     bias_correction: bool = _option(False, truth)
 

@@ -316,6 +316,10 @@ class Group:
         p = stack.params[0]
         kind = (phase, p.shape, p in self.uncoded)
         if kind not in self._bindings:
+            if self.config.factored and stack.cut is not WHOLE and not self._bindings:
+                logger.warning(
+                    "parameter group %d: factored: sharded parameters keep their states in full", self.number
+                )
             found = {}
             for row in self.states(phase):
                 code = self.format(row, p)

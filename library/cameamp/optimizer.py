@@ -184,7 +184,7 @@ class CameAMP(HasReadings, Optimizer):
             measure.tally(self._unusable, found.unusable)
         measured, totals = step.add_up(measured, self._driver.to_add_up(groups, measured, processes))
         multiplier = self._driver.observe(groups, measured, totals)
-        step.ask(measured, multiplier)
+        measured = step.ask(measured, multiplier)
         watched = [seen for found in measured for seen in step.update(found, multiplier)]
         self._driver.follow(groups, measured, watched)
         return loss

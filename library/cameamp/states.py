@@ -23,6 +23,7 @@ from .storage.averages import average_formats
 from .storage.bits import Bits
 from .storage.blockwise import SMALLEST_BLOCK, Blockwise, block_of, block_of_row
 from .storage.by_row import ByRow
+from .storage.factored import Factored
 from .storage.full import Full
 from .storage.linear import Linear
 
@@ -50,6 +51,7 @@ class State:
         never_negative: whether a negative element is damage.
         within_lr_bounds: whether its elements stay from min_lr to max_lr.
         always_coded: whether the 32-bit optimizers code it too.
+        factors: whether the option `factored` stores it as means of rows and columns.
         counter: the key under which its updates are counted; "" if the parameter's step is that count.
         code_of_row: how a row is stored if each is coded by itself; None for as `code` would.
     """
@@ -64,6 +66,7 @@ class State:
     never_negative: bool = False
     within_lr_bounds: bool = False
     always_coded: bool = False
+    factors: bool = False
     counter: str = ""
     code_of_row: _Code | None = None
 
@@ -110,6 +113,8 @@ class State:
         """
         if self.name in saved:
             found: Format = self.full
+        elif self.factors and f"{self.name}_row" in saved:
+            found = Factored()
         elif f"{self.name}_q" in saved and (not self.always_coded or (whole or shape).numel() >= SMALLEST_CODED):
             found = self._code_of(saved, config, whole or shape)
         else:
@@ -122,7 +127,8 @@ class State:
         except ValueError as error:
             suffix, _, reason = str(error).partition(": ")
             raise ValueError(f"the state '{self.name}{suffix}' {reason}") from None
-        if self.never_negative and isinstance(found, Full) and (tensors[""] < 0).any():
+        plain = isinstance(found, (Full, Factored))
+        if self.never_negative and plain and any((tensor < 0).any() for tensor in tensors.values()):
             raise ValueError(f"the state '{self.name}' has negative elements")
         return found
 
@@ -164,8 +170,10 @@ TABLE = (
         within_lr_bounds=True,
     ),
     State("exp_avg", "momentum", _signed),
-    State("exp_avg_res", "running mean of the squared residual", _root, never_negative=True),
-    State("exp_avg_sq", "running mean of the squared gradient", _root, came_only=True, never_negative=True),
+    State("exp_avg_res", "running mean of the squared residual", _root, never_negative=True, factors=True),
+    State(
+        "exp_avg_sq", "running mean of the squared gradient", _root, came_only=True, never_negative=True, factors=True
+    ),
     State("s", "torque-aware momentum's smoothed correlation", _signed, warmup_only=True),
     State("last_polarity", "whether the gradient was above 0", _one_bit, dtype=torch.bool, warmup_only=True),
 )
@@ -222,6 +230,8 @@ class Precision:
             config: the group's options.
             by_row: whether each row is to be coded by itself, as those of shards are.
         """
+        if config.factored and state.factors and len(shape) > 1 and not by_row:
+            return Factored()
         count = shape.numel()
         smallest = SMALLEST_CODED if self.codes_all else SMALLEST_CODED_MOMENTUM
         if self.codes_none or count < smallest or not (self.codes_all or state.always_coded):

@@ -116,7 +116,7 @@ class Trainer:
                 every = options.save_every_n_steps
                 if every and self.step % every == 0 and not last:
                     self._save(f"-step{self.step:08d}")
-                if interrupted and not last:
+                if not last and self._stops(interrupted):
                     folder = self._save_state(f"-step{self.step:08d}")
                     print(f"\ninterrupted after step {self.step}; to continue: the same command with --resume {folder}")
                     self.accelerator.end_training()
@@ -135,6 +135,11 @@ class Trainer:
                 save_course(self.history, title, pictures[1])
         self.accelerator.end_training()
         return self.history.held_out[0][1], self.history.held_out[-1][1]
+
+    def _stops(self, interrupted: list[Any]) -> bool:
+        """Whether the run stops here: if any process was interrupted, or some would wait for others that save."""
+        flag = torch.tensor(float(len(interrupted)), device=self.accelerator.device)
+        return self.accelerator.reduce(flag).item() > 0
 
     @torch.no_grad()
     def held_out_loss(self) -> float:

@@ -59,6 +59,21 @@ def kills() -> list[str]:
     return [f"{KILLS} kills: " + ", ".join(f"{what} {count} times" for what, count in sorted(outcomes.items()))]
 
 
+def killed_ranks() -> list[str]:
+    """A process of a sharded run is killed while saving."""
+    from reliability.killed import PLACES, kill, left
+    from reliability.processes import in_processes
+    from reliability.resharded import same
+
+    for place in PLACES:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = kill(Path(folder), place)
+            (found,) = in_processes(1, left, folder)
+            assert found.keys() == saved.keys(), place
+            assert all(same(value, found[key]) for key, value in saved.items()), place
+    return [f"{len(PLACES)} deaths of one of two processes: the state before is whole, and one process resumes from it"]
+
+
 def full_disk() -> list[str]:
     """A disk that is full while saving."""
     from reliability.interrupted import full_disk
@@ -169,7 +184,7 @@ def long_run() -> list[str]:
 
 
 PARTS: dict[str, Callable[[], list[str]]] = {
-    part.__name__: part for part in (fuzz, kills, full_disk, pairs, ddp, shards, long_run, numbers)
+    part.__name__: part for part in (fuzz, kills, killed_ranks, full_disk, pairs, ddp, shards, long_run, numbers)
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -12,11 +13,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# What takes seconds to import, and starts no thread. A server that has done so forks each process, where it can.
+_IMPORTED = ["accelerate", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "bitsandbytes", "numba"]
+_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Run `work(rank, *arguments)` in some processes of one group. Returns what each process returned."""
+    if _FORKS:
+        multiprocessing.set_forkserver_preload(_IMPORTED)
+    method = "forkserver" if _FORKS else "spawn"
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (count, work, folder, arguments), nprocs=count)
+        torch.multiprocessing.start_processes(
+            _process, (count, work, folder, arguments), nprocs=count, start_method=method
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -145,9 +145,24 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def steps_of(
-    rank: int, shape: Sequence[int], names: Sequence[str], steps: int, mixed: bool = False, **options: Any
+    rank: int,
+    shape: Sequence[int],
+    names: Sequence[str],
+    steps: int,
+    mixed: bool = False,
+    by_rules: Collection[int] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Train with each of some optimizers, exactly or with FSDP's mixed precision.
+
+    Args:
+        rank: this process.
+        shape: of the mesh.
+        names: the optimizers.
+        steps: how many.
+        mixed: whether in mixed precision.
+        by_rules: the processes that take the rules, as if they could not compile kernels.
+        options: of the optimizers.
 
     Returns:
         What a process knows of the run, by the optimizer's name.
@@ -156,7 +171,7 @@ def steps_of(
     found = {}
     for name in names:
         model = model_of(shape, **(halves() if mixed else exact()))
-        optimizer = optimizer_of(name, model, **options)
+        optimizer = optimizer_of(name, model, **options, fused=False if rank in by_rules else "auto")
         train(model, optimizer, 0, steps, rank, ranks)
         held = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
         found[name] = {
@@ -207,10 +222,10 @@ def messages_of(rank: int, names: Sequence[str]) -> dict[str, list[dict[str, Any
     from torch.distributed.tensor.debug import CommDebugMode
 
     found: dict[str, list[dict[str, Any]]] = {}
+    model = nn.Module()
+    model.many = nn.ParameterList(torch.randn(shape) for shape in MANY)
+    shard_all(model)
     for name in names:
-        model = nn.Module()
-        model.many = nn.ParameterList(torch.randn(shape) for shape in MANY)
-        shard_all(model)
         optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=5)
         for step in range(1, 6):
             for p in model.parameters():

@@ -88,7 +88,7 @@ def _state_checksums(groups: Sequence[Group], states: States, processes: Process
     known: dict[Tensor, dict[str, int]] = defaultdict(dict)
     for (p, key), total in zip(owners, totals):
         known[p][key] = total
-    return {p: checksum(states[p], totals_of_p) for p, totals_of_p in known.items()}
+    return {p: checksum(sharded.without_context(states[p]), totals_of_p) for p, totals_of_p in known.items()}
 
 
 @torch.no_grad()

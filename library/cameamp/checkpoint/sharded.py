@@ -37,10 +37,15 @@ def in_pieces(context: Mapping[str, Any]) -> dict[str, Any]:
     return pieces | {_PREFIX + name: context[name] for name in _NUMBERS}
 
 
+def without_context(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state, saved or live, without the pieces of a context."""
+    return {key: value for key, value in state.items() if not str(key).startswith(_PREFIX)}
+
+
 def put_together(saved: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A parameter's saved state without the pieces of a context, and the context; empty if there is none."""
     pieces = {key[len(_PREFIX) :]: value for key, value in saved.items() if str(key).startswith(_PREFIX)}
-    rest = {key: value for key, value in saved.items() if not str(key).startswith(_PREFIX)}
+    rest = without_context(saved)
     if not pieces:
         return rest, {}
     numbers = {name: _number(pieces.pop(name)) for name in _NUMBERS if name in pieces}

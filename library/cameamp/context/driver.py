@@ -315,9 +315,12 @@ class Context:
     def _gathered(self, groups: Sequence[Group], measured: Sequence[Measured], pieces: Sequence[Tensor]) -> Tensor:
         """The sample that pieces of all stacks make up; of shards this process's part of it, with 0 elsewhere."""
         stacks = [stack for group in measured for stack in group.stacks]
+        sampler = self._sampler_of(groups)
+        if self._processes.shards:
+            pieces = [sampler.part_of(stack, piece) for stack, piece in zip(stacks, pieces)]
         # An element that several processes have is of one of them, so that their sum is exact in any order.
         own = [piece if self._processes.speaks(stack.cut) else piece * 0 for stack, piece in zip(stacks, pieces)]
-        return self._sampler_of(groups).gather(stacks, own)
+        return sampler.gather(stacks, own)
 
     def _sampler_of(self, groups: Sequence[Group]) -> Sampler:
         if self._sampler is None:

@@ -60,6 +60,13 @@ class Sampler:
             vector.index_copy_(0, self._places_of([stack for stack, _ in apart], device), flat)
         return vector
 
+    def part_of(self, stack: Stack, piece: Tensor) -> Tensor:
+        """What a stack has of a piece, (tensors, elements), as of `gather`."""
+        if piece.ndim > 1:
+            return piece
+        first, end = self._share_of(stack)
+        return torch.stack([piece[self.starts[n] + first : self.starts[n] + end] for n in stack.parameter_numbers])
+
     def _places_of(self, stacks: Sequence[Stack], device: torch.device) -> Tensor:
         """Where the pieces go. Usually the same stacks come again, so the last answer is cached."""
         key = tuple([stack.parameter_numbers for stack in stacks])

@@ -14,6 +14,7 @@ from ..phase import Phase
 from ..sharding import ALONE, WHOLE, Processes
 from ..stacks.stack import Stack
 from ..stacks.workspace import Workspace
+from . import shared
 from .passes import Measured, Passes
 from .rules import ALL_TECHNIQUES, Techniques, Watched
 
@@ -31,12 +32,21 @@ class TakesSteps(Protocol):
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over gradients."""
 
+    def questions(self, measured: Measured, multiplier: Tensor | None) -> dict[Stack, shared.Questions]:
+        """Between them: what the second one asks of the other processes."""
+
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: new states and weights."""
 
 
 class Kernels(Protocol):
-    """The kernels of one kind of device, as long as an optimizer's states stay."""
+    """The kernels of one kind of device, as long as an optimizer's states stay.
+
+    Attributes:
+        takes_shards: whether they take steps of shards, too.
+    """
+
+    takes_shards: bool
 
     def at_step(self, states: States, watch_every: int, watch_places: Sequence[int]) -> TakesSteps:
         """What takes the steps of groups now."""
@@ -94,7 +104,7 @@ class Engine:
         kept = [stack for group, own in groups if group not in served for stack in own if stack.cut is WHOLE]
         self._workspace.begin_step(kept)
         rules = Passes(states, self._workspace, watch_every, techniques, processes)
-        return Step(self, rules, served, states, watch_every, watch_places, techniques)
+        return Step(self, rules, served, states, watch_every, watch_places, techniques, processes)
 
     def proves(self, measured: Measured, difference: Callable[[], str]) -> bool:
         """Whether kernels may take a step: at the first one of each phase they must not differ from the rules."""
@@ -120,6 +130,10 @@ class Engine:
         fused = group.config.fused
         if fused is False or self._failed or not stacks:
             return None
+        if group.config.factored:
+            level = logging.WARNING if fused is True else logging.INFO
+            self._say(level, "fused: no kernel reads factored states, the rules take the steps")
+            return None
         device = stacks[0].device.type
         if device not in self._kernels:
             load = _LOADERS.get(device)
@@ -133,11 +147,17 @@ class Engine:
                 level = logging.WARNING if fused is True else logging.INFO
                 self._say(level, f"fused: {_HELP[device]} ({_first_line(error)})")
                 return None
-        first = stacks[0].device
-        params = [p for stack in stacks for p in stack.params]
-        whole = all(kind in _PLAIN for kind in set(map(type, params))) and all(p.device == first for p in params)
-        whole = whole and all(stack.cut is WHOLE and stack.rows * stack.columns <= _LARGEST for stack in stacks)
-        return self._kernels[device] if whole else None
+        kernels, first = self._kernels[device], stacks[0].device
+        params = [p for stack in stacks for p in stack.cut.local(stack.params)]
+        served = (
+            all(
+                (kernels.takes_shards or stack.cut is WHOLE) and stack.rows * stack.columns <= _LARGEST
+                for stack in stacks
+            )
+            and all(kind in _PLAIN for kind in set(map(type, params)))
+            and all(p.device == first for p in params)
+        )
+        return kernels if served else None
 
     def _say(self, level: int, text: str) -> None:
         if text not in self._said:
@@ -157,8 +177,10 @@ class Step:
         watch_every: int,
         watch_places: Sequence[int],
         techniques: Techniques,
+        processes: Processes,
     ) -> None:
         self._engine = engine
+        self._processes = processes
         self._rules = rules
         self._served = served
         self._states = states
@@ -180,23 +202,38 @@ class Step:
         """As `Passes.add_up`."""
         return self._rules.add_up(measured, more)
 
-    def ask(self, measured: Sequence[Measured], multiplier: Tensor | None) -> None:
-        """As `Passes.ask`."""
-        self._rules.ask(measured, multiplier)
+    def ask(self, measured: Sequence[Measured], multiplier: Tensor | None) -> list[Measured]:
+        """Between the passes: have the other processes answer what the second one asks about tensors that are sharded.
+
+        Kernels prove themselves before that. Whether they do is for each process to see: all of them ask alike.
+        """
+        questions: dict[Stack, shared.Questions] = {}
+        for found in measured:
+            if any(stack.cut is not WHOLE for stack in found.stacks):
+                questions |= self._taker_of(found, multiplier).questions(found, multiplier)
+        if not questions:
+            return list(measured)
+        answers = shared.answers(questions, self._processes)
+        return [found._replace(answers=answers) for found in measured]
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: new states and weights; returns what the context sees of each stack."""
-        group = measured.group
-        kernels = self._served.get(group)
+        taker = self._taker_of(measured, multiplier)
+        watched = taker.update(measured, multiplier)
+        if taker is not self._rules:
+            _note_change([p for stack in measured.stacks for p in stack.cut.local(stack.params)])
+        _log_progress(measured.group, measured.stacks[0])
+        return watched
+
+    def _taker_of(self, measured: Measured, multiplier: Tensor | None) -> TakesSteps:
+        """Who takes the second pass over a group: kernels that have proved themselves, or the rules."""
+        kernels = self._served.get(measured.group)
         if kernels is not None and self._engine.proves(
             measured, lambda: kernels.difference(measured, self._states, multiplier, self._techniques)
         ):
-            watched = self._takers[kernels].update(measured, multiplier)
-            _note_change([p for stack in measured.stacks for p in stack.params])
-        else:
-            watched = self._rules.update(measured, multiplier)
-        _log_progress(group, measured.stacks[0])
-        return watched
+            return self._takers[kernels]
+        self._served.pop(measured.group, None)
+        return self._rules
 
 
 def _cpu_kernels() -> Kernels:

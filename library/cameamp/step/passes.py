@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from ..techniques.sums import OF_WHOLE_TENSORS, Sums
 from . import measure, shared
 from .kernels.gpu.launching import Launcher
 from .measure import GroupSums, Magnitudes
-from .rules import StackOptions, StepScalars, Techniques, Watched, questions, take_step_
+from .rules import StackOptions, StepScalars, Techniques, Watched, count_questions, take_step_
 
 
 class Measured(NamedTuple):
@@ -32,6 +34,7 @@ class Measured(NamedTuple):
         gradients: the usable gradients, if they are held for the second pass, which takes them out.
         launcher: what launches kernels on its device; None where no kernels ran.
         magnitudes: those of each stack, or of the part of it that this process holds; empty from kernels of a GPU.
+        answers: for each stack that is sharded, what the second pass asks of the other processes.
     """
 
     group: Group
@@ -42,6 +45,7 @@ class Measured(NamedTuple):
     gradients: list[Tensor | None]
     launcher: Launcher | None = None
     magnitudes: Sequence[Magnitudes] = ()
+    answers: Mapping[Stack, list[shared.Answer]] = MappingProxyType({})
     by_numba: bool = False
 
 
@@ -69,7 +73,6 @@ class Passes:
         self._watch_every = watch_every
         self._techniques = techniques
         self._processes = processes
-        self._answers: dict[Stack, list[shared.Answer]] = {}
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over the gradients of the stacks that take the step."""
@@ -115,30 +118,29 @@ class Passes:
         ]
         return whole, totals[len(sharded) :]
 
-    def ask(self, measured: Sequence[Measured], multiplier: Tensor | None) -> None:
-        """Between the passes: have the other processes answer what the rules ask about the tensors that are sharded.
+    def questions(self, measured: Measured, multiplier: Tensor | None) -> dict[Stack, shared.Questions]:
+        """What the rules ask of the other processes before the second pass, about the tensors that are sharded.
 
         Args:
             measured: from `add_up`.
             multiplier: 0-d factor of all learning rates; None if no context drives the optimizer.
         """
-        arguments, questions_of = {}, {}
-        for found in measured:
-            for stack, decay in zip(found.stacks, found.sums.decay_strengths):
-                if stack.cut is not WHOLE:
-                    found.group.bind(stack, self._states)
-                    arguments[stack] = found.group, found.sums.magnitude, decay
-                    questions_of[stack] = questions(self._options(found.group, stack))
+        group, sums = measured.group, measured.sums
 
-        def rehearse(stack: Stack, of_shards: Sums) -> None:
-            group, magnitude_sum, decay = arguments[stack]
+        def rehearse(stack: Stack, decay: Tensor | None, of_shards: Sums) -> None:
+            group.bind(stack, self._states)
             work = self._workspace.lend(stack)
             g = stack.gradients(work.gradients)
             measure.drop_unusable_(g, work.scratch)
-            others = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
+            others = self._arguments(group, stack, work, sums.magnitude, decay, multiplier)
             take_step_(g, stack.rehearsal(), *others, of_shards)
 
-        self._answers = shared.answers(rehearse, questions_of, self._processes)
+        found = {}
+        for stack, decay in zip(measured.stacks, sums.decay_strengths):
+            if stack.cut is not WHOLE:
+                count = count_questions(group.config, group.phase(stack).early, stack.whole_rows * stack.columns)
+                found[stack] = shared.of_rehearsals(stack, count, partial(rehearse, stack, decay))
+        return found
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: every stack through the rules, and the weights written back.
@@ -153,7 +155,8 @@ class Passes:
         group, sums = measured.group, measured.sums
         watched = []
         for stack, decay in zip(measured.stacks, sums.decay_strengths):
-            seen = self._update(group, stack, measured.gradients, sums.magnitude, decay, multiplier)
+            known = None if stack.cut is WHOLE else measured.answers[stack]
+            seen = self._update(group, stack, measured.gradients, sums.magnitude, decay, multiplier, known)
             if seen is not None:
                 watched.append(seen)
         return watched
@@ -166,6 +169,7 @@ class Passes:
         magnitude_sum: Tensor,
         decay: Tensor | None,
         multiplier: Tensor | None,
+        answers: Sequence[shared.Answer] | None,
     ) -> Watched | None:
         """One stack through the rules. Gradients that were not held are gathered again."""
         group.bind(stack, self._states)
@@ -175,7 +179,7 @@ class Passes:
         arguments = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
         if held is None:
             measure.drop_unusable_(g, work.scratch)
-        sums = OF_WHOLE_TENSORS if stack.cut is WHOLE else shared.SumsOfShards(stack, self._answers.pop(stack))
+        sums = OF_WHOLE_TENSORS if answers is None else shared.SumsOfShards(stack, answers)
         p, watched = take_step_(g, stack, *arguments, sums)
         del g, held, work, arguments
         dtype = stack.params[0].dtype

@@ -159,7 +159,7 @@ def take_step_(
         work: memory to compute in.
         scalars: what changes with the step.
         options: which rules act.
-        sums: adds up over whole tensors; asked as often as `questions` says.
+        sums: adds up over whole tensors; asked as often as `count_questions` says.
 
     Returns:
         The new weights, to be written back, and what the context sees of the step.
@@ -180,10 +180,9 @@ def take_step_(
     )
 
 
-def questions(options: StackOptions) -> int:
-    """How many times `take_step_` asks for sums over whole tensors."""
-    config = options.config
-    return config.came + 2 * options.phase.early + config.cautious
+def count_questions(config: OptimizerConfig, early: bool, numel: int) -> int:
+    """How many times `take_step_` asks for sums over whole tensors, of so many elements."""
+    return config.came + early * (1 + (numel > 1)) + config.cautious
 
 
 def scale_gradient_(
@@ -248,13 +247,13 @@ def move_(
     else:
         residual = techniques.consistency_momentum(exp_avg, sg, scalars.momentum_rate, beta1, drive)
     del drive
-    p = states.weights(work.weights)
 
     exp_avg_res = states.read("exp_avg_res")
     u = techniques.divide_by_belief(exp_avg, exp_avg_res, residual, beta3, eps2, scalars.bias_correction)
     states.write("exp_avg_res", exp_avg_res)
     states.write("exp_avg", exp_avg)
     del exp_avg, exp_avg_res
+    p = states.weights(work.weights)  # Not before: of a very large tensor these are the most copies that ever are.
 
     u = techniques.turn_to_gradient(u, direction, scalars.gradient_share, work.scratch)
 

@@ -1,15 +1,18 @@
 """What the processes that hold the shards of some tensors tell one another in a step.
 
-A rule that needs sums over whole tensors asks `Sums` for them. On shards the answer takes a message, and one message a
-stack would be hundreds. So the steps of all stacks are rehearsed up to the first question, on copies of their states;
-all answers come in one message; then all are rehearsed up to the next question, until the step itself finds every
-answer it asks for. That costs arithmetic and no memory: to interrupt the steps, and go on with them, would need room
-for what each has computed so far.
+A step that needs sums over whole tensors has questions, the same of all processes and in the same order. One message
+answers the first question of all stacks, the next one the second. Kernels take pass after pass, and ask in between.
+
+A rule asks `Sums`. With rules the steps of all stacks are rehearsed up to the first question, on copies of their
+states; then all are rehearsed up to the next question, until the step itself finds every answer that it asks for. That
+costs arithmetic and no memory: to interrupt the steps, and go on with them, would need room for what each has computed
+so far. What a process tells the others does not depend on how it finds it, so each may take kernels or rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +27,18 @@ _SMALLEST_REST = 2.0**-24
 
 # The sums that answer one question of one stack.
 Answer = Sequence[Tensor]
+
+
+class Questions(NamedTuple):
+    """What the step of a stack of shards asks.
+
+    Attributes:
+        number: how many.
+        next: this process's part of what it asks after some answers.
+    """
+
+    number: int
+    next: Callable[[Sequence[Answer]], Answer]
 
 
 class _OpenQuestionError(Exception):
@@ -86,38 +101,45 @@ class SumsOfShards(Sums):
         return answer
 
 
-def answers(
-    rehearse: Callable[[Stack, Sums], None], questions: dict[Stack, int], processes: Processes
-) -> dict[Stack, list[Answer]]:
+def answers(questions: Mapping[Stack, Questions], processes: Processes) -> dict[Stack, list[Answer]]:
     """The sums that the steps of some stacks of shards ask for, a message for each question.
 
     Args:
-        rehearse: takes the step of a stack with some sums, on copies.
-        questions: how many questions the step of each stack asks.
+        questions: what the step of each stack asks.
         processes: those that hold the shards.
     """
     known: dict[Stack, list[Answer]] = {stack: [] for stack in questions}
-    for number in range(max(questions.values(), default=0)):
-        asking = [stack for stack, count in questions.items() if count > number]
-        own = [_next_question(rehearse, stack, known[stack]) for stack in asking]
+    for number in range(max((each.number for each in questions.values()), default=0)):
+        asking = [stack for stack, each in questions.items() if each.number > number]
+        own = [questions[stack].next(known[stack]) for stack in asking]
         speaking = [
             part if processes.speaks(stack.cut) else torch.zeros_like(part)
             for stack, parts in zip(asking, own)
             for part in parts
         ]
-        totals = iter(processes.add_up(speaking)) if speaking else iter(())
+        totals = iter(processes.add_up(speaking))
         for stack, parts in zip(asking, own):
             known[stack].append([next(totals) for _ in parts])
     return known
 
 
-def _next_question(rehearse: Callable[[Stack, Sums], None], stack: Stack, known: Sequence[Answer]) -> Answer:
-    """This process's part of what a step asks after some answers; nothing if it asks no more."""
-    try:
-        rehearse(stack, SumsOfShards(stack, known))
-    except _OpenQuestionError as question:
-        return question.parts
-    return ()
+def of_rehearsals(stack: Stack, count: int, rehearse: Callable[[Sums], None]) -> Questions:
+    """The questions of a stack whose steps are rehearsed.
+
+    Args:
+        stack: the stack.
+        count: how many questions.
+        rehearse: takes the step with some sums, on copies.
+    """
+
+    def next_question(known: Sequence[Answer]) -> Answer:
+        try:
+            rehearse(SumsOfShards(stack, known))
+        except _OpenQuestionError as question:
+            return question.parts
+        raise AssertionError("a step asks less than was counted")
+
+    return Questions(count, next_question)
 
 
 def measured_parts(stack: Stack, found: Magnitudes) -> Tensor:

@@ -58,22 +58,22 @@ class StoredByRow(StoredAverage):
         self._of_row = of_row
 
     def read(self, out: Tensor | None = None) -> Tensor:
-        stack = self._all_rows().read(None if out is None else self._as_rows(out))
+        stack = self.all_rows().read(None if out is None else self._as_rows(out))
         return stack.view(len(self.tensors[0]), self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
-        self._all_rows().write(self._as_rows(stack.contiguous()), dither)
+        self.all_rows().write(self._as_rows(stack.contiguous()), dither)
 
     def lerp(
         self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
     ) -> Scaled | None:
         rooms = [None if room is None else self._as_rows(room) for room in (out, scratch)]
-        averages = self._all_rows()
+        averages = self.all_rows()
         assert isinstance(averages, StoredAverage)
         found = averages.lerp(self._as_rows(target.contiguous()), rate, dither, *rooms)
         return None if found is None else Scaled(found.stack.view(target.shape), found.factor)
 
-    def _all_rows(self) -> Stored:
+    def all_rows(self) -> Stored:
         """All rows of all tensors, as so many tensors of one column."""
         tensors = [tensor.view(-1, *tensor.shape[2:]) for tensor in self.tensors]
         return self._of_row.over(tensors, torch.Size((self.columns,)))

@@ -60,7 +60,7 @@ class StoredLinear(Stored):
         codes, scale = self.tensors
         low, high = scale.view(-1, 2, 1, 1).unbind(1)
         share = codes.view(len(codes), self.rows, self.columns).to(torch.float32).div_(_LARGEST_CODE)
-        return torch.lerp(low, high, share)
+        return torch.lerp(low, high, share, out=share)  # In place: of a very large tensor a copy more is felt.
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         codes, scale = self.tensors

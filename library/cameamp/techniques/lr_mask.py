@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A bump is computed for so many elements at once: of a very large tensor a whole copy would be too much.
+_LARGEST_PART = 2**23
+
 
 def positive(direction: Tensor) -> Tensor:
     """The polarity of a gradient: whether it is above 0.
@@ -56,8 +59,10 @@ def bump_(
         >>> [round(x, 7) for x in mask.flatten().tolist()]
         [0.0006, 0.0004, 0.001]
     """
-    differs = (polarity ^ last_polarity).to(lr_mask.dtype)
-    lr_mask.add_(differs.mul_(-2 * lr_bump).add_(lr_bump)).clamp_(min_lr, max_lr)
+    rows = max(1, _LARGEST_PART // (len(lr_mask) * max(1, lr_mask.shape[2])))
+    for mask, now, before in zip(*(stack.split(rows, dim=1) for stack in (lr_mask, polarity, last_polarity))):
+        differs = (now ^ before).to(mask.dtype)
+        mask.add_(differs.mul_(-2 * lr_bump).add_(lr_bump)).clamp_(min_lr, max_lr)
 
 
 def scaled(lr_mask: Tensor, multiplier: Tensor, min_lr: float, max_lr: float, out: Tensor | None = None) -> Tensor:

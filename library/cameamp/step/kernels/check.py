@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ...groups import Group, States
+from ...sharding import ALONE
 from ...stacks.stack import ParameterState, Stack
 from ...stacks.workspace import Workspace
+from .. import shared
 from ..measure import GroupSums
 from ..passes import Measured, Passes
 from ..rules import Techniques
@@ -41,6 +43,8 @@ def difference(
 ) -> str:
     """How some ways to take a step differ from the rules, beyond rounding; "" if none does.
 
+    Of a shard, both take it as if it were all that there is: that is to say as much of kernels, and takes no message.
+
     Args:
         measured: a group before the second pass of a step.
         states: the optimizer's.
@@ -54,11 +58,14 @@ def difference(
         strengths = measured.sums.decay_strengths[number]
         sums = GroupSums(measured.sums.magnitude, [None] if strengths is None else [strengths[:1]])
         expected = _Copy(group, stack, states, sums)
-        Passes(expected.states, Workspace(), 0, techniques).update(expected.measured, multiplier)
+        rules = Passes(expected.states, Workspace(), 0, techniques)
+        answers = shared.answers(rules.questions(expected.measured, multiplier), ALONE)
+        rules.update(expected.measured._replace(answers=answers), multiplier)
+        before = _apart(expected.here(stack.params[0].detach()))
         for take_step in takers:
             found = _Copy(group, stack, states, sums)
             take_step(found.measured, found.states)
-            reason = _compare(found, expected, _apart(stack.params[0].detach()))
+            reason = _compare(found, expected, before)
             if reason:
                 return f"{reason}, in a parameter of shape {tuple(stack.params[0].shape)}"
     return ""
@@ -81,15 +88,20 @@ class _Copy:
     def __init__(self, group: Group, stack: Stack, states: States, sums: GroupSums) -> None:
         p = stack.params[0]
         assert p.grad is not None
-        self.p = _apart(p.detach())
-        self.p.grad = p.grad.detach().clone()
+        self._cut = stack.cut
+        rows = stack.whole_rows if p.ndim else None
+        self.p, self.p.grad = stack.cut.wrapped([_apart(self.here(p.detach())), self.here(p.grad).clone()], rows)
         own: ParameterState = {
-            key: value.clone() if torch.is_tensor(value) else value for key, value in states[p].items()
+            key: self.here(value).clone() if torch.is_tensor(value) else value for key, value in states[p].items()
         }
         self.states: States = {self.p: own}
         self.stack = Stack([self.p], [stack.parameter_numbers[0]], stack.traits)
         group.bind(self.stack, self.states)
         self.measured = Measured(group, [self.stack], sums, [], [], [None])
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that this process holds."""
+        return self._cut.local([tensor])[0]
 
 
 def _apart(p: Tensor) -> Tensor:
@@ -106,7 +118,7 @@ def _apart(p: Tensor) -> Tensor:
 
 def _compare(found: _Copy, expected: _Copy, before: Tensor) -> str:
     """What differs between two copies that took the same step; "" for nothing."""
-    changes = [(copy.p.double() - before.double()).flatten() for copy in (found, expected)]
+    changes = [(copy.here(copy.p).double() - before.double()).flatten() for copy in (found, expected)]
     floor_of_weights = _FLOOR_OF_WEIGHTS * float(torch.linalg.vector_norm(before.double()))
     pairs = {"weights": (changes[0], changes[1], floor_of_weights)}
     for name, stored in expected.stack.stored.items():

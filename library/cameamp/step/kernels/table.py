@@ -19,6 +19,7 @@ from ...states import TABLE, momentum_name
 from ...storage import Stored
 from ...storage.bits import StoredBits
 from ...storage.blockwise import StoredBlockwise
+from ...storage.by_row import StoredByRow
 from ...storage.full import StoredFull
 from ...storage.linear import StoredLinear
 from ...storage.low_rank import StoredLowRank
@@ -27,26 +28,35 @@ from ...storage.nibbles import StoredNibbles
 # The first columns of a row.
 NUMEL, ROWS, COLUMNS, POSITION, BLOCK, GRAD, GRAD_KIND, WEIGHT, WEIGHT_KIND, SAMPLE = range(10)
 
+# Of a shard, which is what all of these are of: the elements of the whole tensor, and the first that is here. And how
+# many elements signs and momenta are coded over: those of a row if each row is coded by itself, else 0.
+WHOLE_NUMEL, FIRST, SPAN = range(10, 13)
+
 # Then follow, for each state of `states.TABLE` in its order, its kind, its address, and that of its scale.
-STATES = 10
+STATES = 13
 KIND, ADDRESS, SCALE = range(3)
 STATE_NUMBERS = {state.name: number for number, state in enumerate(TABLE)}
 FIELDS = STATES + 3 * len(TABLE)
 
-# For each momentum, in a table of its own: how it is written, and for low rank also the folded matrix and the rank.
-MOMENTUM_FIELDS = 6
-FOLDED_ROWS, FOLDED_COLUMNS, RANK = range(3, 6)
+# For each momentum, in a table of its own: how it is written, for low rank also the folded matrix and the rank, and if
+# each row is coded by itself, the bytes from one row to the next, of codes and of scales.
+MOMENTUM_FIELDS = 8
+FOLDED_ROWS, FOLDED_COLUMNS, RANK, CODE_STEP, SCALE_STEP = range(3, 8)
 
 # The same rows by names, for kernels that read records.
 ROW = numpy.dtype(
     [
         *((name, numpy.int64) for name in ("numel", "rows", "columns", "position", "block")),
         *((name, numpy.int64) for name in ("grad", "grad_kind", "weight", "weight_kind", "sample")),
+        *((name, numpy.int64) for name in ("whole_numel", "first", "span")),
         ("states", numpy.int64, (len(TABLE), 3)),
     ]
 )
 MOMENTUM = numpy.dtype(
-    [(name, numpy.int64) for name in ("kind", "address", "scale", "folded_rows", "folded_columns", "rank")]
+    [
+        *((name, numpy.int64) for name in ("kind", "address", "scale", "folded_rows", "folded_columns", "rank")),
+        *((name, numpy.int64) for name in ("code_step", "scale_step")),
+    ]
 )
 
 # How a state is written down.
@@ -119,8 +129,8 @@ def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tens
         The table; the weights that were copied, each beside its copy, which is to be written back; and the gradients
         that were copied, which must outlive the kernel's call.
     """
-    params = [p for stack in batch.stacks for p in stack.params]
-    grads = [grad for p in params if (grad := p.grad) is not None]
+    params = [p for stack in batch.stacks for p in stack.cut.local(stack.params)]
+    grads = [g for stack in batch.stacks for g in stack.cut.local([p.grad for p in stack.params if p.grad is not None])]
     table = batch.table.copy()
     kept, _ = _enter_addresses(table[:, GRAD : GRAD_KIND + 1], grads)
     _, written_back = _enter_addresses(table[:, WEIGHT : WEIGHT_KIND + 1], params)
@@ -161,7 +171,11 @@ def _rows_of(stack: Stack) -> numpy.ndarray:
     rows[:, NUMEL] = stack.rows * stack.columns
     rows[:, ROWS], rows[:, COLUMNS] = stack.rows, stack.columns
     rows[:, POSITION] = stack.parameter_numbers
-    rows[:, BLOCK] = next((state.block for state in stack.stored.values() if isinstance(state, StoredBlockwise)), 0)
+    rows[:, WHOLE_NUMEL], rows[:, FIRST] = stack.whole_rows * stack.columns, stack.first_element
+    by_row = any(isinstance(state, StoredByRow) for state in stack.stored.values())
+    rows[:, SPAN] = stack.columns if by_row else 0
+    codes = map(_code, stack.stored.values())
+    rows[:, BLOCK] = next((code.block for code in codes if isinstance(code, StoredBlockwise)), 0)
     for name, number in STATE_NUMBERS.items():
         place = STATES + 3 * number
         rows[:, place + KIND] = ABSENT
@@ -175,14 +189,22 @@ def _momenta_of(stack: Stack, periods: Sequence[int]) -> numpy.ndarray:
     for place, period in enumerate(periods):
         stored = stack.stored[momentum_name(period)]
         _enter(momenta[:, place], stored)
-        if isinstance(stored, StoredLowRank):
-            momenta[:, place, FOLDED_ROWS:] = stored.folded.rows, stored.folded.columns, stored.folded.rank
+        code = _code(stored)
+        if isinstance(code, StoredLowRank):
+            momenta[:, place, FOLDED_ROWS : RANK + 1] = code.folded.rows, code.folded.columns, code.folded.rank
+        steps = [tensor.stride(1) * tensor.element_size() for tensor in stored.tensors if tensor.ndim > 1]
+        momenta[:, place, CODE_STEP : CODE_STEP + len(steps)] = steps
     return momenta
+
+
+def _code(stored: Stored) -> Stored:
+    """What a state is written in: of one that is written row by row, what each row is."""
+    return stored.all_rows() if isinstance(stored, StoredByRow) else stored
 
 
 def _enter(fields: numpy.ndarray, stored: Stored) -> None:
     """Write down a state's kind, and for each tensor of the stack where it and its scale are."""
-    fields[:, KIND] = _kind(stored)
+    fields[:, KIND] = _kind(_code(stored))
     for place, tensor in enumerate(stored.tensors):
         step = tensor.stride(0) * tensor.element_size() if len(tensor) > 1 else 0
         fields[:, ADDRESS + place] = tensor.data_ptr() + step * numpy.arange(len(tensor))

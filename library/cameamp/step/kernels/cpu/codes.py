@@ -59,7 +59,7 @@ def bytes_of(kind):
 def load_floats(address, kind, start, count, room):
     """Numbers of any of the three floating-point formats: in place if they are float32, else converted into `room`.
 
-    Fewer than `LANES` are in `room` too, which is filled up with zeros; more must be whole sixteens.
+    What is no whole sixteens is in `room` too, which is filled up with zeros.
     """
     if kind == FLOAT32:
         return _in_place(floats(address, start, count), room)
@@ -202,7 +202,7 @@ def fetch_state(state, start, count):
 def load_state(state, block, start, count, maps, room):
     """A state of one tensor as float32: in place if it is stored so, else decoded into `room`.
 
-    Fewer than `LANES` elements are in `room` too, which is filled up with zeros.
+    What is no whole sixteens is in `room` too, which is filled up with zeros.
 
     Args:
         state: its kind, address and scale, of one tensor.
@@ -215,6 +215,7 @@ def load_state(state, block, start, count, maps, room):
     if kind == FLOAT:
         return _in_place(floats(address, start, count), room)
     out = room[:count]
+    fill_up(room, count)
     codes = bytes_at(address, start, count)
     if kind == EVEN:
         scale = floats(state[SCALE], 0, 2)
@@ -316,10 +317,16 @@ def _encode_evenly(x, start, stream, low, high, codes):
 
 
 @exact
-def load_signs(state, numel, start, count, room):
+def load_signs(state, length, start, count, room):
     """Yes or no for each element, as bytes: in place if they are stored so, else unpacked into `room`.
 
     No whole sixteens are in `room` too.
+
+    Args:
+        state: its kind and address, of one tensor.
+        length: how many elements are packed together: those of the tensor, or of a row.
+        start, count: which elements.
+        room: memory for `count` bytes.
     """
     address = state[ADDRESS]
     out = room[:count]
@@ -329,30 +336,32 @@ def load_signs(state, numel, start, count, room):
             return signs
         copy_bytes(signs, out)
         return out
-    plane = numel // 8
+    plane = length // 8
     done = 0
     while done < count:
-        bit, byte = (start + done) // plane, (start + done) % plane
+        before, place = (start + done) // length, (start + done) % length
+        bit, byte = place // plane, place % plane
         many = min(plane - byte, count - done)
-        _unpack(bytes_at(address, byte, many), numpy.uint8(bit), out[done : done + many])
+        _unpack(bytes_at(address, before * plane + byte, many), numpy.uint8(bit), out[done : done + many])
         done += many
     return out
 
 
 @exact
-def store_signs(signs, state, numel, start):
-    """Write signs; those that are packed share bytes with distant elements, so one thread writes a whole tensor's."""
+def store_signs(signs, state, length, start):
+    """Write signs; those that are packed share bytes with distant elements, so one thread writes all of a length."""
     address = state[ADDRESS]
     count = len(signs)
     if state[KIND] != PACKED:
         copy_bytes(signs, bytes_at(address, start, count))
         return
-    plane = numel // 8
+    plane = length // 8
     done = 0
     while done < count:
-        bit, byte = (start + done) // plane, (start + done) % plane
+        before, place = (start + done) // length, (start + done) % length
+        bit, byte = place // plane, place % plane
         many = min(plane - byte, count - done)
-        _pack(signs[done : done + many], numpy.uint8(bit), bytes_at(address, byte, many))
+        _pack(signs[done : done + many], numpy.uint8(bit), bytes_at(address, before * plane + byte, many))
         done += many
 
 

@@ -1,7 +1,8 @@
 """Multi-scale momenta in a kernel: what they add to the drive, block by block, and how those of low rank follow.
 
 A momentum m that is due becomes (1 - rate) m + rate sg; the drive is the sum of share * m over all of them. Formats are
-those of `storage/full.py`, `storage/nibbles.py` and `storage/low_rank.py`.
+those of `storage/full.py`, `storage/nibbles.py` and `storage/low_rank.py`. What is coded together is a unit, of so many
+elements: a tensor is one, and of a shard each row is, as `storage/by_row.py` has it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ _LARGEST_CODE = _f(low_rank.LARGEST_CODE)
 _SMALLEST_NEW_PART = _f(low_rank.SMALLEST_NEW_PART)
 
 
-# A row of a momentum's left factor, the same of its right one, and the scale of their product.
-FACTOR = numpy.dtype([(name, numpy.int64) for name in ("left", "right", "scale", "momentum")])
+# A row of a momentum's left factor, the same of its right one, the scale of their product, and the momentum's steps.
+FACTOR = numpy.dtype(
+    [(name, numpy.int64) for name in ("left", "right", "scale", "momentum", "code_step", "scale_step")]
+)
 
 
 def factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
@@ -52,10 +55,24 @@ def factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
             result["right"][tensors, places] = left + own["folded_rows"][tensors]
             result["scale"][tensors, places] = own["scale"][tensors] + 4 * k
             result["momentum"][tensors, places] = j
+            for step in ("code_step", "scale_step"):
+                result[step][tensors, places] = own[step][tensors]
     return result
 
 
 # The drive ------------------------------------------------------------------------------------------------------
+
+
+@exact
+def _codes_at(momentum, unit):
+    """The address of a unit's codes."""
+    return momentum.address + unit * momentum.code_step
+
+
+@exact
+def _scale_at(momentum, unit):
+    """The address of a unit's scale, or of its first."""
+    return momentum.scale + unit * momentum.scale_step
 
 
 @jit
@@ -70,7 +87,7 @@ def _half_of(start, count, numel, high):
 
 
 @jit
-def sum_products(momenta, numel, rates, raw, start, sums):
+def sum_products(momenta, unit, numel, rates, raw, start, sums):
     """Add what the norm of each four-bit momentum's new value follows from: raw . levels and levels . levels.
 
     The value is sg + (1 - rate) / rate * scale * levels, and of sg only its multiple `raw` is known yet.
@@ -80,7 +97,7 @@ def sum_products(momenta, numel, rates, raw, start, sums):
             for high in range(2):
                 first, end, byte = _half_of(start, len(raw), numel, high)
                 if first < end:
-                    codes = signed_bytes(momenta[j].address, byte, end - first)
+                    codes = signed_bytes(_codes_at(momenta[j], unit), byte, end - first)
                     _sum_levels(codes, raw[first:end], high, sums[2 * j : 2 * j + 2])
 
 
@@ -96,17 +113,19 @@ def _sum_levels(codes, raw, high, sums):
 
 
 @jit
-def new_spacings(momenta, numel, rates, sums, square, factor, out):
+def new_spacings(momenta, unit, numel, rates, sums, square, factor, out):
     """The distance between the levels of each momentum's new value, from `sum_products` and raw . raw; in sg's unit."""
     for j in range(len(momenta)):
         if momenta[j].kind == FOUR_BITS and rates[j] != 0:
-            old = (1 - rates[j]) / rates[j] * numpy.float64(floats(momenta[j].scale, 0, 1)[0])
+            old = (1 - rates[j]) / rates[j] * numpy.float64(floats(_scale_at(momenta[j], unit), 0, 1)[0])
             norm = factor * factor * square + 2 * factor * old * sums[2 * j] + old * old * sums[2 * j + 1]
             out[j] = max(math.sqrt(max(norm, 0.0)), _SMALLEST_NORM) * _SPACING / math.sqrt(numel)
 
 
 @jit
-def drive(momenta, factors, numel, rates, shares, spacings, turning_point, sg, start, write, unpacked, room, out):
+def drive(
+    momenta, factors, unit, numel, rates, shares, spacings, turning_point, sg, start, write, unpacked, room, out
+):  # fmt: skip
     """The weighted mean of the momenta, which drives in place of sg where there is a gradient.
 
     With `write`, the new momenta are written.
@@ -114,12 +133,13 @@ def drive(momenta, factors, numel, rates, shares, spacings, turning_point, sg, s
     Args:
         momenta: those of one tensor, `table.MOMENTUM`.
         factors: of those of low rank, `FACTOR`, in fours.
-        numel: the tensor's elements.
+        unit: which of the tensor's units.
+        numel: the unit's elements.
         rates, shares: of each momentum at this step; see `techniques.multiscale.Scale`.
         spacings: from `new_spacings`.
         turning_point: of the rounding to levels.
         sg: the block's scaled gradient.
-        start: its first element.
+        start: its first element, of the unit.
         unpacked: where new levels go, a byte an element, if several threads share the tensor; else 0.
         room: memory for a block.
         out: the drive.
@@ -131,23 +151,23 @@ def drive(momenta, factors, numel, rates, shares, spacings, turning_point, sg, s
             continue
         kind = momenta[j].kind
         if kind == FLOAT:
-            _add_full(momenta[j], rates[j], shares[j], sg, start, write, room[: len(sg)], out)
+            _add_full(momenta[j], unit, rates[j], shares[j], sg, start, write, room[: len(sg)], out)
         elif kind == FOUR_BITS:
             spacing = _f(spacings[j])
             levels = unpacked + j * numel if unpacked != 0 else 0
             _add_four_bits(
-                momenta[j], numel, rates[j], shares[j], spacing, turning_point, sg, start, write, levels, out
+                momenta[j], unit, numel, rates[j], shares[j], spacing, turning_point, sg, start, write, levels, out
             )
         else:
             columns = momenta[j].folded_columns
     if columns:
         for first in range(0, len(factors), 4):
-            _add_four_factors(factors[first : first + 4], shares, columns, start, room, out)
+            _add_four_factors(factors[first : first + 4], unit, shares, columns, start, room, out)
 
 
 @jit
-def _add_full(momentum, rate, share, sg, start, write, values, out):
-    m = floats(momentum.address, start, len(sg))
+def _add_full(momentum, unit, rate, share, sg, start, write, values, out):
+    m = floats(_codes_at(momentum, unit), start, len(sg))
     loops.copy(m, values)
     loops.scale(values, _f(1.0) - rate)
     loops.add_scaled(sg, rate, values)
@@ -157,22 +177,22 @@ def _add_full(momentum, rate, share, sg, start, write, values, out):
 
 
 @jit
-def _add_four_bits(momentum, numel, rate, share, spacing, turning_point, sg, start, write, unpacked, out):
+def _add_four_bits(momentum, unit, numel, rate, share, spacing, turning_point, sg, start, write, unpacked, out):
     """out += share * m of a block; with `write`, the new levels are written."""
-    scale = floats(momentum.scale, 0, 1)[0]
+    scale = floats(_scale_at(momentum, unit), 0, 1)[0]
     offset = _LARGEST_LEVEL + _f(1.0) - turning_point
     for high in range(2):
         first, end, byte = _half_of(start, len(sg), numel, high)
         if first >= end:
             continue
-        codes = signed_bytes(momentum.address, byte, end - first)
+        codes = signed_bytes(_codes_at(momentum, unit), byte, end - first)
         if rate == 0:
             _add_levels(codes, high, share * scale, out[first:end])
             continue
         kept = (_f(1.0) - rate) / rate * scale
         if write and unpacked == 0:
-            unit = _f(1.0) / spacing
-            _update_levels(codes, sg[first:end], high, kept, rate * share, unit, offset, out[first:end])
+            inverse = _f(1.0) / spacing
+            _update_levels(codes, sg[first:end], high, kept, rate * share, inverse, offset, out[first:end])
             continue
         if write:
             levels = signed_bytes(unpacked, start + first, end - first)
@@ -233,11 +253,11 @@ def pack_levels(unpacked, address, numel):
 
 
 @jit
-def finish_scales(momenta, rates, spacings):
+def finish_scales(momenta, unit, rates, spacings):
     """Write the new distance between levels, once all blocks are done."""
     for j in range(len(momenta)):
         if momenta[j].kind == FOUR_BITS and rates[j] != 0:
-            floats(momenta[j].scale, 0, 1)[0] = _f(spacings[j] * rates[j])
+            floats(_scale_at(momenta[j], unit), 0, 1)[0] = _f(spacings[j] * rates[j])
 
 
 # Low rank -------------------------------------------------------------------------------------------------------
@@ -248,31 +268,35 @@ _NARROW = 64
 
 
 @jit
-def _weight(factor, shares):
+def _weight(factor, unit, shares):
     """What a factor's product is multiplied by."""
-    return shares[factor.momentum] * floats(factor.scale, 0, 1)[0] if factor.momentum >= 0 else _f(0.0)
+    if factor.momentum < 0:
+        return _f(0.0)
+    return shares[factor.momentum] * floats(_scale_at(factor, unit), 0, 1)[0]
 
 
 @jit
-def _codes_of(factor, first, address, start, count):
+def _codes_of(factor, unit, first, address, start, count):
     """Some codes of a factor; of one that is only there to make four, those of the first."""
-    return signed_bytes(address if factor.momentum >= 0 else first, start, count)
+    return signed_bytes(address + unit * factor.code_step if factor.momentum >= 0 else first, start, count)
 
 
 @jit
-def _add_four_factors(factors, shares, columns, start, room, out):
+def _add_four_factors(factors, unit, shares, columns, start, room, out):
     """out += the sum of weight * left * right over four factors, of the elements from `start` on."""
     a, b, c, d = factors[0], factors[1], factors[2], factors[3]
     if a.momentum < 0:
         return
-    v, w, x, y = _weight(a, shares), _weight(b, shares), _weight(c, shares), _weight(d, shares)
+    v, w = _weight(a, unit, shares), _weight(b, unit, shares)
+    x, y = _weight(c, unit, shares), _weight(d, unit, shares)
     count = len(out)
     row, last = start // columns, (start + count - 1) // columns
     many = last - row + 1
-    p, q = signed_bytes(a.left, row, many), _codes_of(b, a.left, b.left, row, many)
-    r, s = _codes_of(c, a.left, c.left, row, many), _codes_of(d, a.left, d.left, row, many)
-    e, f = signed_bytes(a.right, 0, columns), _codes_of(b, a.right, b.right, 0, columns)
-    g, h = _codes_of(c, a.right, c.right, 0, columns), _codes_of(d, a.right, d.right, 0, columns)
+    left, right = a.left + unit * a.code_step, a.right + unit * a.code_step
+    p, q = signed_bytes(left, row, many), _codes_of(b, unit, left, b.left, row, many)
+    r, s = _codes_of(c, unit, left, c.left, row, many), _codes_of(d, unit, left, d.left, row, many)
+    e, f = signed_bytes(right, 0, columns), _codes_of(b, unit, right, b.right, 0, columns)
+    g, h = _codes_of(c, unit, right, c.right, 0, columns), _codes_of(d, unit, right, d.right, 0, columns)
     column, done = start % columns, 0
     if columns <= _NARROW and column == 0 and count % columns == 0 and columns % 8 == 0:
         _to_floats(e, room[:columns])
@@ -308,7 +332,7 @@ def _to_floats(codes, out):
 
 
 @jit
-def begin_low_rank(momentum, rate, step):
+def begin_low_rank(momentum, unit, rate, step):
     """What an iteration of one momentum needs before it sees the gradient.
 
     Returns:
@@ -317,13 +341,13 @@ def begin_low_rank(momentum, rate, step):
     """
     rows, columns, rank = momentum.folded_rows, momentum.folded_columns, momentum.rank
     length = rows + columns
-    scales = floats(momentum.scale, 0, rank)
+    scales = floats(_scale_at(momentum, unit), 0, rank)
     factors = numpy.empty((rank, length), dtype=numpy.float32)
     probe = numpy.empty((rank, columns), dtype=numpy.float32)
     seen = numpy.zeros((rank, rows), dtype=numpy.float32)
     stream = noise_stream(0, 0)
     for k in range(rank):
-        _to_floats(signed_bytes(momentum.address, k * length, length), factors[k])
+        _to_floats(signed_bytes(_codes_at(momentum, unit), k * length, length), factors[k])
         for c in range(columns):
             # Without a little of every direction, one that the factors lack could never come in.
             place = (k * columns + c - step) % (rank * columns)
@@ -376,12 +400,12 @@ def project_gradient(momentum, rate, sg, start, left, right):
 
 
 @jit
-def finish_low_rank(momentum, left, right):
+def finish_low_rank(momentum, unit, left, right):
     """Write the new factors down."""
     rows, columns, rank = momentum.folded_rows, momentum.folded_columns, momentum.rank
-    scales = floats(momentum.scale, 0, rank)
+    scales = floats(_scale_at(momentum, unit), 0, rank)
     for k in range(rank):
-        codes = signed_bytes(momentum.address, k * (rows + columns), rows + columns)
+        codes = signed_bytes(_codes_at(momentum, unit), k * (rows + columns), rows + columns)
         scales[k] = _code_factor(left[k], codes[:rows]) * _code_factor(right[k], codes[rows:])
 
 

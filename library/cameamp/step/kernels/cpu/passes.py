@@ -1,8 +1,10 @@
 """The passes of a step over parts of tensors. Every pass but the last only reads; the last one writes.
 
-What a pass sums over a tensor goes to `sums`, a row for each part of it, and is added up in their order by `total`, so
-that a result does not depend on how many threads there are. What follows from the sums goes to `facts`, a row for each
+What a pass sums over a tensor goes to `sums`, a row for each part of it, and is added up in their order, so that a
+result does not depend on how many threads there are. What follows from the sums goes to `facts`, a row for each
 tensor. The states are read, and decoded, anew in each pass: that is cheaper than to keep what lies in between.
+
+Of a shard, the sums of all processes are added up before anything is concluded from them.
 """
 
 from __future__ import annotations
@@ -51,11 +53,11 @@ FETCHED_AHEAD = 512
 
 # The columns of `sums` ...
 SQUARE, ALONG, WEIGHTS, UPDATE, AGREEING, PRODUCTS = range(6)
-# ... and those of `facts`; from the last one on there is one for each momentum.
-FACTOR, SHARE_ALONG, LENGTHENING, CAUTIOUS, STRENGTH, SPACINGS = range(6)
+# ... and those of `facts`.
+FACTOR, SHARE_ALONG, LENGTHENING, CAUTIOUS, STRENGTH, FACTS = range(6)
 
 # The passes over a tensor that several threads share.
-SCALED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(6)
+SCALED, FOLLOWED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(7)
 
 _SMALLEST_COLUMN_NORM = _f(tam.SMALLEST_NORM)
 _SMALLEST_WEIGHT_NORM = orthograd.SMALLEST_NORM
@@ -93,7 +95,7 @@ def measure(parts, first, last, table, with_deviations, every, found, sample, me
             nonzero += is_nonzero
             unusable += is_unusable
             if every:
-                loops.sample_gradient(g, start, every, floats(sample, row.sample, -(-row.numel // every)))
+                loops.sample_gradient(g, row.first + start, every, _sample_of(row, every, sample))
             shift = total / count - mean
             if with_deviations:
                 deviations += loops.squared_deviations(g, _f(total / count))
@@ -126,14 +128,25 @@ def total_measures(parts, found, totals):
 @jit
 def block_length(row):
     """How many elements are worked on at a time: whole blocks of a code."""
-    return max(SHORT, row.block)
+    return max(SHORT // row.block, 1) * row.block if row.block else SHORT
+
+
+@jit
+def unit_length(row):
+    """How many elements' signs and momenta are coded together: those of the tensor, or of a row."""
+    return row.span if row.span else row.numel
 
 
 @jit
 def next_count(row, start, end):
-    """How many elements a block has from a place on: whole sixteens, or the fewer in which a tensor ends."""
+    """How many elements a block has from a place on: whole sixteens, or the fewer in which a tensor ends.
+
+    Of states that are coded it is whole blocks of the code, whatever they are.
+    """
     rest = end - start
-    return min(block_length(row), rest // LANES * LANES if rest >= LANES else rest)
+    if row.block == 0 and rest >= LANES:
+        rest = rest // LANES * LANES
+    return min(block_length(row), rest)
 
 
 @jit
@@ -158,28 +171,33 @@ def _scaled_gradient(row, k, start, count, factor, rooms):
 
 
 @jit
-def _drive(row, own, low_ranks, k, facts, sg, start, write, unpacked, rooms):
+def _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms):
     """What drives the momentum."""
     if not k.driven:
         return sg
     drive = rooms[DRIVE, : len(sg)]
     rates, shares = floats(k.rates, 0, len(own)), floats(k.shares, 0, len(own))
-    spacings = facts[SPACINGS:]
-    multiscale.drive(
-        own, low_ranks, row.numel, rates, shares, spacings, k.turning_point, sg, start, write, unpacked, rooms[RATES],
-        drive,
-    )  # fmt: skip
+    length = unit_length(row)
+    done = 0
+    while done < len(sg):
+        unit, place = (start + done) // length, (start + done) % length
+        many = min(length - place, len(sg) - done)
+        multiscale.drive(
+            own, low_ranks, unit, length, rates, shares, spacings[unit], k.turning_point, sg[done : done + many], place,
+            write, unpacked, rooms[RATES], drive[done : done + many],
+        )  # fmt: skip
+        done += many
     return drive
 
 
 @jit
-def _given(row, own, low_ranks, k, facts, norms, start, count, write, unpacked, rooms):
+def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, unpacked, rooms):
     """What the update of a block is computed from; with `write`, the momenta are updated."""
     sg = rooms[SG, :count]
     drive = sg
     if k.driven:
         sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
-        drive = _drive(row, own, low_ranks, k, facts, sg, start, write, unpacked, rooms)
+        drive = _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms)
         fill_up(rooms[DRIVE], count)
     g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
     states = row.states
@@ -191,7 +209,8 @@ def _given(row, own, low_ranks, k, facts, norms, start, count, write, unpacked, 
     if k.early:
         s = load_state(states[_S], row.block, start, count, k.maps, rooms[_S])
         if count % LANES != 0:
-            loops.fill(rooms[NORMS, :LANES], _f(1.0))
+            last = count // LANES * LANES
+            loops.fill(rooms[NORMS, last : last + LANES], _f(1.0))  # They are divided by.
         _repeat(norms, start, each)
     return loops.Given(g, exp_avg_sq, exp_avg, exp_avg_res, s, sg, drive, each, k.driven)
 
@@ -250,7 +269,10 @@ def sum_scaled(row, own, begin, end, k, sums, rooms):
         if k.driven:
             sg, square = _scaled_gradient(row, k, start, count, _f(1.0), rooms)
             sums[SQUARE] += square
-            multiscale.sum_products(own, row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:])
+            if not row.span:  # Rows are looked at once the factor is known, by `follow_rows`.
+                multiscale.sum_products(
+                    own, numpy.int64(0), row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:]
+                )
         elif k.came:
             g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
             old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
@@ -259,25 +281,27 @@ def sum_scaled(row, own, begin, end, k, sums, rooms):
 
 
 @jit
-def conclude_scaled(row, own, k, sums, facts):
+def conclude_scaled(row, own, k, sums, facts, spacings):
     """CAME's bound on the root mean square: the factor of the scaled gradient."""
     square = sums[SQUARE]
-    excess = math.sqrt(square / row.numel) / k.clip_threshold if k.came else 0.0
+    excess = math.sqrt(square / row.whole_numel) / k.clip_threshold if k.came else 0.0
     facts[FACTOR] = 1.0 / max(excess, 1.0)
-    if k.driven:
+    if k.driven and not row.span:
+        rates = floats(k.rates, 0, len(own))
         multiscale.new_spacings(
-            own, row.numel, floats(k.rates, 0, len(own)), sums[PRODUCTS:], square, facts[FACTOR], facts[SPACINGS:]
+            own, numpy.int64(0), row.numel, rates, sums[PRODUCTS:], square, facts[FACTOR], spacings[0]
         )
 
 
 @jit
-def sum_columns(row, own, low_ranks, begin, end, k, facts, of_momentum, of_drive, rooms):
+def sum_columns(row, own, low_ranks, begin, end, k, facts, spacings, of_momentum, of_drive, rooms):
     """Early: the squares of each column of the momentum and of its drive."""
+    read_only, nowhere = numpy.bool_(False), numpy.int64(0)
     start = begin
     while start < end:
         count = next_count(row, start, end)
         sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
-        drive = _drive(row, own, low_ranks, k, facts, sg, start, numpy.bool_(False), numpy.int64(0), rooms)
+        drive = _drive(row, own, low_ranks, k, spacings, sg, start, read_only, nowhere, rooms)
         if k.driven:
             loops.keep_where_gradient(drive, sg)
         exp_avg = load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[_EXP_AVG])
@@ -312,13 +336,14 @@ def conclude_columns(of_momentum, of_drive, out):
 
 
 @jit
-def sum_update(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms):
+def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
     """Early: what OrthoGrad needs of the update and the weights. Later: how much of the update is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
+    read_only, nowhere = numpy.bool_(False), numpy.int64(0)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, norms, start, count, numpy.bool_(False), numpy.int64(0), rooms)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         if k.early:
             along, weights, update = loops.products(given, p, scaling, following)
@@ -334,7 +359,7 @@ def sum_update(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms):
 def conclude_update(row, k, sums, facts):
     """OrthoGrad's two factors: of the weights in what is taken off, and of what is left."""
     facts[SHARE_ALONG], facts[LENGTHENING] = 0.0, 1.0
-    if k.early and row.numel > 1 and math.sqrt(sums[WEIGHTS]) > _SMALLEST_WEIGHT_NORM:
+    if k.early and row.whole_numel > 1 and math.sqrt(sums[WEIGHTS]) > _SMALLEST_WEIGHT_NORM:
         size = math.sqrt(sums[UPDATE])
         rest = math.sqrt(max(sums[UPDATE] - sums[ALONG] * sums[ALONG] / sums[WEIGHTS], 0.0))
         facts[SHARE_ALONG] = sums[ALONG] / sums[WEIGHTS]
@@ -345,18 +370,19 @@ def conclude_update(row, k, sums, facts):
 @jit
 def conclude_agreement(row, sums, facts):
     """Cautious: the factor of the elements that are kept."""
-    facts[CAUTIOUS] = row.numel / (sums[AGREEING] + 1.0)
+    facts[CAUTIOUS] = row.whole_numel / (sums[AGREEING] + 1.0)
 
 
 @jit
-def sum_agreement(row, own, low_ranks, begin, end, k, facts, norms, sums, rooms):
+def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
     """Early and cautious: how much of the update without its part along the weights is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     along, lengthening = _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING])
+    read_only, nowhere = numpy.bool_(False), numpy.int64(0)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, norms, start, count, numpy.bool_(False), numpy.int64(0), rooms)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         sums[AGREEING] += loops.count_agreement(given, p, scaling, following, along, lengthening)
         start += count
@@ -382,7 +408,7 @@ def scale_rows(row, begin, end, softening, out, rooms):
 
 
 @jit
-def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacked, rooms, signs):
+def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factors, unpacked, rooms, signs):
     """The last pass: new states and weights.
 
     Args:
@@ -391,13 +417,15 @@ def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacke
         begin, end: the part.
         k: one of `settings.SETTINGS`.
         facts: what the other passes concluded of the tensor.
+        spacings: between the levels of its new momenta.
         norms: early, of each column.
         row_factors: ALLoRA's, of each row.
-        unpacked: addresses of a byte an element for signs, and for levels of momenta; 0 if one thread has the tensor.
+        unpacked: addresses of a byte an element for signs, and for levels of momenta; 0 if one thread has all that is
+            packed together.
         rooms: memory for blocks.
         signs: memory for the bytes of two blocks.
     """
-    stream = noise_stream(row.position, k.step)
+    stream = numpy.uint32(noise_stream(row.position, k.step) + numpy.uint32(row.first))
     states = row.states
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     decay = k.weight_decay * _f(facts[STRENGTH]) if k.decays else _f(0.0)
@@ -411,12 +439,14 @@ def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacke
         count = next_count(row, start, end)
         if row.block != 0:
             _fetch_rest(row, start + count, end)
-        given = _given(row, own, low_ranks, k, facts, norms, start, count, numpy.bool_(True), unpacked[1], rooms)
+        given = _given(
+            row, own, low_ranks, k, facts, spacings, norms, start, count, numpy.bool_(True), unpacked[1], rooms
+        )
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         mask = load_state(states[_MASK], row.block, start, count, k.maps, rooms[_MASK])
         now, before = signs[0][:count], signs[1][:count]
         if k.warmup and k.has_polarity:
-            before = load_signs(states[_POLARITY], row.numel, start, count, signs[1])
+            before = load_signs(states[_POLARITY], unit_length(row), start, count, signs[1])
         rates = rooms[RATES, :count]
         if k.row_scaled:
             _fill_rows(rates, start, row.columns, row_factors, k.scheduler)
@@ -431,8 +461,8 @@ def write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacke
         if k.early:
             store_state(given.s, states[_S], row.block, start, k.maps, stream)
         if k.every:
-            loops.sample(sg[:count], start, k.every, _seen(row, k, k.grad_sample))
-            loops.sample(change[:count], start, k.every, _seen(row, k, k.change_sample))
+            loops.sample(sg[:count], row.first + start, k.every, _sample_of(row, k.every, k.grad_sample))
+            loops.sample(change[:count], row.first + start, k.every, _sample_of(row, k.every, k.change_sample))
         store_weights(p, row.weight, row.weight_kind, start, stream)
         if k.warmup:
             _store_signs(row, start, now, unpacked[0])
@@ -447,13 +477,13 @@ def _store_signs(row, start, now, unpacked):
     if unpacked != 0:
         copy_bytes(now, bytes_at(unpacked, start, len(now)))
     else:
-        store_signs(now, row.states[_POLARITY], row.numel, start)
+        store_signs(now, row.states[_POLARITY], unit_length(row), start)
 
 
 @jit
-def _seen(row, k, address):
-    """A tensor's part of what the context sees."""
-    return floats(address, row.sample, -(-row.numel // k.every))
+def _sample_of(row, every, address):
+    """Where every n-th element of a tensor goes, from the whole tensor's first one on; of a shard they begin later."""
+    return floats(address, row.sample, -(-(row.first + row.numel) // every))
 
 
 @jit
@@ -474,36 +504,65 @@ def _fill_rows(out, start, columns, factors, common):
 
 
 @jit
-def follow_low_rank(row, momentum, rate, k, factor, rooms):
+def follow_low_rank(row, momentum, unit, rate, k, factor, rooms):
     """Update one momentum of low rank: one subspace iteration, whose two products see the gradient in two sweeps."""
-    factors, probe, left = multiscale.begin_low_rank(momentum, rate, k.step)
-    start = numpy.int64(0)
-    while start < row.numel:
-        count = next_count(row, start, row.numel)
+    factors, probe, left = multiscale.begin_low_rank(momentum, unit, rate, k.step)
+    begin = unit * unit_length(row)
+    end = begin + unit_length(row)
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
         sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
-        multiscale.probe_gradient(momentum, rate, sg, start, probe, left)
+        multiscale.probe_gradient(momentum, rate, sg, start - begin, probe, left)
         start += count
     right = multiscale.begin_right(momentum, factors, left)
-    start = numpy.int64(0)
-    while start < row.numel:
-        count = next_count(row, start, row.numel)
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
         sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
-        multiscale.project_gradient(momentum, rate, sg, start, left, right)
+        multiscale.project_gradient(momentum, rate, sg, start - begin, left, right)
         start += count
-    multiscale.finish_low_rank(momentum, left, right)
+    multiscale.finish_low_rank(momentum, unit, left, right)
 
 
 @jit
-def follow_low_ranks(row, own, k, facts, rooms):
+def follow_low_ranks(row, own, unit, k, facts, rooms):
     """Update the momenta of low rank that are due."""
     for j in range(len(own)):
         rate = floats(k.rates, j, 1)[0]
         if own[j].kind == LOW_RANK and rate != 0:
-            follow_low_rank(row, own[j], rate, k, _f(facts[FACTOR]), rooms)
+            follow_low_rank(row, own[j], unit, rate, k, _f(facts[FACTOR]), rooms)
+
+
+@jit
+def follow_rows(row, own, begin, end, k, facts, spacings, products, rooms):
+    """What `conclude_scaled` and `follow_low_ranks` do for a tensor, for some rows that are coded by themselves.
+
+    Args:
+        row, own, k, facts, spacings, rooms: as of `write`.
+        begin, end: the first element of the rows, and the one after them.
+        products: memory for two numbers a momentum.
+    """
+    rates = floats(k.rates, 0, len(own))
+    for unit in range(begin // row.span, end // row.span):
+        first, last = unit * row.span, (unit + 1) * row.span
+        square = 0.0
+        loops.fill(products, 0.0)
+        start = first
+        while start < last:
+            count = next_count(row, start, last)
+            sg, part = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+            square += part
+            multiscale.sum_products(own, unit, row.span, rates, sg, start - first, products)
+            start += count
+        multiscale.new_spacings(own, unit, row.span, rates, products, square, 1.0, spacings[unit])
+        follow_low_ranks(row, own, unit, k, facts, rooms)
 
 
 @entry
-def step_whole(tensors, first, last, table, momenta, factors, settings, facts, unpacked, memory, signs, widths):
+def step_whole(
+    tensors, first, last, table, momenta, factors, settings, facts, spacings, unpacked, memory, signs, widths
+):  # fmt: skip
     """The whole step of some tensors, one after the other, each small enough to stay in a cache meanwhile.
 
     Args:
@@ -514,7 +573,7 @@ def step_whole(tensors, first, last, table, momenta, factors, settings, facts, u
         signs: (2, length of the longest block), likewise.
         widths: memory for a number for each column twice, and for each row.
     """
-    k, facts, unpacked = settings[0], plain_doubles(facts), plain_numbers(unpacked)
+    k, facts, spacings, unpacked = settings[0], plain_doubles(facts), plain_doubles(spacings), plain_numbers(unpacked)
     rooms, signs, widths = plain_floats(memory), plain_bytes(signs), plain_floats(widths)
     own_sums = numpy.empty(PRODUCTS + 2 * momenta.shape[1], dtype=numpy.float64)
     sums = plain_doubles(own_sums)
@@ -522,39 +581,40 @@ def step_whole(tensors, first, last, table, momenta, factors, settings, facts, u
         tensor = tensors[number]
         row, own, low_ranks, its_facts = table[tensor], momenta[tensor], factors[tensor], facts[tensor]
         # Not the literal 0, for which everything would be compiled once more.
-        begin, end = numpy.int64(0), row.numel
+        its_spacings, begin, end = spacings[tensor], numpy.int64(0), row.numel
         loops.fill(sums, 0.0)
         sum_scaled(row, own, begin, end, k, sums, rooms)
-        conclude_scaled(row, own, k, sums, its_facts)
+        conclude_scaled(row, own, k, sums, its_facts, its_spacings)
         if k.driven:
-            follow_low_ranks(row, own, k, its_facts, rooms)
+            follow_low_ranks(row, own, begin, k, its_facts, rooms)
         norms, of_drive = widths[: row.columns], widths[row.columns : 2 * row.columns]
         if k.early:
             loops.fill(norms, _f(0.0))
             loops.fill(of_drive, _f(0.0))
-            sum_columns(row, own, low_ranks, begin, end, k, its_facts, norms, of_drive, rooms)
+            sum_columns(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, of_drive, rooms)
             conclude_columns(norms, of_drive, norms)
         if k.early or k.cautious:
-            sum_update(row, own, low_ranks, begin, end, k, its_facts, norms, sums, rooms)
+            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, rooms)
             conclude_update(row, k, sums, its_facts)
             if k.early and k.cautious:
-                sum_agreement(row, own, low_ranks, begin, end, k, its_facts, norms, sums, rooms)
+                sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, rooms)
                 conclude_agreement(row, sums, its_facts)
         row_factors = widths[2 * row.columns : 2 * row.columns + row.rows]
         if k.row_scaled:
             scale_rows(row, begin, row.rows, k.softening, row_factors, rooms)
-        write(row, own, low_ranks, begin, end, k, its_facts, norms, row_factors, unpacked, rooms, signs)
+        write(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, row_factors, unpacked, rooms, signs)
         if k.driven:
-            multiscale.finish_scales(own, floats(k.rates, 0, len(own)), its_facts[SPACINGS:])
+            multiscale.finish_scales(own, begin, floats(k.rates, 0, len(own)), its_spacings[0])
 
 
-# A tensor that several threads share ----------------------------------------------------------------------------
+# Tensors of one shape that several threads share ----------------------------------------------------------------
 
 
-def stages(early: bool, cautious: bool, row_scaled: bool) -> list[int]:
-    """The passes that a step takes over such a tensor, in their order."""
+def stages(early: bool, cautious: bool, row_scaled: bool, rows_follow: bool) -> list[int]:
+    """The passes that a step takes over such tensors, in their order."""
     wanted = {
         SCALED: True,
+        FOLLOWED: rows_follow,
         COLUMN_NORMS: early,
         UPDATES: early or cautious,
         AGREEMENTS: early and cautious,
@@ -570,12 +630,12 @@ def step_parts(
     parts,
     first,
     last,
-    tensor,
     table,
     momenta,
     factors,
     settings,
     facts,
+    spacings,
     sums,
     columns,
     norms,
@@ -584,57 +644,69 @@ def step_parts(
     memory,
     signs,
 ):  # fmt: skip
-    """One pass over some parts of one tensor, of `stages`; what all parts sum is concluded in between."""
-    parts, row, k = plain_numbers(parts), table[tensor], settings[0]
-    own, low_ranks = momenta[tensor], factors[tensor]
-    facts, sums, columns = plain_doubles(facts), plain_doubles(sums), plain_floats(columns)
-    norms, row_factors, unpacked = plain_floats(norms), plain_floats(row_factors), plain_numbers(unpacked)
-    rooms, signs = plain_floats(memory), plain_bytes(signs)
+    """One pass over some parts of the tensors, of `stages`; what all parts sum is concluded in between."""
+    parts, k = plain_numbers(parts), settings[0]
+    facts, spacings, sums = plain_doubles(facts), plain_doubles(spacings), plain_doubles(sums)
+    columns, norms, row_factors = plain_floats(columns), plain_floats(norms), plain_floats(row_factors)
+    unpacked, rooms, signs = plain_numbers(unpacked), plain_floats(memory), plain_bytes(signs)
     for number in range(first, last):
-        begin, end = parts[number, 1], parts[number, 2]
+        tensor, begin, end = parts[number, 0], parts[number, 1], parts[number, 2]
+        row, own, low_ranks = table[tensor], momenta[tensor], factors[tensor]
+        its_facts, its_spacings, its_norms, total = facts[tensor], spacings[tensor], norms[tensor], sums[number]
         if stage == SCALED:
-            sum_scaled(row, own, begin, end, k, sums[number], rooms)
+            sum_scaled(row, own, begin, end, k, total, rooms)
+        elif stage == FOLLOWED:
+            follow_rows(row, own, begin, end, k, its_facts, its_spacings, total[PRODUCTS:], rooms)
         elif stage == COLUMN_NORMS:
-            sum_columns(row, own, low_ranks, begin, end, k, facts, columns[number, 0], columns[number, 1], rooms)
+            of_momentum, of_drive = columns[number, 0], columns[number, 1]
+            sum_columns(row, own, low_ranks, begin, end, k, its_facts, its_spacings, of_momentum, of_drive, rooms)
         elif stage == UPDATES:
-            sum_update(row, own, low_ranks, begin, end, k, facts, norms, sums[number], rooms)
+            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, rooms)
         elif stage == AGREEMENTS:
-            sum_agreement(row, own, low_ranks, begin, end, k, facts, norms, sums[number], rooms)
+            sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, rooms)
         elif stage == ROW_NORMS:
-            begin, end = number * row.rows // len(parts), (number + 1) * row.rows // len(parts)
-            scale_rows(row, begin, end, k.softening, row_factors, rooms)
+            # A row is of the part that it begins in.
+            begin, end = -(-begin // row.columns), -(-end // row.columns)
+            scale_rows(row, begin, end, k.softening, row_factors[tensor], rooms)
         else:
-            write(row, own, low_ranks, begin, end, k, facts, norms, row_factors, unpacked, rooms, signs)
+            write(
+                row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, row_factors[tensor],
+                unpacked[tensor], rooms, signs,
+            )  # fmt: skip
 
 
 @entry
-def conclude(
-    stage, tensor, table, momenta, factors, settings, facts, sums, columns, norms, row_factors, unpacked, memory, signs
-):
-    """What follows from the sums of all parts, before the next pass."""
-    row, own, k = table[tensor], momenta[tensor], settings[0]
-    facts, sums, columns, norms = plain_doubles(facts), plain_doubles(sums), plain_floats(columns), plain_floats(norms)
-    for number in range(1, len(sums)):
-        loops.add_scaled(sums[number], 1.0, sums[0])
-    total = sums[0]
-    if stage == SCALED:
-        conclude_scaled(row, own, k, total, facts)
-        if k.driven:
-            follow_low_ranks(row, own, k, facts, plain_floats(memory))
-    elif stage == COLUMN_NORMS:
-        for number in range(1, len(columns)):
-            for which in range(2):
-                loops.add_scaled(columns[number, which], _f(1.0), columns[0, which])
-        conclude_columns(columns[0, 0], columns[0, 1], norms)
-    elif stage == UPDATES:
-        conclude_update(row, k, total, facts)
-    elif stage == AGREEMENTS:
-        conclude_agreement(row, total, facts)
-    elif stage == WRITTEN:
-        if k.warmup and unpacked[0] != 0:
-            store_signs(bytes_at(unpacked[0], 0, row.numel), row.states[_POLARITY], row.numel, 0)
-        if k.driven:
-            for j in range(len(own)):
-                if unpacked[1] != 0 and own[j].kind == FOUR_BITS and floats(k.rates, j, 1)[0] != 0:
-                    multiscale.pack_levels(unpacked[1] + j * row.numel, own[j].address, row.numel)
-            multiscale.finish_scales(own, floats(k.rates, 0, len(own)), facts[SPACINGS:])
+def conclude(stage, table, momenta, settings, facts, spacings, sums, columns, norms, unpacked, memory):
+    """What follows from the sums over each tensor, before the next pass."""
+    k, facts, spacings, sums = settings[0], plain_doubles(facts), plain_doubles(spacings), plain_doubles(sums)
+    columns, norms, unpacked = plain_floats(columns), plain_floats(norms), plain_numbers(unpacked)
+    rooms = plain_floats(memory)
+    for tensor in range(len(table)):
+        row, own, total, its_facts = table[tensor], momenta[tensor], sums[tensor], facts[tensor]
+        if stage == SCALED:
+            conclude_scaled(row, own, k, total, its_facts, spacings[tensor])
+            if k.driven and not row.span:
+                follow_low_ranks(row, own, numpy.int64(0), k, its_facts, rooms)
+        elif stage == COLUMN_NORMS:
+            conclude_columns(columns[tensor, 0], columns[tensor, 1], norms[tensor])
+        elif stage == UPDATES:
+            conclude_update(row, k, total, its_facts)
+        elif stage == AGREEMENTS:
+            conclude_agreement(row, total, its_facts)
+        elif stage == WRITTEN:
+            _pack(row, own, k, spacings[tensor], unpacked[tensor])
+
+
+@jit
+def _pack(row, own, k, spacings, unpacked):
+    """Write down what could not be written part by part."""
+    if k.warmup and unpacked[0] != 0:
+        store_signs(bytes_at(unpacked[0], 0, row.numel), row.states[_POLARITY], row.numel, 0)
+    if not k.driven or row.numel == 0:
+        return
+    rates = floats(k.rates, 0, len(own))
+    for j in range(len(own)):
+        if unpacked[1] != 0 and own[j].kind == FOUR_BITS and rates[j] != 0:
+            multiscale.pack_levels(unpacked[1] + j * row.numel, own[j].address, row.numel)
+    for unit in range(row.numel // unit_length(row)):
+        multiscale.finish_scales(own, unit, rates, spacings[unit])

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from ....groups import Group, States
+from ....sharding import ALONE, WHOLE
 from ....stacks.stack import Stack
+from ... import shared
 from ...measure import FirstPass, GroupSums, Magnitudes
 from ...passes import Measured
-from ...rules import Techniques, Watched
+from ...rules import Techniques, Watched, count_questions
+from ...shared import Questions
 from .. import table as fields
 from ..check import TakeStep, difference
 from ..table import MOMENTUM, ROW, Batch, Tables, with_gradients
 from . import passes
+from .cut import CutStep, memory, parts
 from .momenta import factors_of
 from .settings import Settings
+from .shards import StepOfShards
 from .threads import spread
 
-# A tensor of more elements is cut into parts, which several threads share; ...
+# A tensor of more elements is cut into parts, which several threads share.
 _LARGEST_WHOLE = 256 * 1024
-# ... so many at most, of so many elements at least, and all but the last of whole blocks of any code.
-_MOST_PARTS = 16
-_SMALLEST_PART = 64 * 1024
-_UNIT = 4096
 
 _f = numpy.float32
 
@@ -74,8 +73,25 @@ class _Work:
         )
 
 
+@dataclass
+class _Course:
+    """A second pass over a batch.
+
+    Attributes:
+        settings: those of the step.
+        facts: (tensors, passes.FACTS), with the strengths of their decay.
+        of_shards: the step itself, if they are shards.
+    """
+
+    settings: Settings
+    facts: numpy.ndarray
+    of_shards: StepOfShards | None = None
+
+
 class CpuKernels:
     """The kernels of CPUs, with what is known of an optimizer's stacks from step to step."""
+
+    takes_shards = True
 
     def __init__(self) -> None:
         self._tables = Tables()
@@ -91,12 +107,13 @@ class CpuKernels:
             def take_step(copy: Measured, own: States) -> None:
                 kernels = CpuPasses(own, Tables(), 0, largest_whole)
                 kernels.prepare(copy.group, copy.stacks)
-                kernels.update(copy, multiplier)
+                answers = shared.answers(kernels.questions(copy, multiplier), ALONE)
+                kernels.update(copy._replace(answers=answers), multiplier)
 
             return take_step
 
         takers = [taker(_LARGEST_WHOLE)]
-        if any(stack.rows * stack.columns > _LARGEST_WHOLE for stack in measured.stacks):
+        if any(stack.cut is WHOLE and stack.rows * stack.columns > _LARGEST_WHOLE for stack in measured.stacks):
             takers.append(taker(0))  # Not otherwise: it takes seconds to compile.
         return difference(measured, states, multiplier, techniques, takers)
 
@@ -124,12 +141,16 @@ class CpuPasses:
         self._samples = numpy.zeros((3, watch_places[-1] if watch_every else 0), dtype=_f)
         self._seen = [torch.from_numpy(sample) for sample in self._samples]
         self._work: dict[Group, list[_Work]] = {}
+        self._courses: dict[Stack, _Course] = {}
 
     def prepare(self, group: Group, stacks: list[Stack]) -> None:
         """Find the tensors of some stacks."""
         for stack in stacks:
             group.bind(stack, self._states)
-        batches = self._tables.batches(stacks, group.periods)
+        batches = self._tables.batches([stack for stack in stacks if stack.cut is WHOLE], group.periods)
+        for stack in stacks:
+            if stack.cut is not WHOLE:  # Each by itself, because their tensors go on together.
+                batches += self._tables.batches([stack], group.periods)
         self._work[group] = [_Work.of(batch, self._places) for batch in batches]
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
@@ -153,6 +174,21 @@ class CpuPasses:
             by_numba=True,
         )
 
+    def questions(self, measured: Measured, multiplier: Tensor | None) -> dict[Stack, Questions]:
+        """What a step of shards asks before its second pass; see `shared.answers`. Momenta of low rank follow in it."""
+        group, found = measured.group, {}
+        for work in self._work[group]:
+            stack = work.batch.stacks[0]
+            if stack.cut is WHOLE:
+                continue
+            course = self._begin(work, measured, multiplier)
+            step = CutStep(work.rows, work.momenta, work.factors, course.settings, course.facts)
+            early, cautious, numel = group.phase(stack).early, group.config.cautious, stack.whole_rows * stack.columns
+            course.of_shards = StepOfShards(step, group.config.came, early, cautious, numel)
+            self._courses[stack] = course
+            found[stack] = Questions(count_questions(group.config, early, numel), course.of_shards.question)
+        return found
+
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: new states and weights.
 
@@ -169,16 +205,17 @@ class CpuPasses:
 
     def _measure(self, work: _Work, decays: bool) -> Iterator[FirstPass]:
         """What is found of each stack."""
-        rows, parts = work.rows, _parts(work.rows["numel"])
-        found = numpy.empty((len(parts), 4))
+        rows, cut = work.rows, parts(work.rows["numel"])
+        found = numpy.empty((len(cut), 4))
 
         def measure(first: int, last: int) -> None:
             rooms = numpy.empty((passes.ROOMS, passes.SHORT), dtype=_f)
-            passes.measure(parts, first, last, rows, decays, self._every, found, self._samples[0].ctypes.data, rooms)
+            passes.measure(cut, first, last, rows, decays, self._every, found, self._samples[0].ctypes.data, rooms)
 
-        spread(measure, parts[:, 2] - parts[:, 1])
+        if len(cut):
+            spread(measure, cut[:, 2] - cut[:, 1])
         totals = numpy.zeros((len(rows), 4))
-        passes.total_measures(parts, found, totals)
+        passes.total_measures(cut, found, totals)
         with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
             abs_sums, deviations = (torch.from_numpy(totals[:, column].astype(_f)) for column in (0, 3))
         lengths = [len(stack) for stack in work.batch.stacks]
@@ -190,29 +227,39 @@ class CpuPasses:
             magnitudes = Magnitudes(own_sums, nonzero, spreads if decays else None)
             yield FirstPass(magnitudes, unusable, self._seen[0] if self._every else None)
 
-    def _update(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> None:
+    def _begin(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> _Course:
+        """Begin the second pass over a batch."""
         strengths = dict(zip(measured.stacks, measured.sums.decay_strengths))
         own = [strength for stack in work.batch.stacks if (strength := strengths[stack]) is not None]
         settings = Settings(measured.group, work.batch, measured.sums.magnitude, bool(own), multiplier, self._every)
-        facts = numpy.zeros((len(work.rows), passes.SPACINGS + work.momenta.shape[1]))
+        facts = numpy.zeros((len(work.rows), passes.FACTS))
         facts[:, passes.LENGTHENING] = 1.0  # where no pass finds another
         if own:
             facts[:, passes.STRENGTH] = torch.cat(own).numpy()
         settings.show(*self._samples[1:])
-        is_whole = work.rows["numel"] <= self._largest_whole
-        largest_first = numpy.argsort(-work.rows["numel"], kind="stable")  # so that threads end together
-        _step_whole(work, largest_first[is_whole[largest_first]], settings, facts)
-        for tensor in numpy.flatnonzero(~is_whole):
-            _step_cut(work, int(tensor), settings, facts[tensor])
+        return _Course(settings, facts)
+
+    def _update(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> None:
+        stack = work.batch.stacks[0]
+        course = self._courses.pop(stack, None) or self._begin(work, measured, multiplier)
+        if course.of_shards is not None:
+            course.of_shards.finish(measured.answers[stack])
+        else:
+            is_whole = work.rows["numel"] <= self._largest_whole
+            largest_first = numpy.argsort(-work.rows["numel"], kind="stable")  # so that threads end together
+            _step_whole(work, largest_first[is_whole[largest_first]], course)
+            for tensor in numpy.flatnonzero(~is_whole):
+                _step_cut(work, int(tensor), course)
         for p, new in work.written_back:
             p.copy_(new)
 
 
-def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: numpy.ndarray) -> None:
+def _step_whole(work: _Work, whole: numpy.ndarray, course: _Course) -> None:
     """A step of some tensors, each by one thread."""
     rows = work.rows
     width = int((2 * rows["columns"][whole] + rows["rows"][whole]).max(initial=0))
     block = int(rows["block"].max(initial=0))
+    spacings = numpy.empty((len(rows), 1, work.momenta.shape[1]))
 
     def step(first: int, last: int) -> None:
         widths = numpy.empty(width, dtype=_f)
@@ -223,10 +270,11 @@ def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: nu
             rows,
             work.momenta,
             work.factors,
-            settings.record,
-            facts,
+            course.settings.record,
+            course.facts,
+            spacings,
             _PACKED,
-            *_memory(block),
+            *memory(block),
             widths,
         )
 
@@ -234,61 +282,14 @@ def _step_whole(work: _Work, whole: numpy.ndarray, settings: Settings, facts: nu
         spread(step, rows["numel"][whole])
 
 
-def _step_cut(work: _Work, tensor: int, settings: Settings, facts: numpy.ndarray) -> None:
+def _step_cut(work: _Work, tensor: int, course: _Course) -> None:
     """A step of one large tensor, pass after pass, each of which all threads share."""
-    row, own, k = work.rows[tensor], work.momenta[tensor], settings.record[0]
-    numel, block = int(row["numel"]), int(row["block"])
-    parts = _parts(work.rows["numel"][tensor : tensor + 1])
-    columns = numpy.zeros((len(parts), 2, row["columns"] if k["early"] else 0), dtype=_f)
-    norms = numpy.empty(columns.shape[2], dtype=_f)
-    row_factors = numpy.empty(row["rows"], dtype=_f)
-    # Signs and four-bit levels share bytes with distant elements, so they are first written a byte each.
-    signs = numpy.empty(numel if k["warmup"] else 0, dtype=numpy.uint8)
-    levels = numpy.empty((len(own) if k["driven"] else 0, numel), dtype=numpy.int8)
-    unpacked = numpy.array([signs.ctypes.data if k["warmup"] else 0, levels.ctypes.data if k["driven"] else 0])
-    for stage in passes.stages(k["early"], k["cautious"], k["row_scaled"]):
-        sums = numpy.zeros((len(parts), passes.PRODUCTS + 2 * len(own)))
-        arguments = (
-            tensor,
-            work.rows,
-            work.momenta,
-            work.factors,
-            settings.record,
-            facts,
-            sums,
-            columns,
-            norms,
-            row_factors,
-            unpacked,
-        )
-        spread(partial(_take_pass, stage, parts, arguments, block), parts[:, 2] - parts[:, 1])
-        passes.conclude(stage, *arguments, *_memory(block))
-
-
-def _take_pass(stage: int, parts: numpy.ndarray, arguments: tuple[Any, ...], block: int, first: int, last: int) -> None:
-    passes.step_parts(stage, parts, first, last, *(*arguments, *_memory(block)))
-
-
-def _memory(block: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """What one thread computes in, where a code's blocks are at most so long: float32 numbers, and bytes."""
-    length = max(passes.SHORT, block)
-    return numpy.empty((passes.ROOMS, length), dtype=_f), numpy.empty((2, length), dtype=numpy.uint8)
+    one = slice(tensor, tensor + 1)
+    step = CutStep(work.rows[one], work.momenta[one], work.factors[one], course.settings, course.facts[one])
+    for stage in step.stages:
+        step.conclude(stage, step.take(stage))
 
 
 def _records(table: numpy.ndarray, kind: numpy.dtype) -> numpy.ndarray:
     """A table as records, in place of its last dimension."""
     return numpy.ascontiguousarray(table).view(kind).reshape(table.shape[:-1])
-
-
-def _parts(sizes: numpy.ndarray) -> numpy.ndarray:
-    """Cut tensors into parts, the same whatever the number of threads: (parts, 3), tensor, first element, end."""
-    return _parts_of(tuple(sizes.tolist()))
-
-
-@lru_cache(maxsize=64)
-def _parts_of(sizes: tuple[int, ...]) -> numpy.ndarray:
-    parts = []
-    for tensor, size in enumerate(sizes):
-        length = max(-(-size // _MOST_PARTS // _UNIT) * _UNIT, _SMALLEST_PART)
-        parts += [(tensor, start, min(start + length, size)) for start in range(0, size, length)]
-    return numpy.array(parts, dtype=numpy.int64)

@@ -22,6 +22,7 @@ from ....storage.blockwise import tables_of
 from ...measure import GroupSums
 from ...passes import Measured
 from ...rules import StepScalars, Techniques, Watched
+from ...shared import Questions
 from .. import table as fields
 from ..check import difference
 from ..table import Batch, Tables, with_gradients
@@ -108,6 +109,8 @@ class GpuKernels(Launcher):
         tables: those of stacks.
     """
 
+    takes_shards = False
+
     def __init__(self) -> None:
         super().__init__()
         self.tables = Tables()
@@ -175,6 +178,10 @@ class GpuPasses:
         watched = [sample] * len(stacks) if self._watch_every else []
         sums = GroupSums(begun.total, strengths)
         return Measured(group, begun.stacks, sums, [unusable], watched, [None] * len(stacks), self._kernels)
+
+    def questions(self, measured: Measured, multiplier: Tensor | None) -> dict[Stack, Questions]:
+        """None: they take no shards."""
+        return {}
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
         """Second pass: every tensor through the rules, and the weights written.
