@@ -35,6 +35,14 @@ _PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adv_optm AdamW_adv": ("adv_optm", "AdamW_adv", {"lr": 1e-6}),
 }
 
+# Peers of which only the training is compared.
+_PEERS_IN_TRAINING: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "prodigy-plus-schedule-free": ("prodigyplus", "ProdigyPlusScheduleFree", {"lr": 1.0}),
+    "schedule-free AdamW": ("schedulefree", "AdamWScheduleFree", {"lr": 1e-3}),
+    "adv_optm Prodigy_adv": ("adv_optm", "Prodigy_adv", {"lr": 1.0}),
+    "adv_optm SinkSGD_adv": ("adv_optm", "SinkSGD_adv", {"lr": 1e-3}),
+}
+
 PHASES = ("early", "late warm-up", "after")
 
 FAMILY = tuple(name for name in family.__all__ if name.startswith("Automagic"))
@@ -61,7 +69,7 @@ def peer(name: str, **options: Any) -> Build:
     Raises:
         ImportError: its package is not installed.
     """
-    module, class_name, own = _PEERS[name]
+    module, class_name, own = {**_PEERS, **_PEERS_IN_TRAINING}[name]
     return _builder(getattr(importlib.import_module(module), class_name), {**own, **options})
 
 

@@ -17,7 +17,7 @@ import torch
 from library import automagic_cameamp as family
 
 from .arguments import add_shared
-from .study.digits import DigitsFull, DigitsLoRA
+from .study.digits import AllOfDigits, DigitsLoRA
 from .study.task import Named, Task
 
 _EVALUATED_IMAGES = 80
@@ -25,7 +25,7 @@ _RANK, _BATCH = 16, 8
 
 # The rates of the optimizer under test for each task, and of AdamW8bit: its best of a grid in steps of 2.
 TASKS: dict[str, tuple[Callable[[int], Task], float, float]] = {
-    "all weights": (lambda seed: DigitsFull(seed, _BATCH, images=_EVALUATED_IMAGES), 1e-4, 2.5e-4),
+    "all weights": (lambda seed: AllOfDigits(seed, _BATCH, images=_EVALUATED_IMAGES), 1e-4, 2.5e-4),
     "LoRA": (lambda seed: DigitsLoRA(seed, _RANK, _BATCH, images=_EVALUATED_IMAGES), 5e-4, 2e-3),
 }
 # Ways to train, with the options of the optimizer and whether it steps inside the backward pass.

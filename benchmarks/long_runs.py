@@ -21,7 +21,7 @@ from library.automagic_cameamp import Automagic_CameAMP8bit
 from library.cameamp.step import passes
 
 from .arguments import add_shared
-from .study.digits import DigitsFull
+from .study.digits import AllOfDigits
 
 WAYS = ("float32", "bfloat16", "bfloat16, to nearest")
 _BATCH, _IMAGES = 8, 80
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train and print."""
     torch.set_num_threads(args.threads)
-    before = DigitsFull(0, _BATCH, images=_IMAGES).held_out_loss()
+    before = AllOfDigits(0, _BATCH, images=_IMAGES).held_out_loss()
     print(f"held-out loss before {before:.5f}; after {args.steps} steps, mean of {args.seeds} seeds:")
     for rate in args.rates:
         expected = 0.0
@@ -55,7 +55,7 @@ def final_loss(way: str, rate: float, seed: int, steps: int) -> float:
         seed: of the batches.
         steps: how many.
     """
-    task = DigitsFull(seed, _BATCH, images=_IMAGES)
+    task = AllOfDigits(seed, _BATCH, images=_IMAGES)
     computed = [p for _, p in task.named_parameters()]
     dtype = torch.float32 if way == "float32" else torch.bfloat16
     kept = [torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in computed]

@@ -98,7 +98,7 @@ class ReferenceCameAMP:
         # 4. AdaBelief
         v = b3 * st["exp_avg_res"] + (1 - b3) * ((sg - bar) ** 2 + eps2)
         seen = 1 - b3**t if o["bias_correction"] else 1
-        u = st["exp_avg"] / (v / seen).sqrt()
+        u = (st["exp_avg"] / (v / seen).sqrt()).clamp(-10, 10)
         st["exp_avg_res"] = self.kept(v, p, o)
 
         # 5. Grams
@@ -117,7 +117,7 @@ class ReferenceCameAMP:
                 moved = torch.where(polarity == st["last_polarity"], o["lr_bump"], -o["lr_bump"])
                 st["lr_mask"] = (st["lr_mask"] + moved).clamp(o["min_lr"], max(o["max_lr"], o["lr"]))
             st["last_polarity"] = polarity
-        lr = (st["lr_mask"] * self.multiplier).clamp(o["min_lr"], max(o["max_lr"], o["lr"])) * scale
+        lr = st["lr_mask"] * self.multiplier * scale
 
         # Cautious
         if o["cautious"]:
@@ -178,31 +178,40 @@ class ReferenceCOptim(ReferenceCameAMP):
     def __init__(self, groups, lora, **options):
         super().__init__(groups, lora, **{"momentum_scales": (1, 5, 10, 25), "adaptation_rate": 0.1, **options})
         self.largest = max(group["lr"] for group in self.groups)
-        self.highest = max(max(group["max_lr"], group["lr"]) for group in self.groups) / self.largest
+        self.highest = 10 * max(max(group["max_lr"], group["lr"]) for group in self.groups) / self.largest
         self.multiplier = min(1.0, 1e-6 / self.largest)
-        self.last_change = None
-        self.sum = self.variance = 0.0
+        self.course = None
+        self.length = self.top = 0.0
+        self.steps = 0
 
     def step(self):
         for group in self.groups:
             for p in group["params"]:
                 self.state.get(p, {}).pop("change", None)
+        used = self.multiplier * self.largest * max(self.scale)
         super().step()
         params = [p for group in self.groups for p in group["params"]]
         # A parameter without a gradient counts as 0 on both sides.
         gather = lambda name: torch.cat([self.seen(p, name) for p in params])
         change = gather("change")
-        if self.last_change is not None and self.last_change.any():
-            sg = gather("sg")
-            alignment = torch.cosine_similarity(self.last_change, sg, dim=0, eps=1e-30).item()
-            # Were the signs of sg drawn at random, the cosine would have mean 0 and this variance.
-            squares = (self.last_change.double() ** 2, sg.double() ** 2)
-            variance = ((squares[0] * squares[1]).sum() / (squares[0].sum() * squares[1].sum())).item()
-            self.sum, self.variance = 0.9 * self.sum + alignment, 0.81 * self.variance + variance
-            offset = 0.02 if self.sum**2 > 9 * self.variance else 0.0
-            self.multiplier *= math.exp(30 * self.options["adaptation_rate"] * (alignment + offset))
-            self.multiplier = min(max(self.multiplier, 1e-9), self.highest)
-        self.last_change = change.bfloat16().float()
+        self.top = max(self.top, max(self.scale))
+        if self.course is not None:
+            alignment = torch.cosine_similarity(self.course, gather("sg"), dim=0, eps=1e-30).item()
+            haste = 1 + 2 * 10 / (10 + self.steps)
+            gain = 30 * self.options["adaptation_rate"] * haste * (max(self.scale) / self.top) ** 3
+            self.multiplier *= math.exp(min(gain * alignment, 0.6))
+        if change.any():
+            length = change.square().mean().sqrt().item() / used
+            self.multiplier *= self.length / length if self.length else 1.0
+            self.length = length
+        self.multiplier = max(self.multiplier, 1e-9)
+        if self.length:
+            self.multiplier = min(self.multiplier, self.highest / self.length)
+        kept = min(0.97, 1 - 1 / (2 + self.steps / 4))
+        self.steps += 1
+        before = torch.zeros_like(change) if self.course is None else self.course
+        direction = change / change.square().mean().sqrt() if change.any() else change
+        self.course = (kept * before + direction).bfloat16().float()
 
     def seen(self, p, name):
         state = self.state.get(p, {})

@@ -210,14 +210,34 @@ def test_damage_is_refused_and_changes_nothing(change, message):
     assert_same(second.everything(), before)
 
 
+def test_a_context_of_an_older_law_starts_afresh_with_one_line(caplog):
+    first = Training().run(3)
+    saved = through_torch_save(first.optimizer.state_dict())
+    context = saved["param_groups"][0]["c_optim_context"]
+    context["last_change"] = context.pop("course")
+    for name in ("length", "top", "steps"):
+        del context[name]
+    context.update(alignment_sum=torch.tensor(0.1), alignment_variance=torch.tensor(0.01))
+    saved["param_groups"] = [sealed(group) for group in saved["param_groups"]]
+    second = Training()
+    caplog.set_level(logging.INFO)
+    caplog.clear()
+    second.optimizer.load_state_dict(saved)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["checkpoint: its multiplier followed another law: multiplier and histories start fresh"]
+    assert second.optimizer.c_optim.loss_history == []
+    for p, q in zip(first.params, second.params):
+        assert torch.equal(first.optimizer.state[p]["exp_avg"], second.optimizer.state[q]["exp_avg"])
+
+
 def test_contents():
     saved = Training().run(3).optimizer.state_dict()
     group = saved["param_groups"][0]
     assert isinstance(group["contextual_lr_multiplier"], float)
     assert group["edge_case_count"] == 0
     assert set(group["c_optim_context"]) == {
-        "loss_history", "gradient_history", "lr_history", "confidence", "alignment", "alignment_sum",
-        "alignment_variance", "last_gradient", "last_change",
+        "loss_history", "gradient_history", "lr_history", "confidence", "alignment", "length", "top", "steps",
+        "last_gradient", "course",
     }  # fmt: skip
     state = saved["state"][2]
     assert {name for name in state if name.startswith("momentum")} == {

@@ -23,9 +23,9 @@ from library.cameamp.step.rules import ALL_TECHNIQUES
 RESULTS = Path(tables.__file__).parents[1] / "results" / "convergence.json"
 
 
-def make(folder: Path, *wanted: Run) -> list[list[float]]:
+def make(folder: Path, *wanted: Run, steps: int = 3) -> list[list[float]]:
     """The losses of runs of a few steps, made anew."""
-    few = Runs(Finished(folder / "results.json"), {DIGITS: 2, TEXT: 3})
+    few = Runs(Finished(folder / "results.json"), {DIGITS: 2, TEXT: steps})
     return [few.make(run).losses for run in wanted]
 
 
@@ -109,5 +109,5 @@ def test_a_technique_left_out_changes_the_course(tmp_path: Path) -> None:
         "bias correction of the residual",
         "without multi-scale momentum",
     ]
-    courses = make(tmp_path, *(Run(TEXT, CONTEXTUAL, 1e-3, 0, name) for name in names))
+    courses = make(tmp_path, *(Run(TEXT, CONTEXTUAL, 1e-3, 0, name) for name in names), steps=10)
     assert len({tuple(course) for course in courses}) == len(names)

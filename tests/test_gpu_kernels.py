@@ -338,7 +338,7 @@ def course(kernels, steps=60, window=24):
         reported = None if step in (3, 4) else torch.tensor(float("nan") if step == 50 else loss)
         lost = torch.tensor(int(step == 20))
         used.append(float(module.update_context(gradient, reported, 1e-3, lost, kernels)))
-        module.follow(gradient, gradient * 1e-4, kernels)
+        module.follow(gradient, gradient * 1e-4, kernels=kernels)
     return module, used
 
 

@@ -187,6 +187,20 @@ def test_a_closure_may_step():
     assert optimizer.c_optim.loss_history == [2.0]
 
 
+def test_accelerates_wrapper_is_given_the_method():
+    """As the plugin does it, and a fork of musubi-tuner would."""
+    from accelerate import Accelerator
+
+    p = nn.Parameter(torch.ones(4))
+    optimizer = Accelerator(cpu=True).prepare(Automagic_CameAMP([p]))
+    optimizer.step_param = optimizer.optimizer.step_parameter
+    p.grad = torch.ones(4)
+    optimizer.step_param(p, optimizer.param_groups[0])
+    p.grad = None
+    optimizer.step()
+    assert optimizer.optimizer.state[p]["step"] == 1
+
+
 def test_memory_is_not_kept_in_stacks_of_several_parameters():
     """A tensor of several parameters' states would stay allocated for the last of them."""
     first = Run(Automagic_CameAMP).run(3)

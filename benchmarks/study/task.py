@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from library.automagic_cameamp import report_loss
 
+from .schedules import Schedule, constant
+
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 Build = Callable[[Named], torch.optim.Optimizer]
 
+# What goes wrong with the gradients of a step, by its number; and by how much the loss that is reported is larger.
+Spoil = Callable[[int, Named], float]
+
 _MAX_GRAD_NORM = 1.0
+
+
+def as_they_are(number: int, named: Named) -> float:
+    """Nothing goes wrong."""
+    return 1.0
 
 
 class Task(Protocol):
@@ -31,34 +42,58 @@ class Task(Protocol):
         """The loss on data that is never trained on. It depends on nothing except the weights."""
 
 
-def train(task: Task, build: Build, steps: int, every: int) -> list[float]:
-    """Train once, with gradients clipped and the learning rate left as it is.
+def train(
+    task: Task, build: Build, steps: int, every: int, schedule: Schedule = constant, spoil: Spoil = as_they_are
+) -> list[float]:
+    """Train once, with gradients clipped.
 
     Args:
         task: what to train.
         build: makes the optimizer.
         steps: how many steps.
         every: steps between two held-out losses.
+        schedule: what the learning rate is multiplied by at each step.
+        spoil: what goes wrong with the gradients.
 
     Returns:
         The held-out losses, the last of them after the last step.
     """
     named = task.named_parameters()
     optimizer = build(named)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     losses = []
     for step in range(1, steps + 1):
-        take_step(task, named, optimizer, step - 1)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * schedule(step - 1, steps)
+        take_step(task, named, optimizer, step - 1, spoil)
         if step % every == 0 or step == steps:
-            losses.append(task.held_out_loss())
+            with _averaged(optimizer):
+                losses.append(task.held_out_loss())
     return losses
 
 
-def take_step(task: Task, named: Named, optimizer: torch.optim.Optimizer, number: int) -> None:
+@contextmanager
+def _averaged(optimizer: Any) -> Iterator[None]:
+    """Optimizers without a schedule average the weights, and show the average between `eval` and `train`."""
+    averages = hasattr(optimizer, "eval") and hasattr(optimizer, "train")
+    if averages:
+        optimizer.eval()
+    yield
+    if averages:
+        optimizer.train()
+
+
+def take_step(
+    task: Task, named: Named, optimizer: torch.optim.Optimizer, number: int, spoil: Spoil = as_they_are
+) -> None:
     """Take one step of training on the batch of this number."""
     loss = task.loss(number)
     loss.backward()
+    larger = spoil(number, named)
     torch.nn.utils.clip_grad_norm_([p for _, p in named], _MAX_GRAD_NORM)
-    report_loss(optimizer, loss)
+    report_loss(optimizer, loss * larger)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -100,7 +100,8 @@ CONTEXT_LEFT_OUT: dict[str, Variant] = {
     "without multi-scale momentum": Variant({"momentum_scales": ()}),
     "without codes of the momenta": Variant(codes=False),
     "without edge cases": Variant({"edge_threshold": 1.0}),
-    "without the offset": Variant(law=Law(offset=0.0)),
+    "not frozen by the schedule": Variant(law=Law(freezing=0.0)),
+    "without haste": Variant(law=Law(haste=0.0)),
     "without the multiplier": Variant({"adaptation_rate": 0.0}),
 }
 
@@ -183,7 +184,7 @@ CONTEXT_FORMULAS: dict[str, Variant] = {
     "bias correction and max_lr=1e-2": _CORRECTED_AND_HIGHER,
     "gain 15 in place of 30": Variant(law=Law(gain=15.0)),
     "gain 60 in place of 30": Variant(law=Law(gain=60.0)),
-    "offset 0.05 in place of 0.02": Variant(law=Law(offset=0.05)),
+    "a course of 10 steps in place of 33": Variant(law=Law(kept=0.9)),
 }
 
 # Options of the contextual optimizers that promise a lower loss, alone and together.

@@ -27,9 +27,6 @@ from .techniques import allora, multiscale
 
 logger = logging.getLogger(__name__)
 
-# For each of some parameters its number in the optimizer, whether ALLoRA applies to it, and which part of it is here.
-_Places = tuple[list[int], list[bool], list[Cut]]
-
 # The entry of a group's dictionary that holds what was measured of all its gradients in the step before, if that was
 # taken one by one: sum, count of elements other than 0, mean and variance of |g|, (4,) float32.
 MAGNITUDES = "gradient_magnitudes"
@@ -145,7 +142,7 @@ class Group:
         cached = bool(self.periods) and not self.precision.codes_all
         self._layout: Layout | Singles = Singles() if self.apart else Layout(cached)
         self._bindings: dict[tuple[Any, ...], dict[str, Binding]] = {}
-        self._known_places: tuple[list[Tensor], object, _Places] = [], None, ([], [], [])
+        self._places = _Places()
 
     # Options and rates ------------------------------------------------------------------------------------------
 
@@ -221,7 +218,7 @@ class Group:
     def stacks(self, params: Sequence[Tensor], states: States) -> list[Stack]:
         """The stacks of some of its parameters, which have taken a step."""
         own = [states[p] for p in params]
-        positions, scaled, cuts = self._places_of(params)
+        positions, scaled, cuts = self._places.of(params, self._parameters, self.config.full_finetune)
         kinds = list(
             zip(
                 [state["step"] for state in own],
@@ -240,20 +237,6 @@ class Group:
             # Its states are slices of a whole stack's tensors, which would stay allocated for this parameter alone.
             states[p].update((key, value.clone()) for key, value in states[p].items() if torch.is_tensor(value))
         return stacks
-
-    def _places_of(self, params: Sequence[Tensor]) -> _Places:
-        """What does not change of some parameters while nobody forgets them; usually the same ones come again."""
-        known, located, places = self._known_places
-        if located is not self._parameters.located or len(known) != len(params) or not all(map(is_, known, params)):
-            located = self._parameters.located
-            factors = set() if self.config.full_finetune else self._parameters.factors
-            places = (
-                [self._parameters.position(p) for p in params],
-                [p in factors for p in params],
-                [self._parameters.cut(p) for p in params],
-            )
-            self._known_places = list(params), located, places
-        return places
 
     def stacks_with_states(self, states: States) -> list[Stack]:
         """The stacks of all its parameters that have ever taken a step."""
@@ -326,3 +309,27 @@ class Group:
                 found[row.name] = Binding(code, code.keys(row.name), row.starts_at_lr)
             self._bindings[kind] = found
         return self._bindings[kind]
+
+
+class _Places:
+    """What does not change of some parameters while nobody forgets them; usually the same ones come again."""
+
+    def __init__(self) -> None:
+        self._located: object = None
+        self._params: list[Tensor] = []
+        self._found: tuple[list[int], list[bool], list[Cut]] = [], [], []
+
+    def of(
+        self, params: Sequence[Tensor], parameters: Parameters, full_finetune: bool
+    ) -> tuple[list[int], list[bool], list[Cut]]:
+        """For each its number in the optimizer, whether ALLoRA applies to it, and which part of it is here."""
+        same = self._located is parameters.located and len(self._params) == len(params)
+        if not same or not all(map(is_, self._params, params)):
+            factors = set() if full_finetune else parameters.factors
+            self._located, self._params = parameters.located, list(params)
+            self._found = (
+                [parameters.position(p) for p in params],
+                [p in factors for p in params],
+                [parameters.cut(p) for p in params],
+            )
+        return self._found

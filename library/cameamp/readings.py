@@ -51,7 +51,7 @@ def summarize(group: Group, states: States, driver: Driver) -> Tensor | float:
     for stack in stacks:
         mask, rows = group.mask_and_row_scaling(stack, states)
         scaling = lr_factor(group.scheduler_factor, rows)
-        mask = driver.scaled(mask, group.config)
+        mask = driver.scaled(mask)
         rates = mask * (1.0 if scaling is None else scaling)
         low, high = torch.aminmax(rates)
         sums.append(rates.sum())

@@ -105,11 +105,15 @@ def _read(
             restored.notes.append("it carries no checksums, so damage to it would not be seen")
     restored.notes += _check_names(saved["param_groups"], groups, names, labels)
     states, pieces = _without_context(saved["state"])
-    restored.context = _context(pieces or saved["param_groups"])
-    has_momenta = restored.context is not None or _holds_momenta(states)
+    context = _context(pieces or saved["param_groups"])
+    outdated = context is not None and memory.is_of_an_older_law(context)
+    restored.context = None if outdated else context
+    has_momenta = context is not None or _holds_momenta(states)
     changes = _Changes()
     if states:
-        changes.context = driver.difference(restored.context is not None, has_momenta)
+        changes.context = driver.difference(context is not None, has_momenta)
+        if outdated and not changes.context:
+            changes.context = "its multiplier followed another law: multiplier and histories start fresh"
     differences: list[str] = []
     checks.owners = _owners(saved["param_groups"], groups, labels) if carries_checksums else {}
     seen = set()
@@ -168,6 +172,8 @@ def _context(saved_groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | N
     """
     for number, saved_group in enumerate(saved_groups):
         if memory.is_in(saved_group):
+            if memory.is_of_an_older_law(saved_group):
+                return saved_group
             try:
                 memory.check(saved_group)
             except ValueError as error:

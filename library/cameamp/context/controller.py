@@ -7,44 +7,66 @@ documented calls turn one into a Python number, and that is what costs a read-ba
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import distributed
 from ..devices import moved
+from ..techniques.adabelief import LONGEST
 from . import detection
 from .memory import SAMPLES, Memory
+
+_Decision = TypeVar("_Decision")
 
 # The multiplier starts where the largest learning rate is this, whatever the user wrote, and never falls below FLOOR.
 SAFE_LR = 1e-6
 FLOOR = 1e-9
 
-# The offset is added only where the alignments of the last steps can be told from those of pure noise: where their sum,
-# each step forgetting a tenth, is this many standard deviations from 0. Noise would otherwise carry the multiplier
-# to its bound in a hundred steps.
-EVIDENCE = 3.0
-KEPT = 0.9
+# How far the multiplier may grow in one step, as a logarithm: the law sees what a rate does some steps later.
+MOST_GROWTH = 0.6
 
 # The share of the multiplier that a step uses while an edge case lasts.
 EDGE_SHARE = 0.5
 
-SMALLEST_SQUARE = 1e-30
+
+# After how many steps half of the haste is left.
+HASTY = 10
 
 
 class Law(NamedTuple):
-    """How the multiplier follows the alignment of the steps.
+    """How the multiplier follows the alignment of the course with the gradient.
+
+    The course is the direction of the last steps: their sum, each in units of its own length, and each step forgets a
+    part of it. Its cosine with the gradient has an
+    upper fixed point: positive while the weights as a whole still descend, 0 where the steps of one rate undo one
+    another as fast as they descend, negative where the rate is higher than that. (The hypergradient of Baydin et al.,
+    arXiv 1703.04782, is the same with a course of one step, which is blind to any but the steepest directions.)
 
     Attributes:
         gain: change of the multiplier's logarithm at an alignment of 1, still to be multiplied by the adaptation rate.
-        offset: what is added to the alignment, because a step that is best by itself is too short in the long run.
+        kept: the share of the course that a step keeps. At first less: the course of t steps goes back 2 + t / 4 of
+            them, because the steps before those were of much lower rates.
+        freezing: the power of the schedule's factor, 1 at its top, that the gain is multiplied by, so that the
+            multiplier finds the rate at the top and does not undo the schedule's fall.
+        haste: how many times the gain is added to it at first, when the multiplier is far from where it belongs.
     """
 
     gain: float = 30.0
-    offset: float = 0.02
+    kept: float = 0.97
+    freezing: float = 3.0
+    haste: float = 2.0
+
+    def gain_at(self, steps: int, schedule: float) -> float:
+        """The gain after some steps, where a schedule has a factor of 1 at its top."""
+        return self.gain * (1 + self.haste * HASTY / (HASTY + steps)) * math.pow(schedule, self.freezing)
+
+    def kept_at(self, steps: int) -> float:
+        """The share of the course that is kept after some steps."""
+        return min(self.kept, 1 - 1 / (2 + steps / 4))
 
 
 STANDARD_LAW = Law()
@@ -74,11 +96,11 @@ class Deciding(Protocol):
         scaled_grad: Tensor,
         change: Tensor,
         gain: float,
-        offset: float,
+        kept: float,
         threshold: float,
         highest: float,
     ) -> None:
-        """As `ContextualOptimizationModule.follow`, of a gain that has the adaptation rate in it."""
+        """As `ContextualOptimizationModule.follow`, of a gain that has all its factors in it."""
 
 
 class ContextualOptimizationModule:
@@ -87,8 +109,8 @@ class ContextualOptimizationModule:
     Args:
         context_window: how many steps are remembered.
         edge_threshold: confidence at which a step counts as an edge case.
-        adaptation_rate: how fast the multiplier follows the alignment of the steps.
-        law: how the multiplier follows the alignment.
+        adaptation_rate: how fast the multiplier follows the alignment of the course.
+        law: how the multiplier follows it.
     """
 
     def __init__(
@@ -98,14 +120,18 @@ class ContextualOptimizationModule:
         self._threshold = edge_threshold
         self._rate = adaptation_rate
         self._law = law
-        self._start, self._highest = 1.0, math.inf
+        self._start, self._highest, self._largest_lr = 1.0, math.inf, 0.0
 
     # What the optimizer reports ---------------------------------------------------------------------------------
 
     def set_bounds(self, largest_lr: float, max_lr: float) -> None:
-        """Set the multiplier's bounds from the largest initial learning rate of a group and the highest allowed one."""
+        """Set the multiplier's bounds from the largest initial learning rate of a group and the highest allowed one.
+
+        The multiplier may take steps as long as the longest that rules may take of the highest rate, and no longer.
+        """
         self._start = min(1.0, SAFE_LR / largest_lr) if largest_lr > 0 else 1.0
-        self._highest = max(max_lr / largest_lr, FLOOR) if largest_lr > 0 else 1.0
+        self._highest = max(LONGEST * max_lr / largest_lr, FLOOR) if largest_lr > 0 else 1.0
+        self._largest_lr = largest_lr
 
     def update_context(
         self,
@@ -128,6 +154,7 @@ class ContextualOptimizationModule:
             The factor of this step's learning rates, as `multiplier` gives it.
         """
         self._memory.go_to(gradient.device)
+        self._memory.see_schedule(float(lr) / self._largest_lr if self._largest_lr > 0 else 1.0)
         if kernels is not None:
             known = None if loss is None else as_scalar(loss, gradient.device)
             return kernels.update_context(
@@ -148,6 +175,7 @@ class ContextualOptimizationModule:
             products: the mean of `_products` of the last sample and this one; None if all processes have the same ones.
         """
         self._memory.go_to(gradient.device)
+        self._memory.see_schedule(float(lr) / self._largest_lr if self._largest_lr > 0 else 1.0)
         if products is None:
             products = torch.stack(_products(self._memory.sample_like("last_gradient", gradient), gradient))
         values = self._memory.values
@@ -171,14 +199,6 @@ class ContextualOptimizationModule:
         self._memory.go_to(device)
         self._memory.samples = {name: torch.zeros(size, dtype=torch.bfloat16, device=device) for name in SAMPLES}
 
-    def go_back_to(self, memory: Memory) -> None:
-        """Remember what `memory` does, which was `kept` before something failed."""
-        self._memory = memory
-
-    def kept(self) -> Memory:
-        """What is remembered now."""
-        return self._memory.kept()
-
     def multiplier(self) -> Tensor:
         """The factor of this step's learning rates, 0-d, on the device."""
         value = self._memory.values["multiplier"]
@@ -188,7 +208,16 @@ class ContextualOptimizationModule:
     def follow(
         self, scaled_grad: Tensor, change: Tensor, of_all: bool = False, kernels: Deciding | None = None
     ) -> None:
-        """Update the multiplier, for the next step, by how well this step's gradient agrees with the step before.
+        """Update the multiplier, for the next step, by how well this step's gradient agrees with the course.
+
+            alignment  = cosine of the course and the scaled gradient
+            multiplier = multiplier * exp(gain * alignment) * length before / length
+            course     = kept * course + change / its root mean square
+
+        The length is the root mean square of the change, in units of the learning rate that the multiplier gave: what
+        the multiplier finds is thereby the length of the steps, whatever the rules make of their unit. In the course
+        all steps count alike: a sum of the changes themselves would not forget the long steps of a rate that was too
+        high, and would bring it down for hundreds of steps after them.
 
         Args:
             scaled_grad: sample of this step's scaled gradient, 1-d.
@@ -196,29 +225,34 @@ class ContextualOptimizationModule:
             of_all: whether both are the same on all processes.
             kernels: as of `update_context`.
         """
+        memory, values = self._memory, self._memory.values
+        gain, kept = self._rate * self._law.gain_at(memory.steps, memory.schedule), self._law.kept_at(memory.steps)
+        memory.steps += 1
+        if self._rate == 0:  # No length to keep to either.
+            values["length"] = torch.zeros_like(values["length"])
         if kernels is not None:
-            gain, law = self._law.gain * self._rate, self._law
-            kernels.follow(self._memory, scaled_grad, change, gain, law.offset, self._threshold, self._highest)
+            kernels.follow(memory, scaled_grad, change, gain, kept, self._threshold, self._highest)
             return
-        values = self._memory.values
-        last = self._memory.sample_like("last_change", change)
+        course = memory.sample_like("course", change)
         # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
-        own = torch.stack(_products(last, scaled_grad))
-        *products, of_squares = (own if of_all else distributed.average(own)).unbind()
+        own = torch.stack([*_products(course, scaled_grad), change.square().mean()])
+        *products, mean_square = (own if of_all else distributed.average(own)).unbind()
         alignment = _cosine(products, absent=0.0)
-        # The variance of a cosine of vectors whose signs have nothing to do with one another.
-        variance = of_squares / (products[1] * products[2]).clamp_min(SMALLEST_SQUARE)
-        total = values["alignment_sum"] * KEPT + alignment
-        spread = values["alignment_variance"] * KEPT**2 + variance
-        values["alignment_sum"], values["alignment_variance"] = total, spread
-        offset = (total.square() > EVIDENCE**2 * spread).to(torch.float32) * self._law.offset
-        begun = (last != 0).any()
-        growth = torch.exp(self._law.gain * self._rate * (alignment + offset))
-        growth = torch.where(begun, growth, 1.0)
+        growth = (gain * alignment).clamp_max(MOST_GROWTH).exp()
         growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
-        values["multiplier"] = (values["multiplier"] * growth).clamp(FLOOR, self._highest)
+        size = mean_square.sqrt()
+        length = size / values["lr_history"][-1]
+        before = values["length"]
+        known = (length > 0) & (length < torch.inf)  # and not where the learning rate is 0, as a schedule may begin
+        ratio = torch.where(known & (before > 0), before / length, 1.0)
+        length = torch.where(known, length, before)
+        # Where nothing has moved yet there is no bound, and nothing grows either.
+        highest = (self._highest / length).clamp_min(FLOOR)
+        values["multiplier"] = (values["multiplier"] * growth * ratio).clamp_min(FLOOR).minimum(highest)
+        values["length"] = length
         values["alignment"] = alignment
-        self._memory.samples["last_change"] = change.bfloat16()
+        direction = torch.where(size > 0, change / size, 0.0)
+        memory.samples["course"] = course.mul_(kept).add_(direction).bfloat16()
 
     # What anybody may ask ---------------------------------------------------------------------------------------
 
@@ -239,9 +273,9 @@ class ContextualOptimizationModule:
         return sum(cosines) / len(cosines) if cosines else 1.0
 
     def compute_update_alignment(self) -> float:
-        """Cosine of the step before with the newest scaled gradient, -1 to 1; 0.0 before there are two steps.
+        """Cosine of the course of the last steps with the newest scaled gradient, -1 to 1; 0.0 before two steps.
 
-        Positive: the gradient still points where the step went, which was too short. Negative: it overshot.
+        Positive: the gradient still points where the steps went, which were too short. Negative: they overshot.
         """
         return float(self._memory.values["alignment"].item())
 
@@ -303,16 +337,25 @@ class ContextualOptimizationModule:
         return self._memory.values["confidence"] >= self._threshold
 
 
-def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x.y, x.x, y.y, x^2.y^2) of two vectors, scaled so that no square leaves float32."""
+def attempted(module: ContextualOptimizationModule, decide: Callable[[], _Decision]) -> _Decision:
+    """What `decide` returns; if it fails, the module remembers what it did before."""
+    before = module._memory.kept()
+    try:
+        return decide()
+    except Exception:
+        module._memory = before
+        raise
+
+
+def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x.y, x.x, y.y) of two vectors, scaled so that no square leaves float32."""
     x, y = (v / v.abs().amax().clamp_min(1e-30) for v in (x, y))
-    both = x * y
-    return both.sum(), torch.dot(x, x), torch.dot(y, y), torch.dot(both, both)
+    return torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)
 
 
 def _cosine(products: Tensor | Sequence[Tensor], absent: float) -> Tensor:
     """The cosine of two vectors from what `_products` gave; `absent` where one of them is 0."""
-    dot, x_square, y_square, *_ = products
+    dot, x_square, y_square = products
     return torch.where((x_square > 0) & (y_square > 0), dot / (x_square * y_square).sqrt(), absent)
 
 

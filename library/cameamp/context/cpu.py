@@ -14,7 +14,7 @@ from . import cpu_kernels
 from .controller import report_of
 from .memory import HISTORIES, Memory
 
-_FOLLOWED = ("multiplier", "alignment", "alignment_sum", "alignment_variance")
+_FOLLOWED = ("multiplier", "alignment", "length")
 
 
 class ContextKernels:
@@ -32,8 +32,8 @@ class ContextKernels:
     ) -> Tensor:
         """As of `Deciding`."""
         values = memory.values
-        newest, products = _compare(memory, "last_gradient", gradient, gradient)
-        found = distributed.average(torch.cat([report_of(loss, unusable, gradient.device), products]))
+        newest, products = _compare(memory, "last_gradient", gradient, gradient, 0.0)
+        found = distributed.average(torch.cat([report_of(loss, unusable, gradient.device), products[:3]]))
         histories = {name: torch.cat([values[name][1:], values[name][:1]]) for name in HISTORIES}
         new = cpu_kernels.update_context(
             found.numpy(), _number(values["multiplier"]), lr, start, threshold, *(h.numpy() for h in histories.values())
@@ -51,37 +51,36 @@ class ContextKernels:
         scaled_grad: Tensor,
         change: Tensor,
         gain: float,
-        offset: float,
+        kept: float,
         threshold: float,
         highest: float,
     ) -> None:
         """As of `Deciding`."""
         values = memory.values
-        newest, products = _compare(memory, "last_change", scaled_grad, change)
+        newest, products = _compare(memory, "course", scaled_grad, change, kept)
         new = cpu_kernels.follow(
             distributed.average(products).numpy(),
             _number(values["multiplier"]),
             _number(values["confidence"]),
-            _number(values["alignment_sum"]),
-            _number(values["alignment_variance"]),
+            _number(values["length"]),
+            _number(values["lr_history"][-1]),
             gain,
-            offset,
             threshold,
             highest,
         )
-        memory.samples["last_change"] = newest
+        memory.samples["course"] = newest
         values.update(zip(_FOLLOWED, _scalars(new)))
 
 
-def _compare(memory: Memory, name: str, sample: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _compare(memory: Memory, name: str, sample: Tensor, added: Tensor, kept: float) -> tuple[Tensor, Tensor]:
     """What is to be remembered next, and what the last sample has to do with another one."""
     last = memory.samples[name]
     if last is not None and last.shape != sample.shape:
         last = None
-    newest = torch.empty(kept.shape, dtype=torch.bfloat16, device="cpu")
+    newest = torch.empty(added.shape, dtype=torch.bfloat16, device="cpu")
     products = torch.empty(4, dtype=torch.float32, device="cpu")
     address = 0 if last is None else last.data_ptr()
-    cpu_kernels.compare_samples(address, sample.numpy(), kept.numpy(), newest.data_ptr(), products.numpy())
+    cpu_kernels.compare_samples(address, sample.numpy(), added.numpy(), kept, newest.data_ptr(), products.numpy())
     return newest, products
 
 

@@ -11,7 +11,7 @@ from . import controller, detection
 
 # What is known of two samples, after three numbers that are averaged over ranks with it.
 REPORTED, REPORTS, LOST, PRODUCTS = range(4)
-DOT, X_SQUARE, Y_SQUARE, OF_SQUARES = range(4)
+DOT, X_SQUARE, Y_SQUARE, MEAN_SQUARE = range(4)
 
 _f = numpy.float32
 _u = numpy.uint32
@@ -24,28 +24,33 @@ _TINY = float(numpy.finfo(numpy.float32).tiny)
 
 
 @entry
-def compare_samples(last, sample, kept, newest, found):
-    """x.y, x.x, y.y and x^2.y^2 of the last sample x and another one y, both scaled to a largest magnitude of 1.
+def compare_samples(last, sample, added, kept, newest, found):
+    """x.y, x.x and y.y of the last sample x and another one y, both scaled to a largest magnitude of 1.
 
     Args:
         last: address of the last sample, bfloat16; 0 if there is none, which counts as zeros.
         sample: what it is compared with.
-        kept: what is to be compared with the sample of the next step, and
-        newest: address of the same in bfloat16, to be filled.
-        found: to be filled, float32.
+        added: what is added to the last sample for the next step; in units of its root mean square, unless nothing is
+            kept.
+        kept: the share of the last sample that is in the sum.
+        newest: address of the sum in bfloat16, to be filled.
+        found: to be filled, float32: also the mean square of `added`.
     """
-    sample, kept = plain_floats(sample), plain_floats(kept)
+    sample, added = plain_floats(sample), plain_floats(added)
     size = len(sample)
-    _to_bfloat16(kept, halves(newest, 0, size))
-    for number in range(4):
-        found[number] = _f(0.0)
+    mean_square = _f(_square(added, _f(1.0)) / size)
+    unit = _f(math.sqrt(mean_square)) if kept > 0 and mean_square > 0 else _f(1.0)
     y_unit = max(_largest(sample), _SMALLEST)
+    found[MEAN_SQUARE] = mean_square
     if last == 0:
+        found[DOT], found[X_SQUARE] = _f(0.0), _f(0.0)
         found[Y_SQUARE] = _square(sample, y_unit)
+        _to_bfloat16(added, unit, halves(newest, 0, size))
         return
     before = halves(last, 0, size)
-    dot, x_square, y_square, of_squares = _products(before, sample, max(_largest_of_halves(before), _SMALLEST), y_unit)
-    found[DOT], found[X_SQUARE], found[Y_SQUARE], found[OF_SQUARES] = dot, x_square, y_square, of_squares
+    x_unit = max(_largest_of_halves(before), _SMALLEST)
+    found[DOT], found[X_SQUARE], found[Y_SQUARE] = _products(before, sample, x_unit, y_unit)
+    _add_to(before, _f(kept), added, unit, halves(newest, 0, size))
 
 
 @jit
@@ -74,25 +79,35 @@ def _square(y, unit):
 
 @jit
 def _products(before, sample, x_unit, y_unit):
-    dot, x_square, y_square, of_squares = 0.0, 0.0, 0.0, 0.0
+    dot, x_square, y_square = 0.0, 0.0, 0.0
     for i in range(len(sample)):
         x = as_float(_u(before[i]) << _u(16)) / x_unit
         y = sample[i] / y_unit
-        both = x * y
-        dot += both
+        dot += x * y
         x_square += x * x
         y_square += y * y
-        of_squares += both * both
-    return dot, x_square, y_square, of_squares
+    return dot, x_square, y_square
 
 
 @exact
-def _to_bfloat16(x, out):
-    """The nearest, of two the even one; NaN stays NaN."""
+def _bfloat16(x):
+    """The bits of the nearest, of two the even one; NaN stays NaN."""
+    bits = as_bits(x)
+    nearest = _u(bits + _u(0x7FFF) + ((bits >> _u(16)) & _u(1))) >> _u(16)
+    return numpy.uint16(nearest if x == x else _u(0x7FC0))
+
+
+@exact
+def _to_bfloat16(x, unit, out):
     for i in range(len(x)):
-        bits = as_bits(x[i])
-        nearest = _u(bits + _u(0x7FFF) + ((bits >> _u(16)) & _u(1))) >> _u(16)
-        out[i] = numpy.uint16(nearest if x[i] == x[i] else _u(0x7FC0))
+        out[i] = _bfloat16(_f(x[i] / unit))
+
+
+@exact
+def _add_to(before, kept, added, unit, out):
+    for i in range(len(added)):
+        x = as_float(_u(before[i]) << _u(16))
+        out[i] = _bfloat16(_f(_f(x * kept) + added[i] / unit))
 
 
 @jit
@@ -262,26 +277,27 @@ def _below(ordered, value, equal_too):
 
 
 @entry
-def follow(products, multiplier, confidence, total, variance, gain, offset, threshold, highest):
-    """The multiplier of the next step, by how well the gradient agrees with the step before.
+def follow(products, multiplier, confidence, length, rate, gain, threshold, highest):
+    """The multiplier of the next step, by how well the gradient agrees with the course.
 
     Args:
         products: from `compare_samples`.
-        multiplier, confidence, total, variance: the memory's.
-        gain, offset: the law's, the adaptation rate included.
+        multiplier, confidence, length: the memory's.
+        rate: the learning rate that the multiplier gave.
+        gain: the law's, with all its factors in it.
         threshold: confidence at which a step is an edge case.
-        highest: the multiplier's bound.
+        highest: the multiplier's bound, of steps of length 1.
 
     Returns:
-        The multiplier, the alignment, their sum and its variance.
+        The multiplier, the alignment and the length.
     """
     alignment = _cosine(products, _f(0.0))
-    squares = products[X_SQUARE] * products[Y_SQUARE]
-    new_total = total * _f(controller.KEPT) + alignment
-    new_variance = variance * _f(controller.KEPT**2) + products[OF_SQUARES] / max(squares, _SMALLEST)
-    is_evidence = new_total * new_total > _f(controller.EVIDENCE**2) * new_variance
-    growth = math.exp(gain * (alignment + (offset if is_evidence else 0.0))) if products[X_SQUARE] > 0 else 1.0
+    growth = math.exp(min(gain * alignment, controller.MOST_GROWTH))
     if confidence >= threshold:
         growth = min(growth, 1.0)
-    value = min(max(multiplier * growth, controller.FLOOR), highest)
-    return _f(value), alignment, new_total, new_variance
+    newest = _f(math.sqrt(products[MEAN_SQUARE])) / rate
+    known = newest > 0 and newest < math.inf
+    ratio = length / newest if known and length > 0 else _f(1.0)
+    newest = newest if known else length
+    most = max(highest / newest, controller.FLOOR) if newest > 0 else math.inf
+    return _f(min(max(multiplier * growth * ratio, controller.FLOOR), most)), alignment, newest

@@ -19,8 +19,7 @@ from ..groups import Group
 from ..sharding import Alone, Processes
 from ..step.passes import Measured
 from ..step.rules import Watched
-from ..techniques import lr_mask
-from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, report_of
+from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, attempted, report_of
 from .sampling import Sampler
 
 logger = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class Driver(Protocol):
     def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         """Take in the step that was taken."""
 
-    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
+    def scaled(self, mask: Tensor) -> Tensor:
         """A learning-rate mask as the next step would use it."""
 
     def summary(self) -> dict[str, Tensor]:
@@ -141,7 +140,7 @@ class NoContext:
     def follow(self, groups: Sequence[Group], measured: Sequence[Measured], watched: Sequence[Watched]) -> None:
         pass
 
-    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
+    def scaled(self, mask: Tensor) -> Tensor:
         return mask
 
     def summary(self) -> dict[str, Tensor]:
@@ -172,14 +171,12 @@ class Context:
     # How the multiplier follows the alignment of the steps.
     law: Law = STANDARD_LAW
 
-    # Whether its kernels have failed here.
-    _failed = False
-
     def __init__(self, config: OptimizerConfig) -> None:
         self.module = ContextualOptimizationModule(
             config.context_window, config.edge_threshold, config.adaptation_rate, self.law
         )
         self._losses: list[Tensor | float] = []  # reported since the last step
+        self._deciders = _Deciders()
         self._sampler: Sampler | None = None
         self._processes: Processes = Alone()
         # This process's part of the samples of the last step, where parameters are sharded: what follows from them
@@ -251,8 +248,8 @@ class Context:
         gradient = self._gathered(groups, measured, [piece for group in measured for piece in group.watched])
         loss, unusable = _loss_and_unusable(self._losses, measured, gradient.device)
         self._losses = []
-        return self._decided(
-            measured, lambda kernels: self.module.update_context(gradient, loss, lr, unusable, kernels)
+        return self._deciders.decide(
+            self.module, measured, lambda kernels: self.module.update_context(gradient, loss, lr, unusable, kernels)
         )
 
     def multiplier(self) -> Tensor:
@@ -265,10 +262,12 @@ class Context:
         if self._processes.shards:
             self._waiting = grads, changes
         else:
-            self._decided(measured, lambda kernels: self.module.follow(grads, changes, kernels=kernels))
+            self._deciders.decide(
+                self.module, measured, lambda kernels: self.module.follow(grads, changes, kernels=kernels)
+            )
 
-    def scaled(self, mask: Tensor, config: OptimizerConfig) -> Tensor:
-        return lr_mask.scaled(mask, self.module.multiplier().to(mask.device), config.min_lr, config.max_lr)
+    def scaled(self, mask: Tensor) -> Tensor:
+        return mask * self.module.multiplier().to(mask.device)
 
     def summary(self) -> dict[str, Tensor]:
         return self.module.summary()
@@ -293,25 +292,6 @@ class Context:
             return "it has momenta but no context: multiplier and histories start fresh"
         return "it is of an optimizer without context: multiplier, histories and momenta start fresh"
 
-    def _decided(self, measured: Sequence[Measured], decide: Callable[[Deciding | None], _Decision]) -> _Decision:
-        """What is decided by kernels, if they measured the step and do not fail; else by operations of PyTorch."""
-        if self._failed:
-            return decide(None)
-        before = self.module.kept()
-        try:
-            return decide(_kernels(measured))
-        except Exception as error:
-            if _kernels(measured) is None:
-                raise
-            # Compiling can fail in any way; nothing has been changed for good.
-            self._failed = True
-            logger.warning(
-                "fused: the kernels of the context do not work here, PyTorch's operations go on without them: %s",
-                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-            )
-            self.module.go_back_to(before)
-            return decide(None)
-
     def _gathered(self, groups: Sequence[Group], measured: Sequence[Measured], pieces: Sequence[Tensor]) -> Tensor:
         """The sample that pieces of all stacks make up; of shards this process's part of it, with 0 elsewhere."""
         stacks = [stack for group in measured for stack in group.stacks]
@@ -333,18 +313,41 @@ def _set_bounds(module: ContextualOptimizationModule, groups: Sequence[Group]) -
     module.set_bounds(largest, max(group.config.max_lr for group in groups))
 
 
-def _kernels(measured: Sequence[Measured]) -> Deciding | None:
-    """The kernels of a context, if the first group's gradients were measured by kernels."""
-    first = measured[0]
-    if first.launcher is not None:
+class _Deciders:
+    """Who decides: kernels where the first group's gradients were measured by some, until they fail here."""
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def decide(
+        self,
+        module: ContextualOptimizationModule,
+        measured: Sequence[Measured],
+        decision: Callable[[Deciding | None], _Decision],
+    ) -> _Decision:
+        """What `decision` comes to by kernels, or by operations of PyTorch, for which it gets None."""
+        first = measured[0]
+        if not self._failed and (first.by_numba or first.launcher is not None):
+            try:
+                return attempted(module, lambda: decision(_kernels(first)))
+            except Exception as error:  # Compiling can fail in any way.
+                self._failed = True
+                logger.warning(
+                    "fused: the kernels of the context do not work here, PyTorch's operations go on without them: %s",
+                    f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                )
+        return decision(None)
+
+
+def _kernels(measured: Measured) -> Deciding:
+    """The kernels of a context, where kernels measured a group."""
+    if measured.launcher is not None:
         from . import gpu  # It needs Triton.
 
-        return gpu.ContextKernels(first.launcher)
-    if first.by_numba:
-        from . import cpu  # It needs numba.
+        return gpu.ContextKernels(measured.launcher)
+    from . import cpu  # It needs numba.
 
-        return cpu.ContextKernels()
-    return None
+    return cpu.ContextKernels()
 
 
 def _loss_and_unusable(

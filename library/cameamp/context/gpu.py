@@ -36,7 +36,7 @@ class ContextKernels:
     ) -> Tensor:
         """As of `Deciding`."""
         values, window = memory.values, memory.window
-        found = self._compare(memory, "last_gradient", gradient, gradient, loss, unusable)
+        found = self._compare(memory, "last_gradient", gradient, gradient, 0.0, loss, unusable)
         scalars = torch.empty(3, dtype=torch.float32, device=gradient.device)
         cases = torch.empty((), dtype=torch.int64, device=gradient.device)
         histories = torch.empty(len(HISTORIES), window, dtype=torch.float32, device=gradient.device).unbind()
@@ -57,15 +57,15 @@ class ContextKernels:
         scaled_grad: Tensor,
         change: Tensor,
         gain: float,
-        offset: float,
+        kept: float,
         threshold: float,
         highest: float,
     ) -> None:
         """As of `Deciding`."""
         values = memory.values
-        found = self._compare(memory, "last_change", scaled_grad, change, None, None)
-        scalars = torch.empty(4, dtype=torch.float32, device=change.device)
-        names = ("multiplier", "confidence", "alignment_sum", "alignment_variance")
+        found = self._compare(memory, "course", scaled_grad, change, kept, None, None)
+        scalars = torch.empty(3, dtype=torch.float32, device=change.device)
+        names = ("multiplier", "confidence", "length", "lr_history")
         with on(change.device):
             self._launcher.launch(
                 gpu_kernels.follow,
@@ -73,28 +73,34 @@ class ContextKernels:
                 found,
                 *(values[name] for name in names),
                 gain,
-                offset,
                 threshold,
                 highest,
                 scalars,
+                memory.window,
             )
-        for name, value in zip(("multiplier", "alignment", "alignment_sum", "alignment_variance"), scalars.unbind()):
-            values[name] = value
+        values.update(zip(("multiplier", "alignment", "length"), scalars.unbind()))
 
     def _compare(
-        self, memory: Memory, name: str, sample: Tensor, kept: Tensor, loss: Tensor | None, lost: Tensor | None
+        self,
+        memory: Memory,
+        name: str,
+        sample: Tensor,
+        added: Tensor,
+        kept: float,
+        loss: Tensor | None,
+        lost: Tensor | None,
     ) -> Tensor:
-        """What the last sample has to do with another one; and `kept` is remembered."""
+        """What the last sample has to do with another one; `kept` of it and `added` are remembered."""
         last = memory.samples[name]
         begun = last is not None and last.shape == sample.shape
         before = last.view(torch.uint16) if last is not None and begun else None
-        newest = torch.empty(kept.shape, dtype=torch.bfloat16, device=kept.device)
-        found = torch.empty(gpu_kernels.NUMBERS, dtype=torch.float32, device=kept.device)
-        with on(kept.device):
+        newest = torch.empty(added.shape, dtype=torch.bfloat16, device=added.device)
+        found = torch.empty(gpu_kernels.NUMBERS, dtype=torch.float32, device=added.device)
+        with on(added.device):
             self._launcher.launch(
                 gpu_kernels.compare_samples, 1, found if before is None else before, sample,
-                found if loss is None else loss, found if lost is None else lost, kept, newest.view(torch.uint16),
-                found, len(sample), CHUNK=_SAMPLE_CHUNK, BEGUN=begun, HAS_LOSS=loss is not None,
+                found if loss is None else loss, found if lost is None else lost, added, newest.view(torch.uint16),
+                found, kept, len(sample), CHUNK=_SAMPLE_CHUNK, BEGUN=begun, HAS_LOSS=loss is not None,
                 HAS_LOST=lost is not None, warps=_SAMPLE_WARPS,
             )  # fmt: skip
         memory.samples[name] = newest

@@ -16,7 +16,7 @@ from . import controller, detection
 REPORTED, REPORTS, LOST = 0, 1, 2
 NUMBERS = 7
 _REPORTED, _REPORTS, _LOST = tl.constexpr(REPORTED), tl.constexpr(REPORTS), tl.constexpr(LOST)
-_DOT, _X_SQUARE, _Y_SQUARE, _OF_SQUARES = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
+_DOT, _X_SQUARE, _Y_SQUARE, _MEAN_SQUARE = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5), tl.constexpr(6)
 
 _FEWEST_LOSSES, _FEWEST_COSINES = tl.constexpr(detection.FEWEST_LOSSES), tl.constexpr(detection.FEWEST_COSINES)
 _RECENT = tl.constexpr(detection.RECENT_COSINES)
@@ -25,9 +25,8 @@ _MAD_EFFICIENCY = tl.constexpr(detection.MAD_EFFICIENCY)
 _HALF_PI, _ROOT_HALF = tl.constexpr(math.pi / 2), tl.constexpr(math.sqrt(0.5))
 _TINY = tl.constexpr(1.1754943508222875e-38)
 
-_EDGE_SHARE, _KEPT = tl.constexpr(controller.EDGE_SHARE), tl.constexpr(controller.KEPT)
-_EVIDENCE, _FLOOR = tl.constexpr(controller.EVIDENCE), tl.constexpr(controller.FLOOR)
-_SMALLEST_SQUARE = tl.constexpr(controller.SMALLEST_SQUARE)
+_EDGE_SHARE, _FLOOR = tl.constexpr(controller.EDGE_SHARE), tl.constexpr(controller.FLOOR)
+_MOST_GROWTH = tl.constexpr(controller.MOST_GROWTH)
 _SMALLEST = tl.constexpr(1e-30)
 
 
@@ -35,45 +34,50 @@ _SMALLEST = tl.constexpr(1e-30)
 
 
 @triton.jit(do_not_specialize=["size"])
-def compare_samples(last, sample, loss, lost, kept, newest, found, size, CHUNK: tl.constexpr, BEGUN: tl.constexpr,
-                    HAS_LOSS: tl.constexpr, HAS_LOST: tl.constexpr):  # fmt: skip
-    """x.y, x.x, y.y and x^2.y^2 of the last sample x and another one y, both scaled to a largest magnitude of 1.
+def compare_samples(last, sample, loss, lost, added, newest, found, kept, size, CHUNK: tl.constexpr,
+                    BEGUN: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_LOST: tl.constexpr):  # fmt: skip
+    """x.y, x.x and y.y of the last sample x and another one y, both scaled to a largest magnitude of 1.
 
     Args:
         last: the last sample, in bfloat16; BEGUN is false where there is none, which counts as zeros.
         sample: what it is compared with, float32.
         loss, lost: the loss and how many elements were unusable, if HAS_LOSS and HAS_LOST.
-        kept: what is to be compared with the sample of the next step, float32; and
-        newest: the same in bfloat16, to be filled.
+        added: what is added to the last sample for the next step, float32; in units of its root mean square, unless
+            nothing is kept.
+        newest: the sum in bfloat16, to be filled.
         found: NUMBERS float32, to be filled.
+        kept: the share of the last sample that is in the sum.
         size: of the samples.
     """
     largest_x = tl.zeros([CHUNK], dtype=tl.float32)
     largest_y = tl.zeros([CHUNK], dtype=tl.float32)
+    squares = tl.zeros([CHUNK], dtype=tl.float32)
     for start in range(0, size, CHUNK):
         i = start + tl.arange(0, CHUNK)
         largest_x = tl.maximum(largest_x, tl.abs(_last(last, i, size, BEGUN)))
         largest_y = tl.maximum(largest_y, tl.abs(tl.load(sample + i, i < size, other=0.0)))
-        tl.store(newest + i, _bfloat16(tl.load(kept + i, i < size, other=0.0)), i < size)
+        more = tl.load(added + i, i < size, other=0.0)
+        squares += more * more
+    mean_square = tl.sum(squares, axis=0) / size
+    unit = tl.where((kept > 0) & (mean_square > 0), tl.sqrt_rn(mean_square), 1.0)
     unit_x = tl.maximum(tl.max(largest_x, axis=0), _SMALLEST)
     unit_y = tl.maximum(tl.max(largest_y, axis=0), _SMALLEST)
     dot = tl.zeros([CHUNK], dtype=tl.float32)
     x_square = tl.zeros([CHUNK], dtype=tl.float32)
     y_square = tl.zeros([CHUNK], dtype=tl.float32)
-    of_squares = tl.zeros([CHUNK], dtype=tl.float32)
     for start in range(0, size, CHUNK):
         i = start + tl.arange(0, CHUNK)
         x = _last(last, i, size, BEGUN) / unit_x
         y = tl.load(sample + i, i < size, other=0.0) / unit_y
-        both = x * y
-        dot += both
+        direction = tl.load(added + i, i < size, other=0.0) / unit
+        tl.store(newest + i, _bfloat16(_last(last, i, size, BEGUN) * kept + direction), i < size)
+        dot += x * y
         x_square += x * x
         y_square += y * y
-        of_squares += both * both
     tl.store(found + _DOT, tl.sum(dot, axis=0))
     tl.store(found + _X_SQUARE, tl.sum(x_square, axis=0))
     tl.store(found + _Y_SQUARE, tl.sum(y_square, axis=0))
-    tl.store(found + _OF_SQUARES, tl.sum(of_squares, axis=0))
+    tl.store(found + _MEAN_SQUARE, mean_square)
     reported = tl.load(loss) if HAS_LOSS else 0.0
     tl.store(found + _REPORTED, reported)
     tl.store(found + _REPORTS, 1.0 if HAS_LOSS else 0.0)
@@ -271,29 +275,28 @@ def _oscillation(cosines, newest, window, WIDTH: tl.constexpr):
 # After a step ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def follow(found, multiplier, confidence, total, variance, gain, offset, threshold, highest, scalars):
-    """The multiplier of the next step, by how well the gradient agrees with the step before; as `follow` there.
+@triton.jit(do_not_specialize=["window"])
+def follow(found, multiplier, confidence, length, rates, gain, threshold, highest, scalars, window):
+    """The multiplier of the next step, by how well the gradient agrees with the course; as `follow` there.
 
     Args:
         found: from `compare_samples`.
-        multiplier, confidence, total, variance: the memory's.
-        gain, offset: the law's, the adaptation rate included.
+        multiplier, confidence, length, rates: the memory's.
+        gain: the law's, with all its factors in it.
         threshold: confidence at which a step is an edge case.
-        highest: the multiplier's bound.
-        scalars: the multiplier, the alignment, their sum and its variance, to be filled.
+        highest: the multiplier's bound, of steps of length 1.
+        scalars: the multiplier, the alignment and the length, to be filled.
+        window: how many steps are remembered.
     """
     alignment = _cosine(found, 0.0)
-    x_square, y_square = tl.load(found + _X_SQUARE), tl.load(found + _Y_SQUARE)
-    of_chance = tl.load(found + _OF_SQUARES) / tl.maximum(x_square * y_square, _SMALLEST_SQUARE)
-    new_total = tl.load(total) * _KEPT + alignment
-    new_variance = tl.load(variance) * (_KEPT * _KEPT) + of_chance
-    is_evidence = new_total * new_total > new_variance * (_EVIDENCE * _EVIDENCE)
-    growth = tl.exp(gain * (alignment + tl.where(is_evidence, offset, 0.0)))
-    growth = tl.where(x_square > 0, growth, 1.0)
+    growth = tl.exp(tl.minimum(gain * alignment, _MOST_GROWTH))
     growth = tl.where(tl.load(confidence) >= threshold, tl.minimum(growth, 1.0), growth)
-    value = tl.minimum(tl.maximum(tl.load(multiplier) * growth, _FLOOR), highest)
-    tl.store(scalars, value)
+    before, rate = tl.load(length), tl.load(rates + window - 1)
+    newest = tl.sqrt_rn(tl.load(found + _MEAN_SQUARE)) / rate
+    known = (newest > 0) & (newest < float("inf"))
+    ratio = tl.where(known & (before > 0), before / tl.where(known, newest, 1.0), 1.0)
+    newest = tl.where(known, newest, before)
+    most = tl.maximum(highest / newest, _FLOOR)
+    tl.store(scalars, tl.minimum(tl.maximum(tl.load(multiplier) * growth * ratio, _FLOOR), most))
     tl.store(scalars + 1, alignment)
-    tl.store(scalars + 2, new_total)
-    tl.store(scalars + 3, new_variance)
+    tl.store(scalars + 2, newest)

@@ -13,8 +13,12 @@ from torch import Tensor
 from ..devices import moved
 
 HISTORIES = ("loss_history", "gradient_history", "lr_history")
-SAMPLES = ("last_gradient", "last_change")
-_SCALARS = ("confidence", "alignment", "alignment_sum", "alignment_variance")
+SAMPLES = ("last_gradient", "course")
+_SCALARS = ("confidence", "alignment", "length")
+# Numbers, because the learning rates of the groups are: no device has to be asked for them.
+_NUMBERS = ("top", "steps")
+# What contexts had whose multiplier followed another law.
+_OF_AN_OLDER_LAW = ("last_change", "alignment_sum", "alignment_variance")
 
 
 class Memory:
@@ -27,7 +31,10 @@ class Memory:
         window: how many steps the histories go back.
         values: 0-d tensors and histories, (window,) float32, newest last, by name; `multiplier` is not a number until
             the first step.
-        samples: the last samples of the gradient and of the step taken, 1-d bfloat16, by name; None before them.
+        samples: those of the last gradient and of the course, 1-d bfloat16, by name; None before them.
+        top: the largest factor that a schedule has had.
+        schedule: the factor at this step, in units of that one.
+        steps: how many steps the multiplier has followed.
     """
 
     def __init__(self, window: int) -> None:
@@ -45,6 +52,7 @@ class Memory:
                 **{name: torch.full((self.window,), torch.nan, dtype=torch.float32) for name in HISTORIES},
             }
         self.samples: dict[str, Tensor | None] = dict.fromkeys(SAMPLES)
+        self.top, self.schedule, self.steps = 0.0, 1.0, 0
 
     def go_to(self, device: torch.device) -> None:
         """Have all tensors on a device."""
@@ -60,6 +68,11 @@ class Memory:
         same = copy.copy(self)
         same.values, same.samples = dict(self.values), dict(self.samples)
         return same
+
+    def see_schedule(self, factor: float) -> None:
+        """Take notice of a schedule's factor at this step."""
+        self.top = max(self.top, factor)
+        self.schedule = factor / self.top if self.top > 0 else 1.0
 
     def remember(self, name: str, value: Tensor) -> None:
         """Add the newest value, 0-d, to a history."""
@@ -82,6 +95,7 @@ class Memory:
         """
         multiplier = self.values["multiplier"].item()
         context = {name: self.values[name].clone() for name in (*HISTORIES, *_SCALARS)}
+        context.update((name, torch.tensor(float(getattr(self, name)), dtype=torch.float32)) for name in _NUMBERS)
         context.update((name, sample.clone()) for name, sample in self.samples.items() if sample is not None)
         return {
             "c_optim_context": context,
@@ -98,6 +112,7 @@ class Memory:
         for name in HISTORIES:
             newest = context[name][-self.window :]
             self.values[name][self.window - len(newest) :] = newest
+        self.top, self.steps = context["top"].item(), int(context["steps"].item())
         begun = any(name in context for name in SAMPLES)
         multiplier = float(saved["contextual_lr_multiplier"]) if begun else torch.nan
         self.values["multiplier"] = torch.tensor(multiplier, dtype=torch.float32)
@@ -116,6 +131,12 @@ def is_in(saved: Mapping[str, Any]) -> bool:
     return any(key in saved for key in SAVED)
 
 
+def is_of_an_older_law(saved: Mapping[str, Any]) -> bool:
+    """Whether a saved parameter group carries a context of which nothing is of use any more."""
+    context = saved.get("c_optim_context")
+    return isinstance(context, Mapping) and any(name in context for name in _OF_AN_OLDER_LAW)
+
+
 def check(saved: Mapping[str, Any]) -> None:
     """Check a saved context.
 
@@ -125,7 +146,7 @@ def check(saved: Mapping[str, Any]) -> None:
     context = saved.get("c_optim_context")
     if not isinstance(context, Mapping):
         raise ValueError(f"c_optim_context is {type(context).__name__}, not a dictionary")
-    for name in (*HISTORIES, *_SCALARS):
+    for name in (*HISTORIES, *_SCALARS, *_NUMBERS):
         value = context.get(name)
         dimensions = 1 if name in HISTORIES else 0
         if not isinstance(value, Tensor) or value.ndim != dimensions or value.dtype != torch.float32:
@@ -133,7 +154,7 @@ def check(saved: Mapping[str, Any]) -> None:
     for name in SAMPLES:
         if name in context and not (isinstance(context[name], Tensor) and context[name].ndim == 1):
             raise ValueError(f"c_optim_context's '{name}' is not a tensor of one dimension")
-    unknown = context.keys() - {*HISTORIES, *SAMPLES, *_SCALARS}
+    unknown = context.keys() - {*HISTORIES, *SAMPLES, *_SCALARS, *_NUMBERS}
     if unknown:
         raise ValueError(f"c_optim_context has the unknown key '{min(unknown)}'")
     count, multiplier = saved.get("edge_case_count"), saved.get("contextual_lr_multiplier")

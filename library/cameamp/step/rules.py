@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..config import OptimizerConfig
@@ -276,7 +277,7 @@ def move_(
 
     rates = mask
     if multiplier is not None:
-        rates = lr_mask.scaled(mask, multiplier, config.min_lr, config.max_lr, work.scratch)
+        rates = torch.mul(mask, multiplier, out=work.scratch)
     rows = allora.row_scaling(p, config.eta) if row_scaled else None
     factor = lr_factor(scalars.scheduler, rows)
     u = u if factor is None else u.mul_(factor)

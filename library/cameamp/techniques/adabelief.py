@@ -7,6 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+# The longest step of an element, in units of its learning rate. Where gradients are steady the residual is small at
+# first, which has seen little of it, and dies out in thousands of steps: the update would grow to 60 and to 220.
+LONGEST = 10.0
+
 
 def bias_correction(beta3: float, step: int) -> float:
     """The factor that corrects the update for the residual's start at 0: sqrt(1 - beta3^t) at step t, counted from 1.
@@ -36,11 +40,11 @@ def divide_by_belief_(
         u = (m / (1 - b1^t)) / (sqrt(s / (1 - b^t)) + eps)
 
     What differs here: g is the scaled gradient, which CAME has divided once already; eps enters inside the average
-    alone; the residual g - m is taken from what the momentum predicts (see `tam.py` and `consistency.py`); and no bias
-    is corrected unless `correction` is given.
+    alone; the residual g - m is taken from what the momentum predicts (see `tam.py` and `consistency.py`); no bias is
+    corrected unless `correction` is given; and u is bounded.
 
         exp_avg_res = b3 * exp_avg_res + (1 - b3) * (residual^2 + eps)
-        u           = exp_avg / sqrt(exp_avg_res) * correction
+        u           = exp_avg / sqrt(exp_avg_res) * correction, from -10 to 10
 
     Args:
         exp_avg: momentum m, (tensors, rows, columns).
@@ -62,8 +66,14 @@ def divide_by_belief_(
         [0.25, 1.25]
         >>> [round(x, 3) for x in u.flatten().tolist()]
         [2.0, 0.894]
+
+        Nothing is surprising about the third: its step is as long as the bound.
+
+        >>> divide_by_belief_(torch.ones(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), 0.5, 1e-16).item()
+        10.0
     """
     # Towards the floor, then the square on top: one pass over memory less than scaling and adding a number.
     exp_avg_res.lerp_(exp_avg_res.new_full((), eps), 1 - beta3).addcmul_(residual, residual, value=1 - beta3)
     update = torch.rsqrt(exp_avg_res, out=residual).mul_(exp_avg)
-    return update if correction is None else update.mul_(correction)
+    update = update if correction is None else update.mul_(correction)
+    return update.clamp_(-LONGEST, LONGEST)

@@ -5,7 +5,6 @@ The mask is adjusted in the warm-up, by one bump a step, and applied in every st
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # A bump is computed for so many elements at once: of a very large tensor a whole copy would be too much.
@@ -25,6 +24,7 @@ def positive(direction: Tensor) -> Tensor:
         Bool, of the same shape.
 
     Example:
+        >>> import torch
         >>> positive(torch.tensor([1.0, 0.0, -1.0])).tolist()
         [True, False, False]
     """
@@ -53,6 +53,7 @@ def bump_(
         max_lr: upper bound of the mask.
 
     Example:
+        >>> import torch
         >>> mask = torch.tensor([[[5e-4, 5e-4, 1e-3]]])
         >>> now, before = torch.tensor([[[True, False, False]]]), torch.tensor([[[True, True, False]]])
         >>> bump_(mask, now, before, lr_bump=1e-4, min_lr=1e-7, max_lr=1e-3)
@@ -63,28 +64,3 @@ def bump_(
     for mask, now, before in zip(*(stack.split(rows, dim=1) for stack in (lr_mask, polarity, last_polarity))):
         differs = (now ^ before).to(mask.dtype)
         mask.add_(differs.mul_(-2 * lr_bump).add_(lr_bump)).clamp_(min_lr, max_lr)
-
-
-def scaled(lr_mask: Tensor, multiplier: Tensor, min_lr: float, max_lr: float, out: Tensor | None = None) -> Tensor:
-    """Multiply the mask by a factor of the whole optimizer, within the mask's bounds.
-
-        rate = max(min_lr, min(mask * multiplier, max_lr))
-
-    The factor is the multiplier of the contextual optimizers, which is this project's own.
-
-    Args:
-        lr_mask: learning rates, (tensors, rows, columns); not changed.
-        multiplier: the factor, 0-d.
-        min_lr: lower bound of the result.
-        max_lr: upper bound of the result.
-        out: memory for the result, of lr_mask's shape; allocated if None.
-
-    Returns:
-        Learning rates, of lr_mask's shape.
-
-    Example:
-        >>> rates = scaled(torch.tensor([[[1e-6, 5e-4]]]), torch.tensor(10.0), min_lr=1e-7, max_lr=1e-3)
-        >>> [round(x, 7) for x in rates.flatten().tolist()]
-        [1e-05, 0.001]
-    """
-    return torch.mul(lr_mask, multiplier, out=out).clamp_(min_lr, max_lr)

@@ -287,7 +287,7 @@ def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, sg_se
         u = rules.across(u, weights, moving.along, moving.lengthening)
         if moving.is_cautious:
             u = choose(rules.agrees(u, sg), moving.kept * u, _f(0.0))
-        rate = rules.rate_of(mask, moving.multiplier, moving.low, moving.high) * load(rates, i)
+        rate = mask * moving.multiplier * load(rates, i)
         change = rate * (u + moving.decay * weights)
         store(weights - change, p, i)
         if moving.is_watched:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy
 
-from ....techniques import tam
+from ....techniques import adabelief, tam
 from ...measure import LARGEST_MAGNITUDE
 from .jit import within
 from .lanes import both, choose, larger, magnitude, root, smaller, with_sign_of, zeros
@@ -16,6 +16,7 @@ from .lanes import both, choose, larger, magnitude, root, smaller, with_sign_of,
 _f = numpy.float32
 _LARGEST_MAGNITUDE = _f(LARGEST_MAGNITUDE)
 _TAM_DECAY = _f(tam.DECAY)
+_LONGEST = _f(adabelief.LONGEST)
 
 
 @within
@@ -82,8 +83,8 @@ def damped(exp_avg, s, drive, eps):
 
 @within
 def believed(exp_avg, exp_avg_res, correction):
-    """AdaBelief: u = correction exp_avg / sqrt(exp_avg_res)."""
-    return correction * (exp_avg / root(exp_avg_res))
+    """AdaBelief: u = correction exp_avg / sqrt(exp_avg_res), from -10 to 10."""
+    return clipped(correction * (exp_avg / root(exp_avg_res)), _LONGEST)
 
 
 @within
@@ -109,9 +110,3 @@ def agrees(u, sg):
 def bumped(lr_mask, agrees_with_before, bump, low, high):
     """The learning-rate mask rises by the bump where the gradient has the sign of the step before, and else falls."""
     return smaller(larger(lr_mask + choose(agrees_with_before, bump, -bump), low), high)
-
-
-@within
-def rate_of(lr_mask, multiplier, low, high):
-    """The mask times the multiplier, within the mask's bounds."""
-    return smaller(larger(lr_mask * multiplier, low), high)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ....states import TABLE
-from ....techniques import tam
+from ....techniques import adabelief, tam
 from .. import table as fields
 from . import rules
 from .codes import EVEN, LOW_RANK, ROOT, SIGNED, load_levels, load_state, load_truths
@@ -39,6 +39,7 @@ LARGEST_RANK = tl.constexpr(4)
 CLIP, ALONG, ACROSS, AGREEMENT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 _TORQUE = tl.constexpr(1 - tam.DECAY)
 _TORQUE_DECAY = tl.constexpr(tam.DECAY)
+_LONGEST = tl.constexpr(adabelief.LONGEST)
 
 
 # Numbers --------------------------------------------------------------------------------------------------------
@@ -193,11 +194,15 @@ def new_momentum(row, column_norms, sg, drive, numbers, maps, offsets, mask, RUL
 
 @triton.jit
 def divided_by_belief(row, exp_avg, residual, numbers, maps, offsets, mask, RULES: tl.constexpr):
-    """AdaBelief: r = b3 r + (1 - b3) (residual^2 + eps2); the update u = m / sqrt(r). Also r."""
+    """AdaBelief: r = b3 r + (1 - b3) (residual^2 + eps2); the update u = m / sqrt(r), from -10 to 10.
+
+    Also r.
+    """
     r = load_state(row, EXP_AVG_RES, ROOT, maps, offsets, mask, RULES)
     rate = tl.load(numbers + _RESIDUAL_RATE)
     r = r + rate * (tl.load(numbers + _EPS2) - r) + rate * residual * residual
-    return tl.where(mask, tl.rsqrt(r) * exp_avg, 0.0) * tl.load(numbers + _CORRECTION), r
+    u = tl.where(mask, tl.rsqrt(r) * exp_avg, 0.0) * tl.load(numbers + _CORRECTION)
+    return tl.minimum(tl.maximum(u, -_LONGEST), _LONGEST), r
 
 
 @triton.jit
@@ -237,11 +242,6 @@ def bumped_mask(row, direction, numbers, maps, offsets, mask, RULES: tl.constexp
         last = load_truths(row, LAST_POLARITY, offsets, mask, RULES)
         differs = ((direction > 0).to(tl.int32) ^ last).to(tl.float32)
         bump = tl.load(numbers + _BUMP)
-        rates = within_bounds(rates + (differs * (-2 * bump) + bump), numbers)
+        rates += differs * (-2 * bump) + bump
+        rates = tl.minimum(tl.maximum(rates, tl.load(numbers + _MIN_LR)), tl.load(numbers + _MAX_LR))
     return rates
-
-
-@triton.jit
-def within_bounds(rates, numbers):
-    """Clamped to min_lr and max_lr."""
-    return tl.minimum(tl.maximum(rates, tl.load(numbers + _MIN_LR)), tl.load(numbers + _MAX_LR))

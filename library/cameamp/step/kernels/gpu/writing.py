@@ -58,7 +58,6 @@ from .techniques import (
     sign,
     tensor_sum,
     turned_to_gradient,
-    within_bounds,
 )
 
 _SCHEDULER, _WEIGHT_DECAY = tl.constexpr(rules.SCHEDULER), tl.constexpr(rules.WEIGHT_DECAY)
@@ -126,7 +125,7 @@ def write_step(
     if RULES.decays and RULES.early:
         u += tl.load(numbers + _WEIGHT_DECAY) * tl.load(strengths + tensor) * p
     if RULES.scaled:
-        rates = within_bounds(rates * tl.load(multiplier), numbers)
+        rates *= tl.load(multiplier)
     u *= tl.load(numbers + _SCHEDULER)
     if RULES.row_scaled:
         rows = offsets // tl.load(row + COLUMNS).to(tl.int32)

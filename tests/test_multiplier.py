@@ -1,0 +1,128 @@
+"""The multiplier of C-Optim on a bowl with noise: where it settles, that it comes back, what it leaves to schedules.
+
+The bowl is sum h x^2 / 2 with curvatures h from 0.01 to 1, and the noise of a gradient is larger than the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from library.automagic_cameamp import Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit
+
+STEPS = 300
+
+
+def descend(optimizer_class=Automagic_CameAMP_COptim, steps=STEPS, kicks=None, schedule=None, spoil=None, **options):
+    """The lengths of all steps, root mean squares, and the losses before them.
+
+    `kicks` are what the multiplier is multiplied by after some steps, and `spoil` changes a gradient.
+    """
+    generator = torch.Generator().manual_seed(0)
+    curvature = 10 ** (-2 * torch.rand(64, 64, generator=generator))
+    p = torch.nn.Parameter(torch.randn(64, 64, generator=generator))
+    options = {"lr": 1e-6, "max_lr": 1.0, "warmup_steps": 100, "fused": False, "full_finetune": True, **options}
+    optimizer = optimizer_class([p], **options)
+    lengths, losses = [], []
+    for step in range(steps):
+        before = p.detach().clone()
+        p.grad = curvature * before + torch.randn(64, 64, generator=generator)
+        if spoil is not None:
+            spoil(step, p.grad, generator)
+        if schedule is not None:
+            optimizer.param_groups[0]["lr"] = options["lr"] * schedule(step)
+        losses.append((0.5 * curvature * before.square()).mean().item())
+        optimizer.report_loss(losses[-1] * (1 + 0.1 * torch.randn((), generator=generator).item()))
+        optimizer.step()
+        lengths.append((p.detach() - before).square().mean().sqrt().item())
+        if kicks and step in kicks:
+            values = optimizer.c_optim._memory.values
+            values["multiplier"] = values["multiplier"] * kicks[step]
+    return lengths, losses
+
+
+def typical(lengths):
+    """The middle of the lengths of the last steps, in which single ones differ by a factor of two."""
+    return statistics.median(lengths[-30:])
+
+
+@pytest.mark.parametrize("kick", [100.0, 0.01])
+def test_it_returns_to_its_fixed_point_from_both_sides(kick):
+    steady, losses = descend()
+    kicked, losses_kicked = descend(kicks={120: kick})
+    assert abs(math.log(kicked[121] / steady[121])) > 2
+    # Long steps have led away from the minimum, and from there longer ones are right.
+    assert 1 / 3 < typical(kicked) / typical(steady) < 5
+    assert losses_kicked[-1] < 2.5 * losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("factor", [10, 100])
+def test_it_does_without_the_bound(factor):
+    """From the same start, with bounds so high that nothing meets them."""
+    low, high = (descend(max_lr=bound)[1][-1] for bound in (1.0, float(factor)))
+    assert high == pytest.approx(low, rel=0.03)
+
+
+@pytest.mark.parametrize("lr", [1e-5, 1e-4, 1e-3])
+def test_where_it_settles_does_not_depend_on_the_lr(lr):
+    lengths, losses = descend(lr=lr)
+    expected, expected_losses = descend()
+    assert 0.5 < typical(lengths) / typical(expected) < 2
+    assert losses[-1] == pytest.approx(expected_losses[-1], rel=0.25)
+
+
+def cosine(step, steps=STEPS):
+    warmup = steps // 20
+    return (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def restarts(step):
+    return cosine(step % (STEPS // 2), STEPS // 2)
+
+
+@pytest.mark.parametrize("schedule", [cosine, restarts])
+def test_it_leaves_the_fall_to_the_schedule(schedule):
+    """Below half of its top the step lengths follow it within 10 %, but for the noise of single steps."""
+    lengths, _ = descend(schedule=schedule)
+    falls = [step for step in range(1, STEPS - 3) if schedule(step) < min(schedule(step - 1), 0.5)]
+    cycles = [[step for step in falls if step < STEPS // 2], [step for step in falls if step >= STEPS // 2]]
+    for fall in cycles if schedule is restarts else [falls]:
+        found = [lengths[step] / schedule(step) for step in fall]
+        means = [statistics.mean(found[start : start + 10]) for start in range(0, len(found) - 9, 10)]
+        assert len(means) >= 5
+        assert all(abs(mean / means[0] - 1) < 0.1 for mean in means)
+
+
+def test_bad_data_does_not_ruin_a_run():
+    def noise(step, grad, generator):
+        if step % 50 == 10:  # 2 % of the batches
+            grad.copy_(10 * torch.randn(grad.shape, generator=generator))
+
+    def tenfold(step, grad, generator):
+        if 100 <= step < 120:
+            grad.mul_(10)
+
+    clean = descend()
+    for spoil in (noise, tenfold):
+        lengths, losses = descend(spoil=spoil)
+        assert losses[-1] < 1.3 * clean[1][-1]
+        assert 1 / 3 < typical(lengths) / typical(clean[0]) < 3
+
+
+@pytest.mark.parametrize("optimizer_class", [Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit])
+def test_steps_stay_bounded_where_gradients_are_steady(optimizer_class):
+    """Ten times the learning rate at most, whatever the length of the warm-up."""
+    for warmup in (2, 500):
+        p = torch.nn.Parameter(torch.full((64, 64), 0.1))
+        optimizer = optimizer_class(
+            [p], lr=1e-4, warmup_steps=warmup, full_finetune=True, lr_bump=0.0, weight_decay=0.0
+        )
+        p.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        for _ in range(60):
+            before = p.detach().clone()
+            optimizer.step()
+            rate = optimizer.c_optim.lr_history[-1]
+            assert (p.detach() - before).square().mean().sqrt().item() < 10.1 * rate
