@@ -3,13 +3,17 @@
 Computed, and not measured: from the shapes of two models, and from how FSDP2 shards them, what the process with most of
 the states holds, and how long the messages of a step are. The steps are those of a full fine-tuning in float32. Of a
 message every process sends and receives about twice its length. For comparison: what a process reads and writes to take
-its step, in the early phase with the rehearsals, and the gradients that FSDP2 itself sends over the network for it.
+its step by kernels, pass after pass, and the gradients that FSDP2 itself sends over the network for it.
+
+And by how much more the states of models that fit one card take if they are sharded, on all processes together: every
+row of a shard is coded by itself.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -17,10 +21,11 @@ import library.automagic_cameamp as family
 from library.cameamp.config import OptimizerConfig
 from library.cameamp.context.sampling import Sampler
 from library.cameamp.phase import Phase
-from library.cameamp.states import TABLE, momentum
+from library.cameamp.states import TABLE, State, momentum
 from library.cameamp.storage import matrix_shape
 
 from .contenders import FAMILY
+from .models import load
 from .table import Table
 
 PROCESSES = (8, 64, 512)
@@ -55,19 +60,29 @@ def wan() -> Shapes:
 
 MODELS = {"Flux, 12 B": flux, "Wan 2.1, 14 B": wan}
 
+SMALLER: dict[str, Callable[[], Shapes]] = {
+    "SDXL": partial(load, "sdxl_full"),
+    "LoRA, rank 16": partial(load, "sdxl_lora16"),
+    "LoRA, rank 4": lambda: [tuple(4 if size == 16 else size for size in shape) for shape in load("sdxl_lora16")],
+}
+
 
 def state_bytes(shapes: Shapes, processes: int, name: str, phase: Phase) -> int:
     """What the states take on the process that holds most of them."""
     optimizer_class = getattr(family, name)
-    config = OptimizerConfig()
-    rows = [row for row in TABLE if row.lives(phase, config.came)]
-    if contextual(name):
-        rows += [momentum(period) for period in config.momentum_scales]
+    config, rows = OptimizerConfig(), _rows(name, phase)
     total = 0
     for shape in map(torch.Size, shapes):
         part = torch.Size((-(-shape[0] // processes), *shape[1:]))
         total += sum(optimizer_class._precision.format(row, shape, config, by_row=True).bytes(part) for row in rows)
     return total
+
+
+def _rows(name: str, phase: Phase) -> list[State]:
+    """The states that an optimizer has in a phase."""
+    config = OptimizerConfig()
+    rows = [row for row in TABLE if row.lives(phase, config.came)]
+    return rows + [momentum(period) for period in config.momentum_scales if contextual(name)]
 
 
 def message_bytes(shapes: Shapes, stacks: int, early: bool, with_context: bool) -> list[int]:
@@ -131,10 +146,32 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
         for processes in args.processes:
             part = elements / processes
-            # Weights, gradients and states once each way; in a rehearsal the gradients, and the states that it needs.
-            early, later = part * 4 * (2 * 7 + 1 + (2 + 5 + 10)), part * 4 * (2 * 5 + 1 + 2)
+            # Weights, gradients and states once each way, and before that what each pass that sums reads of them.
+            early, later = part * 4 * (7 + 6 + (1 + 2 + 3 + 6)), part * 4 * (6 + 4 + (1 + 2))
             work.row(processes, early / 1e9, later / 1e9, 4 * elements * (processes - 1) / processes / 1e9)
         print()
+    _print_cost_of_rows()
+
+
+def cost_of_rows(shapes: Shapes, name: str, phase: Phase) -> float:
+    """By how much the states are more if every row is coded by itself, as a share."""
+    precision, rows = getattr(family, name)._precision, _rows(name, phase)
+    config = OptimizerConfig()
+    of_rows, whole = (
+        sum(
+            precision.format(row, shape, config, by_row=by_row).bytes(shape)
+            for shape in map(torch.Size, shapes)
+            for row in rows
+        )
+        for by_row in (True, False)
+    )
+    return of_rows / whole - 1
+
+
+def _print_cost_of_rows() -> None:
+    table = Table("{:<30}" + "{:>16.2%}" * len(SMALLER), "states, coded by row, more by", *SMALLER)
+    for name in FAMILY:
+        table.row(name, *(cost_of_rows(shapes_of(), name, _AFTER) for shapes_of in SMALLER.values()))
 
 
 def _linear(out: int, into: int) -> Shapes:

@@ -128,7 +128,7 @@ def assert_close(p, other, start, state, expected, step, warmup_steps=WARMUP, bo
     others = ("exp_avg_sq",) if "exp_avg_sq" in state else ()
     for name in ("exp_avg", "exp_avg_res", "lr_mask", *others, *momenta):
         scale = 1.0 if name == "exp_avg" or name in momenta else expected[name].abs().max().item()
-        assert torch.allclose(state[name], expected[name].view(p.shape), rtol=2e-5, atol=1e-6 * scale), (
+        assert torch.allclose(state[name].view(p.shape), expected[name].view(p.shape), rtol=2e-5, atol=1e-6 * scale), (
             step,
             name,
             p.shape,

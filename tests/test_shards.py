@@ -28,7 +28,19 @@ FAMILY = (Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim, Au
 PROCESSES, RANK = 3, 1  # The second of three: its rows begin within the tensor.
 # Rows in one block and in several, short ones, some that are not coded, a kernel, a vector, one of several parts, and
 # one that this process has nothing of. Twice the same shape, for a stack of several tensors.
-SHAPES = [(100, 320), (100, 320), (50, 16), (40, 24), (33, 7), (16, 32, 3, 3), (300,), (7, 9000), (450, 640), (1, 64)]
+SHAPES = [
+    (100, 320),
+    (100, 320),
+    (50, 16),
+    (40, 24),
+    (90, 5),
+    (60, 7),
+    (16, 32, 3, 3),
+    (300,),
+    (7, 9000),
+    (450, 640),
+    (1, 64),
+]
 
 
 @pytest.fixture(autouse=True, scope="module")

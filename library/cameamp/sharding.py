@@ -123,7 +123,8 @@ def check_shards(groups: Iterable[tuple[Sequence[Tensor], Sequence[torch.Size]]]
                     )
                 meshes[cut.mesh] = label
         # ZeRO 1 and 2 put one vector in the place of a group's parameters.
-        if any(len(shape) > 1 for shape in shapes) and params and all(p.ndim == 1 for p in params):
+        fewer = len(params) < len(shapes) or any(len(shape) > 1 for shape in shapes)
+        if fewer and params and all(p.ndim == 1 for p in params):
             raise RuntimeError(
                 f"parameter group {number} has {len(params)} vectors for its {len(shapes)} parameters; {_NO_ZERO}"
             )

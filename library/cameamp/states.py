@@ -87,14 +87,12 @@ class State:
         return Full(self.dtype)
 
     def code_of_rows(self, config: OptimizerConfig, shape: torch.Size) -> Format | None:
-        """How it is stored in 8 bits if each row is coded by itself; None if rows are too short, or odd."""
+        """How it is stored in 8 bits if each row is coded by itself; None if rows are too short."""
         _, columns = matrix_shape(shape)
         block = block_of_row(columns, config.blocksize)
         if block is None:
             return None
         code = (self.code_of_row or self.code)(config, torch.Size((columns,)), block)
-        if isinstance(code, Bits) and columns % 8:
-            return None
         return code if isinstance(code, Linear) else ByRow(code)
 
     def format_of(

@@ -145,6 +145,31 @@ def shards() -> list[str]:
     return lines
 
 
+def coded_momenta() -> list[str]:
+    """Sharded matrices that are large enough for their momenta to be coded, row by row, against one process."""
+    from reliability.processes import in_processes
+    from reliability.resharded import distance, model_of, trained
+
+    start = model_of().state_dict()
+    lines = []
+    for name, options in (
+        ("Automagic_CameAMP", {}),
+        ("Automagic_CameAMP_COptim", {"adaptation_rate": 1e-3}),
+        ("Automagic_CameAMP_COptim", {}),
+    ):
+        (one,) = in_processes(1, partial(trained, **options), name, SHARD_STEPS, False)
+        way = distance(one["weights"], start)
+        for count in (1, 2, 3):
+            found = in_processes(count, partial(trained, **options), name, SHARD_STEPS, True)[0]
+            away = distance(found["weights"], one["weights"]) / way
+            lines.append(
+                f"{name}, {options or 'defaults'}, over {count}: after {SHARD_STEPS} steps {away:.2g} of the way from "
+                f"one process, loss {found['loss']:.5f} against {one['loss']:.5f}, multiplier "
+                f"{found['multiplier']:.3g} against {one['multiplier']:.3g}"
+            )
+    return lines
+
+
 def numbers() -> list[str]:
     """Gradients and options at their extremes."""
     from reliability.extremes import ARRANGEMENTS, extreme_steps
@@ -184,7 +209,8 @@ def long_run() -> list[str]:
 
 
 PARTS: dict[str, Callable[[], list[str]]] = {
-    part.__name__: part for part in (fuzz, kills, killed_ranks, full_disk, pairs, ddp, shards, long_run, numbers)
+    part.__name__: part
+    for part in (fuzz, kills, killed_ranks, full_disk, pairs, ddp, shards, coded_momenta, long_run, numbers)
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -84,6 +83,8 @@ def _save(accelerator: Any, folder: Path, step: int) -> None:
 
 def _die_at(place: str) -> None:
     """Have this process killed at a place of its next save: by itself, or by the system that lets it write no more."""
+    import resource  # Windows has no such module.
+
     what, _, when = place.partition(" ")
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:

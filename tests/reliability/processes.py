@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# What takes seconds to import, and starts no thread. A server that has done so forks each process, where it can.
+# What takes seconds to import, and starts no thread. On Linux a server that has done so forks each process; elsewhere
+# what is imported may not be forked.
 _IMPORTED = ["accelerate", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "bitsandbytes", "numba"]
-_FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+_FORKS = sys.platform == "linux"
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:

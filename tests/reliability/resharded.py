@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,42 @@ def train(model: nn.Module, optimizer: Any, first: int, last: int) -> list[float
         dist.all_reduce(total)
         losses.append(total.item())
     return losses
+
+
+def trained(rank: int, name: str, steps: int, sharded: bool, **options: Any) -> dict[str, Any]:
+    """Train, sharded or, in a single process, not. Returns the weights, the loss on new batches, and the multiplier."""
+    if sharded:
+        model, optimizer = training(name, steps * 3 // 5, **options)
+    else:
+        model = model_of()
+        optimizer = getattr(family, name)(model.parameters(), lr=1e-4, warmup_steps=steps * 3 // 5, **options)
+    train(model if sharded else _InFloat64(model), optimizer, 0, steps)
+    weights = {key: whole(p) for key, p in model.named_parameters()}
+    fresh = model_of()
+    fresh.load_state_dict(weights)
+    losses = []
+    for number in range(16):
+        x = torch.randn(12, 64, generator=torch.Generator().manual_seed(10_000 + number))
+        losses.append((fresh(x) - x.mean(dim=1, keepdim=True) * 8).square().mean().item())
+    optimizer.state_dict()  # The context takes in the last step with the first message of the next one, or here.
+    multiplier = optimizer.c_optim.compute_contextual_lr_multiplier() if hasattr(optimizer, "c_optim") else 1.0
+    return {"weights": weights, "loss": sum(losses) / len(losses), "multiplier": multiplier}
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """How far two sets of weights are apart."""
+    return math.sqrt(sum((value - b[name]).square().sum().item() for name, value in a.items()))
+
+
+class _InFloat64(nn.Module):
+    """A model that computes in float64, as `exact` has it of one that is sharded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self._model, {k: p.double() for k, p in self._model.named_parameters()}, (x,))
 
 
 def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:

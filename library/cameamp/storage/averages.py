@@ -52,7 +52,9 @@ def average_formats(periods: tuple[int, ...], shape: torch.Size) -> dict[int, Av
         one = LowRank(*folded, 1).bytes(shape)
         for place, period in enumerate(by_weight):
             rank = -(-(left // one - place) // len(by_weight))  # what is over goes to the first
-            formats[period] = LowRank(*folded, max(1, min(rank, _LARGEST_RANK, *folded)))
+            factors = LowRank(*folded, max(1, min(rank, _LARGEST_RANK, *folded)))
+            # Of a few elements, such as a row of them, the factors take no less than they themselves.
+            formats[period] = factors if factors.bytes(shape) < nibbles else Nibbles()
     return formats
 
 

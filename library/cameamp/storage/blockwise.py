@@ -20,8 +20,8 @@ from ..rounding import Dither
 from . import Format, Part, Stored
 
 SMALLEST_BLOCK = 64
-# A row that is coded by itself may be as short as this: its scale is then a quarter of its codes.
-_SMALLEST_BLOCK_OF_ROW = 16
+# A row that is coded by itself may be as short as this: with its scale it then takes half of what float32 does.
+_SMALLEST_BLOCK_OF_ROW = 4
 
 # Elements that are coded at a time: the integers needed in between take three times the memory of the values.
 _PART = 4 * 1024 * 1024
@@ -41,7 +41,7 @@ def block_of(count: int, largest: int) -> int | None:
 
 
 def block_of_row(columns: int, largest: int) -> int | None:
-    """The largest block, from 16 to `largest`, that divides a row; None if there is none."""
+    """The largest block, from 4 to `largest`, that divides a row; None if there is none."""
     for parts in range(-(-columns // largest), columns // _SMALLEST_BLOCK_OF_ROW + 1):
         if columns % parts == 0:
             return columns // parts

@@ -336,12 +336,12 @@ def load_signs(state, length, start, count, room):
             return signs
         copy_bytes(signs, out)
         return out
-    plane = length // 8
+    plane = (length + 7) // 8
     done = 0
     while done < count:
         before, place = (start + done) // length, (start + done) % length
         bit, byte = place // plane, place % plane
-        many = min(plane - byte, count - done)
+        many = min(plane - byte, length - place, count - done)
         _unpack(bytes_at(address, before * plane + byte, many), numpy.uint8(bit), out[done : done + many])
         done += many
     return out
@@ -355,12 +355,12 @@ def store_signs(signs, state, length, start):
     if state[KIND] != PACKED:
         copy_bytes(signs, bytes_at(address, start, count))
         return
-    plane = length // 8
+    plane = (length + 7) // 8
     done = 0
     while done < count:
         before, place = (start + done) // length, (start + done) % length
         bit, byte = place // plane, place % plane
-        many = min(plane - byte, count - done)
+        many = min(plane - byte, length - place, count - done)
         _pack(signs[done : done + many], numpy.uint8(bit), bytes_at(address, before * plane + byte, many))
         done += many
 
