@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from .config import OPTION_NAMES, OptimizerConfig, checked
 from .options import check_group_names
 from .parameters import Parameters
 from .phase import Phase
-from .sharding import WHOLE
+from .sharding import WHOLE, Cut
 from .stacks.layout import Layout, Singles
 from .stacks.stack import Binding, ParameterState, Stack, Traits
 from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
@@ -122,7 +124,11 @@ class Group:
         self.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_bindings")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_layout", "_bindings", "_known_places")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -136,6 +142,7 @@ class Group:
         cached = bool(self.periods) and not self.precision.codes_all
         self._layout: Layout | Singles = Singles() if self.apart else Layout(cached)
         self._bindings: dict[tuple[Any, ...], dict[str, Binding]] = {}
+        self._places = _Places()
 
     # Options and rates ------------------------------------------------------------------------------------------
 
@@ -190,36 +197,41 @@ class Group:
 
     def count_step(self, params: Iterable[Tensor], states: States) -> None:
         """Count a step of some of its parameters, and the updates of their momenta."""
-        due: dict[int, list[tuple[str, bool]]] = {}  # by the step that a parameter is at; usually all are at one
-        for p in params:
-            state = states[p]
-            if state.get("step") == 0:  # States made without a step have room for signs, and no signs.
-                for key in ("last_polarity", "last_polarity_q"):
-                    state.pop(key, None)
-            step = state["step"] = state.get("step", 0) + 1
-            if step not in due:
-                due[step] = [
-                    (row.counter, multiscale.is_due(period, step)) for row, period in zip(self._momenta, self.periods)
-                ]
-            for counter, is_due in due[step]:
-                if is_due or counter not in state:
-                    state[counter] = state.get(counter, 0) + is_due
+        own = [states[p] for p in params]
+        before = [state.get("step", 0) for state in own]
+        if 0 in before:  # States made without a step have room for signs, and no signs.
+            for state in own:
+                if state.get("step") == 0:
+                    for key in ("last_polarity", "last_polarity_q"):
+                        state.pop(key, None)
+        different = set(before)  # usually all are at one step
+        for step in different:
+            alike = own if len(different) == 1 else [state for state, n in zip(own, before) if n == step]
+            for state in alike:
+                state["step"] = step + 1
+            for row, period in zip(self._momenta, self.periods):
+                counter, is_due = row.counter, multiscale.is_due(period, step + 1)
+                for state in alike:
+                    if is_due or counter not in state:
+                        state[counter] = state.get(counter, 0) + is_due
 
-    def stacks(self, params: Collection[Tensor], states: States) -> list[Stack]:
+    def stacks(self, params: Sequence[Tensor], states: States) -> list[Stack]:
         """The stacks of some of its parameters, which have taken a step."""
-        scaled = set() if self.config.full_finetune else self._parameters.factors
-        counters = [row.counter for row in self._momenta]
-        members = []
-        alike: dict[tuple[Any, ...], Traits] = {}  # usually there are one or two in a group
-        for p in params:
-            state = states[p]
-            has_polarity = "last_polarity" in state or "last_polarity_q" in state
-            cut = self._parameters.cut(p)
-            counts = [state.get(counter, 0) for counter in counters]
-            key = (state["step"], p in scaled, has_polarity, cut, *counts)
-            if key not in alike:
-                alike[key] = Traits(state["step"], p in scaled, has_polarity, tuple(counts), cut)
-            members.append((self._parameters.position(p), p, alike[key]))
+        own = [states[p] for p in params]
+        positions, scaled, cuts = self._places.of(params, self._parameters, self.config.full_finetune)
+        kinds = list(
+            zip(
+                [state["step"] for state in own],
+                scaled,
+                ["last_polarity" in state or "last_polarity_q" in state for state in own],
+                zip(*([state.get(row.counter, 0) for state in own] for row in self._momenta))
+                if self._momenta
+                else repeat(()),
+                cuts,
+            )
+        )
+        alike = {kind: Traits(*kind) for kind in set(kinds)}  # usually there are one or two in a group
+        members = list(zip(positions, params, [alike[kind] for kind in kinds]))
         stacks, left_behind = self._layout.stacks(members)
         for p in left_behind:
             # Its states are slices of a whole stack's tensors, which would stay allocated for this parameter alone.
@@ -297,3 +309,27 @@ class Group:
                 found[row.name] = Binding(code, code.keys(row.name), row.starts_at_lr)
             self._bindings[kind] = found
         return self._bindings[kind]
+
+
+class _Places:
+    """What does not change of some parameters while nobody forgets them; usually the same ones come again."""
+
+    def __init__(self) -> None:
+        self._located: object = None
+        self._params: list[Tensor] = []
+        self._found: tuple[list[int], list[bool], list[Cut]] = [], [], []
+
+    def of(
+        self, params: Sequence[Tensor], parameters: Parameters, full_finetune: bool
+    ) -> tuple[list[int], list[bool], list[Cut]]:
+        """For each its number in the optimizer, whether ALLoRA applies to it, and which part of it is here."""
+        same = self._located is parameters.located and len(self._params) == len(params)
+        if not same or not all(map(is_, self._params, params)):
+            factors = set() if full_finetune else parameters.factors
+            self._located, self._params = parameters.located, list(params)
+            self._found = (
+                [parameters.position(p) for p in params],
+                [p in factors for p in params],
+                [parameters.cut(p) for p in params],
+            )
+        return self._found

@@ -68,6 +68,7 @@ class Parameters:
     Attributes:
         factors: the LoRA factors.
         processes: those that hold the parameters.
+        located: another object each time that they were looked at; None before.
     """
 
     def __init__(self) -> None:
@@ -85,6 +86,7 @@ class Parameters:
     def forget(self, log_again: bool = False) -> None:
         """Let `locate` look again, and log what it finds if it has changed or, with `log_again`, in any case."""
         self.factors: set[Tensor] = set()
+        self.located: object = None
         self._positions: dict[Tensor, int] = {}
         self._cuts: dict[Tensor, Cut] = {}
         self.processes: Processes = Alone()
@@ -95,6 +97,7 @@ class Parameters:
         """Look at the parameters of each group, unless they are known."""
         if self._positions:
             return
+        self.located = object()
         groups, names = [group.params for group in named], names_of(named)
         self.factors = lora.find_factors(groups, names)
         parameters = [p for group in groups for p in group]

@@ -7,9 +7,9 @@ documented calls turn one into a Python number, and that is what costs a read-ba
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from ..devices import moved
 from ..techniques.adabelief import LONGEST
 from . import detection
 from .memory import SAMPLES, Memory
+
+_Decision = TypeVar("_Decision")
 
 # The multiplier starts where the largest learning rate is this, whatever the user wrote, and never falls below FLOOR.
 SAFE_LR = 1e-6
@@ -71,7 +73,10 @@ STANDARD_LAW = Law()
 
 
 class Deciding(Protocol):
-    """What kernels of a device do in place of `update_context` and `follow`, in a launch or two."""
+    """What kernels of a device do in place of `update_context` and `follow`, in a launch or two.
+
+    They put new tensors into the memory, and change none that is there.
+    """
 
     def update_context(
         self,
@@ -330,6 +335,16 @@ class ContextualOptimizationModule:
 
     def _is_edge_case(self) -> Tensor:
         return self._memory.values["confidence"] >= self._threshold
+
+
+def attempted(module: ContextualOptimizationModule, decide: Callable[[], _Decision]) -> _Decision:
+    """What `decide` returns; if it fails, the module remembers what it did before."""
+    before = module._memory.kept()
+    try:
+        return decide()
+    except Exception:
+        module._memory = before
+        raise
 
 
 def _products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

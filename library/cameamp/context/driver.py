@@ -6,9 +6,10 @@ whether there is a context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,12 @@ from ..groups import Group
 from ..sharding import Alone, Processes
 from ..step.passes import Measured
 from ..step.rules import Watched
-from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, report_of
+from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, attempted, report_of
 from .sampling import Sampler
+
+logger = logging.getLogger(__name__)
+
+_Decision = TypeVar("_Decision")
 
 # Options that groups of one optimizer share, because they share the context.
 _SHARED = ("context_window", "edge_threshold", "adaptation_rate")
@@ -171,6 +176,7 @@ class Context:
             config.context_window, config.edge_threshold, config.adaptation_rate, self.law
         )
         self._losses: list[Tensor | float] = []  # reported since the last step
+        self._deciders = _Deciders()
         self._sampler: Sampler | None = None
         self._processes: Processes = Alone()
         # This process's part of the samples of the last step, where parameters are sharded: what follows from them
@@ -242,7 +248,9 @@ class Context:
         gradient = self._gathered(groups, measured, [piece for group in measured for piece in group.watched])
         loss, unusable = _loss_and_unusable(self._losses, measured, gradient.device)
         self._losses = []
-        return self.module.update_context(gradient, loss, lr, unusable, _kernels(measured))
+        return self._deciders.decide(
+            self.module, measured, lambda kernels: self.module.update_context(gradient, loss, lr, unusable, kernels)
+        )
 
     def multiplier(self) -> Tensor:
         return self.module.multiplier()
@@ -254,7 +262,9 @@ class Context:
         if self._processes.shards:
             self._waiting = grads, changes
         else:
-            self.module.follow(grads, changes, kernels=_kernels(measured))
+            self._deciders.decide(
+                self.module, measured, lambda kernels: self.module.follow(grads, changes, kernels=kernels)
+            )
 
     def scaled(self, mask: Tensor) -> Tensor:
         return mask * self.module.multiplier().to(mask.device)
@@ -285,9 +295,12 @@ class Context:
     def _gathered(self, groups: Sequence[Group], measured: Sequence[Measured], pieces: Sequence[Tensor]) -> Tensor:
         """The sample that pieces of all stacks make up; of shards this process's part of it, with 0 elsewhere."""
         stacks = [stack for group in measured for stack in group.stacks]
+        sampler = self._sampler_of(groups)
+        if self._processes.shards:
+            pieces = [sampler.part_of(stack, piece) for stack, piece in zip(stacks, pieces)]
         # An element that several processes have is of one of them, so that their sum is exact in any order.
         own = [piece if self._processes.speaks(stack.cut) else piece * 0 for stack, piece in zip(stacks, pieces)]
-        return self._sampler_of(groups).gather(stacks, own)
+        return sampler.gather(stacks, own)
 
     def _sampler_of(self, groups: Sequence[Group]) -> Sampler:
         if self._sampler is None:
@@ -300,14 +313,41 @@ def _set_bounds(module: ContextualOptimizationModule, groups: Sequence[Group]) -
     module.set_bounds(largest, max(group.config.max_lr for group in groups))
 
 
-def _kernels(measured: Sequence[Measured]) -> Deciding | None:
-    """The kernels of a context, if the first group's gradients were measured by kernels of a GPU."""
-    launcher = measured[0].launcher
-    if launcher is None:
-        return None
-    from .gpu import ContextKernels  # It needs Triton.
+class _Deciders:
+    """Who decides: kernels where the first group's gradients were measured by some, until they fail here."""
 
-    return ContextKernels(launcher)
+    def __init__(self) -> None:
+        self._failed = False
+
+    def decide(
+        self,
+        module: ContextualOptimizationModule,
+        measured: Sequence[Measured],
+        decision: Callable[[Deciding | None], _Decision],
+    ) -> _Decision:
+        """What `decision` comes to by kernels, or by operations of PyTorch, for which it gets None."""
+        first = measured[0]
+        if not self._failed and (first.by_numba or first.launcher is not None):
+            try:
+                return attempted(module, lambda: decision(_kernels(first)))
+            except Exception as error:  # Compiling can fail in any way.
+                self._failed = True
+                logger.warning(
+                    "fused: the kernels of the context do not work here, PyTorch's operations go on without them: %s",
+                    f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                )
+        return decision(None)
+
+
+def _kernels(measured: Measured) -> Deciding:
+    """The kernels of a context, where kernels measured a group."""
+    if measured.launcher is not None:
+        from . import gpu  # It needs Triton.
+
+        return gpu.ContextKernels(measured.launcher)
+    from . import cpu  # It needs numba.
+
+    return cpu.ContextKernels()
 
 
 def _loss_and_unusable(

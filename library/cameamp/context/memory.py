@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -61,6 +62,12 @@ class Memory:
             self.samples = {
                 name: None if sample is None else moved(sample, device) for name, sample in self.samples.items()
             }
+
+    def kept(self) -> Memory:
+        """The same memory, which is not changed together with this one as long as no tensor is."""
+        same = copy.copy(self)
+        same.values, same.samples = dict(self.values), dict(self.samples)
+        return same
 
     def see_schedule(self, factor: float) -> None:
         """Take notice of a schedule's factor at this step."""

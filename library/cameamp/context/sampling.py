@@ -45,14 +45,27 @@ class Sampler:
 
         Args:
             stacks: the stacks of all groups that take this step.
-            pieces: what was taken of each, at every `every`-th element; or of each the same, which is the vector.
+            pieces: what was taken of each, at every `every`-th element, 2-d; or the vector, with that in its places.
         """
-        if all(piece is pieces[0] for piece in pieces) and pieces[0].shape == (self.size,):
-            return pieces[0]
         device = stacks[0].device
-        flat = torch.cat([moved(piece.flatten(), device) for piece in pieces])
+        whole = {id(piece): piece for piece in pieces if piece.ndim == 1}
+        apart = [(stack, piece) for stack, piece in zip(stacks, pieces) if piece.ndim > 1]
+        if len(whole) == 1 and not apart:
+            return pieces[0]
         vector = torch.zeros(self.size, dtype=torch.float32, device=device)
-        return vector.index_copy_(0, self._places_of(stacks, device), flat)
+        for piece in whole.values():
+            vector += moved(piece, device)
+        if apart:
+            flat = torch.cat([moved(piece.flatten(), device) for _, piece in apart])
+            vector.index_copy_(0, self._places_of([stack for stack, _ in apart], device), flat)
+        return vector
+
+    def part_of(self, stack: Stack, piece: Tensor) -> Tensor:
+        """What a stack has of a piece, (tensors, elements), as of `gather`."""
+        if piece.ndim > 1:
+            return piece
+        first, end = self._share_of(stack)
+        return torch.stack([piece[self.starts[n] + first : self.starts[n] + end] for n in stack.parameter_numbers])
 
     def _places_of(self, stacks: Sequence[Stack], device: torch.device) -> Tensor:
         """Where the pieces go. Usually the same stacks come again, so the last answer is cached."""

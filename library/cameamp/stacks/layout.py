@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Layout:
         Returns:
             The stacks, and the parameters that are in none of them but were in a stack that no longer exists.
         """
-        kinds = [(p, traits, p.dtype, p.device) for _, p, traits in params]
+        kinds = _Kinds.of([p for _, p, _ in params], [traits for _, _, traits in params])
         if self._last is not None and self._last.holds(kinds):
             return self._last.stacks, []
         alike: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = {}
@@ -83,6 +84,19 @@ class Layout:
         return Stack(params, positions, traits)
 
 
+class _Kinds(NamedTuple):
+    """What decides about the division of some parameters; an entry for each."""
+
+    params: list[Tensor]
+    traits: list[Traits]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+
+    @classmethod
+    def of(cls, params: list[Tensor], traits: list[Traits]) -> _Kinds:
+        return cls(params, traits, [p.dtype for p in params], [p.device for p in params])
+
+
 class Singles:
     """In place of `Layout`: each parameter in a stack of its own, for steps that are taken one by one."""
 
@@ -105,33 +119,27 @@ class _Division:
     """How the parameters of a step were divided, so that the next step need not do it again.
 
     Args:
-        kinds: each parameter, its traits, dtype and device.
+        kinds: of the parameters.
         stacks: the stacks.
     """
 
-    def __init__(self, kinds: list[_Kind], stacks: list[Stack]) -> None:
+    def __init__(self, kinds: _Kinds, stacks: list[Stack]) -> None:
         self._kinds = kinds
         self.stacks = stacks
 
-    def holds(self, kinds: list[_Kind]) -> bool:
+    def holds(self, kinds: _Kinds) -> bool:
         """Whether the same parameters are together again, with other traits now; the stacks get these."""
-        if len(kinds) != len(self._kinds):
+        last = self._kinds
+        if len(kinds.params) != len(last.params) or not all(map(is_, kinds.params, last.params)):
             return False
-        now: dict[Traits, Traits] = {}
-        known: dict[int, Traits] = {}  # By identity: hashing them for each parameter would take as long as dividing.
-        for (p, traits, dtype, device), (other, before, dtype_before, device_before) in zip(kinds, self._kinds):
-            if p is not other or dtype != dtype_before or device != device_before:
-                return False
-            if known.setdefault(id(before), traits) is not traits:
-                return False
-            now[before] = traits
-        if len(set(now.values())) < len(now):
-            return False  # Those that were apart belong together now.
+        if kinds.dtypes != last.dtypes or kinds.devices != last.devices:
+            return False
+        # By identity: hashing them for each parameter would take as long as dividing.
+        pairs = dict(zip(zip(map(id, last.traits), map(id, kinds.traits)), zip(last.traits, kinds.traits)))
+        now = dict(pairs.values())
+        if not len(pairs) == len(now) == len(set(now.values())):
+            return False  # Those that were together are apart, or the other way round.
         for stack in self.stacks:
             stack.traits = now[stack.traits]
         self._kinds = kinds
         return True
-
-
-# A parameter, its traits, dtype and device.
-_Kind = tuple[Tensor, Traits, torch.dtype, torch.device]

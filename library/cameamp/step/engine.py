@@ -148,11 +148,14 @@ class Engine:
                 self._say(level, f"fused: {_HELP[device]} ({_first_line(error)})")
                 return None
         kernels, first = self._kernels[device], stacks[0].device
-        served = all(
-            (kernels.takes_shards or stack.cut is WHOLE)
-            and stack.rows * stack.columns <= _LARGEST
-            and all(type(p) in _PLAIN and p.device == first for p in stack.cut.local(stack.params))
-            for stack in stacks
+        params = [p for stack in stacks for p in stack.cut.local(stack.params)]
+        served = (
+            all(
+                (kernels.takes_shards or stack.cut is WHOLE) and stack.rows * stack.columns <= _LARGEST
+                for stack in stacks
+            )
+            and all(kind in _PLAIN for kind in set(map(type, params)))
+            and all(p.device == first for p in params)
         )
         return kernels if served else None
 
@@ -268,12 +271,13 @@ def _first_line(error: Exception) -> str:
 
 def _note_change(params: Sequence[Tensor]) -> None:
     """Let autograd know that kernels have changed weights, or it would use new ones for old activations."""
-    tracked = [p for p in params if not p.is_inference()]
+    increment = torch.autograd.graph.increment_version
     try:
-        torch.autograd.graph.increment_version(tracked)
-    except (AttributeError, TypeError):  # before PyTorch 2.5
-        for p in tracked:
-            torch.autograd.graph.increment_version(p)
+        increment(params)
+    except (AttributeError, TypeError, RuntimeError):  # before PyTorch 2.5; or one is of inference mode, and has none
+        for p in params:
+            if not p.is_inference():
+                increment(p)
 
 
 def _log_progress(group: Group, stack: Stack) -> None:

@@ -78,6 +78,9 @@ def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
         RuntimeError: a gradient is one that no rule here can use; with its parameter's shape.
     """
     active = [p for p in params if p.grad is not None and p.numel() > 0]
+    kinds = {(grad.layout, grad.dtype) for p in active if (grad := p.grad) is not None}
+    if all(layout == torch.strided and not dtype.is_complex for layout, dtype in kinds):
+        return active
     for p in active:
         grad = p.grad
         assert grad is not None

@@ -46,6 +46,7 @@ class Measured(NamedTuple):
     launcher: Launcher | None = None
     magnitudes: Sequence[Magnitudes] = ()
     answers: Mapping[Stack, list[shared.Answer]] = MappingProxyType({})
+    by_numba: bool = False
 
 
 class Passes:

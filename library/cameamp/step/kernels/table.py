@@ -131,22 +131,37 @@ def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tens
     """
     params = [p for stack in batch.stacks for p in stack.cut.local(stack.params)]
     grads = [g for stack in batch.stacks for g in stack.cut.local([p.grad for p in stack.params if p.grad is not None])]
-    read, kept, _ = _readable(grads)
-    weights, _, written_back = _readable(params)
     table = batch.table.copy()
-    table[:, GRAD], table[:, GRAD_KIND] = [g.data_ptr() for g in read], [DTYPES[g.dtype] for g in read]
-    table[:, WEIGHT], table[:, WEIGHT_KIND] = [p.data_ptr() for p in weights], [DTYPES[p.dtype] for p in weights]
+    kept, _ = _enter_addresses(table[:, GRAD : GRAD_KIND + 1], grads)
+    _, written_back = _enter_addresses(table[:, WEIGHT : WEIGHT_KIND + 1], params)
     return table, written_back, kept
 
 
-def _readable(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """The tensors as a kernel can read them; those of them that are copies; and each beside what it is a copy of."""
+def _enter_addresses(fields: numpy.ndarray, tensors: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Write down where tensors are, and their dtype, as a kernel can read them: as copies, if it must be.
+
+    Returns:
+        The copies, and each beside what it is a copy of.
+    """
+    read, pairs = tensors, list[tuple[Tensor, Tensor]]()
+    dtypes = [x.dtype for x in tensors]
+    in_place = all(map(Tensor.is_contiguous, tensors)) and not any(map(Tensor.is_neg, tensors))
+    if not in_place or not DTYPES.keys() >= set(dtypes):
+        read, pairs = _readable(tensors)
+        dtypes = [x.dtype for x in read]
+    fields[:, 0] = list(map(Tensor.data_ptr, read))
+    fields[:, 1] = [DTYPES[dtype] for dtype in dtypes]
+    return [copy for _, copy in pairs], pairs
+
+
+def _readable(tensors: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """The tensors as a kernel can read them; and those that it cannot read where they are, each beside its copy."""
     odd = [n for n, x in enumerate(tensors) if x.dtype not in DTYPES or not x.is_contiguous() or x.is_neg()]
     read = list(tensors)
     for place in odd:
         dtype = tensors[place].dtype if tensors[place].dtype in DTYPES else torch.float32
         read[place] = tensors[place].detach().resolve_neg().to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return read, [read[place] for place in odd], [(tensors[place], read[place]) for place in odd]
+    return read, [(tensors[place], read[place]) for place in odd]
 
 
 def _rows_of(stack: Stack) -> numpy.ndarray:

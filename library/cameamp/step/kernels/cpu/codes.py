@@ -11,6 +11,7 @@ import numpy
 from ....storage.blockwise import Tables
 from ..table import ABSENT, ADDRESS, BFLOAT16, BOOL, EVEN, FLOAT, FLOAT32, KIND, PACKED, ROOT, SCALE
 from .jit import as_bits, as_float, bytes_at, exact, floats, halves, prefetch
+from .lanes import LANES
 
 _f = numpy.float32
 _u = numpy.uint32
@@ -56,15 +57,47 @@ def bytes_of(kind):
 
 @exact
 def load_floats(address, kind, start, count, room):
-    """Numbers of any of the three floating-point formats: in place if they are float32, else converted into `room`."""
+    """Numbers of any of the three floating-point formats: in place if they are float32, else converted into `room`.
+
+    What is no whole sixteens is in `room` too, which is filled up with zeros.
+    """
     if kind == FLOAT32:
-        return floats(address, start, count)
+        return _in_place(floats(address, start, count), room)
     out = room[:count]
+    fill_up(room, count)
     if kind == BFLOAT16:
         _from_bfloat16(halves(address, start, count), out)
     else:
         _from_float16(halves(address, start, count), out)
     return out
+
+
+@exact
+def _in_place(x, room):
+    """An array, or if it is no whole sixteens a copy that is filled up to them."""
+    count = len(x)
+    if count % LANES == 0:
+        return x
+    for i in range(count):
+        room[i] = x[i]
+    fill_up(room, count)
+    return room[:count]
+
+
+@exact
+def fill_up(room, count):
+    """Zeros from `count` elements on to whole sixteens."""
+    for i in range(count, min(-(-count // LANES) * LANES, len(room))):
+        room[i] = _f(0.0)
+
+
+@exact
+def put_back(x, address, start):
+    """Write elements of a float32 tensor, of which `_in_place` made a copy if they are no whole sixteens."""
+    if len(x) % LANES != 0:
+        out = floats(address, start, len(x))
+        for i in range(len(x)):
+            out[i] = x[i]
 
 
 @exact
@@ -90,14 +123,16 @@ def store_weights(weights, address, kind, start, stream):
     """Write weights back, those of 16 bits rounded at random as `rounding.stochastic_round` does.
 
     Args:
-        weights: the new ones; float32 weights are in their place already.
+        weights: the new ones, as `load_floats` gave them.
         address, kind, start: where they belong.
         stream: from `noise_stream`.
     """
     if kind == BFLOAT16:
         _round(weights, start, stream, 8, -118, _LARGEST_BFLOAT16)
         _to_bfloat16(weights, halves(address, start, len(weights)))
-    elif kind != FLOAT32:
+    elif kind == FLOAT32:
+        put_back(weights, address, start)
+    else:
         _round(weights, start, stream, 11, -13, _LARGEST_FLOAT16)
         _to_float16(weights, halves(address, start, len(weights)))
 
@@ -167,6 +202,8 @@ def fetch_state(state, start, count):
 def load_state(state, block, start, count, maps, room):
     """A state of one tensor as float32: in place if it is stored so, else decoded into `room`.
 
+    What is no whole sixteens is in `room` too, which is filled up with zeros.
+
     Args:
         state: its kind, address and scale, of one tensor.
         block: elements in a block of its code.
@@ -176,8 +213,9 @@ def load_state(state, block, start, count, maps, room):
     """
     kind, address = state[KIND], state[ADDRESS]
     if kind == FLOAT:
-        return floats(address, start, count)
+        return _in_place(floats(address, start, count), room)
     out = room[:count]
+    fill_up(room, count)
     codes = bytes_at(address, start, count)
     if kind == EVEN:
         scale = floats(state[SCALE], 0, 2)
@@ -200,7 +238,8 @@ def store_state(values, state, block, start, maps, stream):
     kind, address = state[KIND], state[ADDRESS]
     count = len(values)
     if kind == FLOAT:
-        return  # They are in place.
+        put_back(values, address, start)
+        return
     codes = bytes_at(address, start, count)
     if kind == EVEN:
         scale = floats(state[SCALE], 0, 2)
@@ -281,6 +320,8 @@ def _encode_evenly(x, start, stream, low, high, codes):
 def load_signs(state, length, start, count, room):
     """Yes or no for each element, as bytes: in place if they are stored so, else unpacked into `room`.
 
+    No whole sixteens are in `room` too.
+
     Args:
         state: its kind and address, of one tensor.
         length: how many elements are packed together: those of the tensor, or of a row.
@@ -288,9 +329,13 @@ def load_signs(state, length, start, count, room):
         room: memory for `count` bytes.
     """
     address = state[ADDRESS]
-    if state[KIND] == BOOL:
-        return bytes_at(address, start, count)
     out = room[:count]
+    if state[KIND] == BOOL:
+        signs = bytes_at(address, start, count)
+        if count % LANES == 0:
+            return signs
+        copy_bytes(signs, out)
+        return out
     plane = (length + 7) // 8
     done = 0
     while done < count:

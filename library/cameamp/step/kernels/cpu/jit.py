@@ -19,12 +19,17 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Sums may be taken in any order, so that they vectorize, and products may be added without being rounded first. Not
 # among these freedoms: that no number is NaN or infinite, because unusable gradients are recognized by that.
-_FAST = {"reassoc", "contract", "nsz"}
+FAST = {"reassoc", "contract", "nsz"}
 
 
 def jit(function: _Function) -> _Function:
     """Compile arithmetic for other kernels; results are as exact as float32, and not to the last bit."""
-    return _compiled(function, fastmath=_FAST, **_INNER)
+    return _compiled(function, fastmath=FAST, **_INNER)
+
+
+def within(function: _Function) -> _Function:
+    """The same of what is to be put in place of every call: of lanes, which no call could pass in registers."""
+    return _compiled(function, fastmath=FAST, forceinline=True, **_INNER)
 
 
 def exact(function: _Function) -> _Function:
@@ -34,7 +39,7 @@ def exact(function: _Function) -> _Function:
 
 def entry(function: _Function) -> _Function:
     """Compile a kernel that Python calls."""
-    return _compiled(function, fastmath=_FAST)
+    return _compiled(function, fastmath=FAST)
 
 
 # Without what Python would need to call them: that takes as long to compile as they themselves.
@@ -56,7 +61,9 @@ def _compiled(function: _Function, **options: Any) -> _Function:
 @cache
 def _sources() -> str:
     """What tells these files from those of any other version."""
-    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("*.py")), folder.parents[2] / "context" / "cpu_kernels.py"]
+    texts = [path.read_bytes() for path in files]
     return hashlib.blake2b(b"".join(texts), digest_size=16).hexdigest()
 
 
@@ -133,6 +140,12 @@ def _generate_prefetch(typing_context: Any, address: Any) -> Any:
 
 
 _prefetch: Any = intrinsic(_generate_prefetch)
+
+
+@within
+def fetch(x: Any, i: int) -> None:
+    """Begin to fetch a float32 array's elements around one, which may be beyond its end, and do not wait for them."""
+    _prefetch(x.ctypes.data + 4 * i)
 
 
 @jit

@@ -1,15 +1,31 @@
 """The rules on one block of a tensor, each function one loop, in as few passes over memory as the sums allow.
 
-What is updated in place is named first; a block of a state that is coded is decoded before and encoded after. An array
-is never given twice: where two may overlap, the compiler's loop takes one element at a time.
+What is updated in place is named first; a block of a state that is coded is decoded before and encoded after. Loops
+over lanes go on to the end of the last sixteen elements, so arrays are as long as that, whatever a block's length.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy
 
 from . import eights, rules
-from .jit import jit
+from .jit import fetch, jit, within
+from .lanes import (
+    LANES,
+    alike,
+    choose,
+    double_zeros,
+    doubled,
+    load,
+    load_truths,
+    magnitude,
+    store,
+    store_truths,
+    sum_of,
+    zeros,
+)
 
 _f = numpy.float32
 _d = numpy.float64
@@ -21,11 +37,16 @@ _WIDE = 64
 
 
 @jit
+def _usable(x):
+    return x if abs(x) <= rules._LARGEST_MAGNITUDE else _f(0.0)
+
+
+@jit
 def measure(g):
     """The sum of |g|, how many elements are not 0, and how many are not usable."""
     total, nonzero, unusable = _f(0.0), 0, 0
     for i in range(len(g)):
-        x = rules.usable(g[i])
+        x = _usable(g[i])
         total += abs(x)
         nonzero += x != _f(0.0)
         unusable += not abs(g[i]) <= rules._LARGEST_MAGNITUDE
@@ -37,7 +58,7 @@ def squared_deviations(g, mean):
     """The sum of (|g| - mean)^2."""
     total = _f(0.0)
     for i in range(len(g)):
-        deviation = abs(rules.usable(g[i])) - mean
+        deviation = abs(_usable(g[i])) - mean
         total += deviation * deviation
     return total
 
@@ -45,104 +66,233 @@ def squared_deviations(g, mean):
 # The scaled gradient --------------------------------------------------------------------------------------------
 
 
-@jit
-def sum_scaled(g, exp_avg_sq, total, rate, eps):
-    """The sum of squares of the gradient over the root of its new second moment."""
-    result = _f(0.0)
-    for i in range(len(g)):
-        grad = rules.regularized(rules.usable(g[i]), total)
-        sg = rules.scaled(grad, rules.mean_square(exp_avg_sq[i], grad, rate, eps), _f(1.0))
-        result += sg * sg
-    return result
+class Scaling(NamedTuple):
+    """How a gradient is scaled.
+
+    Attributes:
+        share: 1 / S, of AGR.
+        came: whether by its second moment; else it is clipped.
+        rate: of the second moment.
+        eps: its floor.
+        bound: of a clipped element.
+        factor: of the scaled gradient.
+    """
+
+    share: float
+    came: bool
+    rate: float
+    eps: float
+    bound: float
+    factor: float
+
+
+@within
+def _gradient(g, i, how):
+    return rules.regularized(rules.usable(load(g, i)), how.share)
+
+
+@within
+def _moment(grad, exp_avg_sq, i, how):
+    """The new second moment; without CAME anything."""
+    return rules.mean_square(load(exp_avg_sq, i), grad, how.rate, how.eps) if how.came else grad
+
+
+@within
+def _scaled(grad, moment, how):
+    return rules.scaled(grad, moment, how.factor) if how.came else rules.clipped(grad, how.bound)
 
 
 @jit
-def scaled_gradient(g, exp_avg_sq, total, rate, eps, factor, sg):
-    """The scaled gradient; the second moment stays as it is."""
-    for i in range(len(g)):
-        grad = rules.regularized(rules.usable(g[i]), total)
-        sg[i] = rules.scaled(grad, rules.mean_square(exp_avg_sq[i], grad, rate, eps), factor)
+def sum_scaled(g, exp_avg_sq, how, ahead):
+    """The sum of squares of the gradient over the root of its new second moment; `ahead` as of `take_step`."""
+    total = zeros()
+    for i in range(0, len(g), LANES):
+        if ahead:
+            fetch(g, i + ahead)
+            fetch(exp_avg_sq, i + ahead)
+        grad = _gradient(g, i, how)
+        total = total + grad * grad / _moment(grad, exp_avg_sq, i, how)
+    return sum_of(total)
 
 
 @jit
-def scale_gradient(exp_avg_sq, g, total, rate, eps, factor, sg):
-    """Update the second moment; the scaled gradient."""
-    for i in range(len(g)):
-        grad = rules.regularized(rules.usable(g[i]), total)
-        exp_avg_sq[i] = rules.mean_square(exp_avg_sq[i], grad, rate, eps)
-        sg[i] = rules.scaled(grad, exp_avg_sq[i], factor)
-
-
-@jit
-def clipped_gradient(g, total, bound, sg):
-    """The scaled gradient without CAME."""
-    for i in range(len(g)):
-        sg[i] = rules.clipped(rules.regularized(rules.usable(g[i]), total), bound)
+def scale_gradient(g, exp_avg_sq, how, sg):
+    """The scaled gradient, and its sum of squares; the second moment stays as it is."""
+    total = zeros()
+    for i in range(0, len(g), LANES):
+        grad = _gradient(g, i, how)
+        scaled = _scaled(grad, _moment(grad, exp_avg_sq, i, how), how)
+        total = total + scaled * scaled
+        store(scaled, sg, i)
+    return sum_of(total)
 
 
 # The update, up to Grams ----------------------------------------------------------------------------------------
 
 
-@jit
-def late_update(exp_avg, exp_avg_res, sg, drive, rate, beta1, rate3, eps, correction, share, u):
-    """Consistency momentum, AdaBelief and Grams."""
-    for i in range(len(sg)):
-        exp_avg[i] = rules.averaged(exp_avg[i], drive[i], rate)
-        residual = rules.inconsistency(sg[i], exp_avg[i], drive[i], beta1)
-        exp_avg_res[i] = rules.mean_square(exp_avg_res[i], residual, rate3, eps)
-        u[i] = rules.turned(rules.believed(exp_avg[i], exp_avg_res[i], correction), sg[i], share)
+class Following(NamedTuple):
+    """How the averages follow the scaled gradient; as in `settings.SETTINGS`."""
+
+    early: bool
+    eps1: float
+    momentum_rate: float
+    beta1: float
+    rate3: float
+    eps2: float
+    correction: float
+    gradient_share: float
 
 
-@jit
-def late_update_alone(exp_avg, exp_avg_res, sg, drive, rate, beta1, rate3, eps, correction, share, u):
-    """The same update; no state changes."""
-    for i in range(len(sg)):
-        m = rules.averaged(exp_avg[i], drive[i], rate)
-        residual = rules.inconsistency(sg[i], m, drive[i], beta1)
-        res = rules.mean_square(exp_avg_res[i], residual, rate3, eps)
-        u[i] = rules.turned(rules.believed(m, res, correction), sg[i], share)
+class Given(NamedTuple):
+    """What a block's update is computed from. Arrays that a rule does not ask for may be any.
+
+    Attributes:
+        g: the gradient.
+        exp_avg_sq, exp_avg, exp_avg_res, s: the states.
+        sg: the scaled gradient, if it is known already.
+        drive: what drives the momentum where there is a gradient, likewise.
+        norms: early, of each element's column.
+        is_driven: whether both are known.
+    """
+
+    g: Any
+    exp_avg_sq: Any
+    exp_avg: Any
+    exp_avg_res: Any
+    s: Any
+    sg: Any
+    drive: Any
+    norms: Any
+    is_driven: bool
 
 
-@jit
-def early_update(s, exp_avg, exp_avg_res, sg, drive, norms, eps1, rate3, eps2, correction, share, u):
-    """Torque-aware momentum, AdaBelief and Grams; `norms` is of each element's column."""
-    for i in range(len(sg)):
-        s[i] = rules.correlated(s[i], exp_avg[i], drive[i], norms[i])
-        exp_avg[i] = rules.damped(exp_avg[i], s[i], drive[i], eps1)
-        exp_avg_res[i] = rules.mean_square(exp_avg_res[i], sg[i] - exp_avg[i], rate3, eps2)
-        u[i] = rules.turned(rules.believed(exp_avg[i], exp_avg_res[i], correction), sg[i], share)
-
-
-@jit
-def early_update_alone(s, exp_avg, exp_avg_res, sg, drive, norms, eps1, rate3, eps2, correction, share, u):
-    """The same update; no state changes."""
-    for i in range(len(sg)):
-        m = rules.damped(exp_avg[i], rules.correlated(s[i], exp_avg[i], drive[i], norms[i]), drive[i], eps1)
-        res = rules.mean_square(exp_avg_res[i], sg[i] - m, rate3, eps2)
-        u[i] = rules.turned(rules.believed(m, res, correction), sg[i], share)
+@within
+def _updated(given, i, scaling, how):
+    """The scaled gradient and the update, and the new states that lead to it."""
+    grad = _gradient(given.g, i, scaling)
+    exp_avg_sq = _moment(grad, given.exp_avg_sq, i, scaling)
+    if given.is_driven:
+        sg = load(given.sg, i)
+        # What never had a gradient must not drift.
+        drive = choose(magnitude(sg) > _f(0.0), load(given.drive, i), _f(0.0))
+    else:
+        sg = _scaled(grad, exp_avg_sq, scaling)
+        drive = sg
+    exp_avg = load(given.exp_avg, i)
+    s = exp_avg
+    if how.early:
+        s = rules.correlated(load(given.s, i), exp_avg, drive, load(given.norms, i))
+        exp_avg = rules.damped(exp_avg, s, drive, how.eps1)
+        residual = sg - exp_avg
+    else:
+        exp_avg = rules.averaged(exp_avg, drive, how.momentum_rate)
+        residual = rules.inconsistency(sg, exp_avg, drive, how.beta1)
+    exp_avg_res = rules.mean_square(load(given.exp_avg_res, i), residual, how.rate3, how.eps2)
+    u = rules.turned(rules.believed(exp_avg, exp_avg_res, how.correction), sg, how.gradient_share)
+    return grad, sg, u, exp_avg_sq, exp_avg, exp_avg_res, s
 
 
 # What depends on a whole tensor ---------------------------------------------------------------------------------
 
 
 @jit
-def products(u, p):
+def products(given, p, scaling, how):
     """u.p, p.p and u.u, in float64: weights may be so small that their squares are 0 in float32."""
-    up, pp, uu = 0.0, 0.0, 0.0
-    for i in range(len(u)):
-        up += _d(u[i]) * _d(p[i])
-        pp += _d(p[i]) * _d(p[i])
-        uu += _d(u[i]) * _d(u[i])
-    return up, pp, uu
+    up, pp, uu = double_zeros(), double_zeros(), double_zeros()
+    for i in range(0, len(p), LANES):
+        _, _, u, _, _, _, _ = _updated(given, i, scaling, how)
+        wide_u, wide_p = doubled(u), doubled(load(p, i))
+        up = up + wide_u * wide_p
+        pp = pp + wide_p * wide_p
+        uu = uu + wide_u * wide_u
+    return sum_of(up), sum_of(pp), sum_of(uu)
 
 
 @jit
-def count_agreement(u, sg, p, along, lengthening):
+def count_agreement(given, p, scaling, how, along, lengthening):
     """How many elements of the update, without its part along the weights, agree in sign with the gradient."""
-    count = 0
-    for i in range(len(u)):
-        count += rules.agrees(rules.across(u[i], p[i], along, lengthening), sg[i])
-    return count
+    count = zeros()
+    for i in range(0, len(p), LANES):
+        _, sg, u, _, _, _, _ = _updated(given, i, scaling, how)
+        agrees = rules.agrees(rules.across(u, load(p, i), along, lengthening), sg)
+        count = count + choose(agrees, _f(1.0), _f(0.0))
+    return sum_of(count)
+
+
+# The step -------------------------------------------------------------------------------------------------------
+
+
+class Moving(NamedTuple):
+    """How the weights move.
+
+    Attributes:
+        along, lengthening: OrthoGrad's two factors.
+        is_cautious, kept: whether disagreeing elements are masked, and the factor of those that are kept.
+        decay: strength of the weight decay.
+        warmup, has_polarity: whether the mask is adjusted, and whether there are signs of the step before.
+        bump, low, high: by how much, and its bounds.
+        multiplier: of the mask.
+        is_watched: whether the context sees the step.
+    """
+
+    along: float
+    lengthening: float
+    is_cautious: bool
+    kept: float
+    decay: float
+    warmup: bool
+    has_polarity: bool
+    bump: float
+    low: float
+    high: float
+    multiplier: float
+    is_watched: bool
+
+
+@jit
+def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, sg_seen, change_seen, ahead):
+    """Update the states, the mask and the weights of a block.
+
+    Args:
+        p, lr_mask: the weights and the mask; updated, as are the states in `given`.
+        now: filled with the signs of the gradient, if the mask is adjusted.
+        given, scaling, how: as of `_updated`.
+        before: signs of the step before.
+        rates: factors of the mask.
+        moving: how the weights move.
+        sg_seen, change_seen: filled with the scaled gradient and what is taken off the weights, if somebody watches.
+        ahead: how many elements ahead of their use states and weights are fetched from memory; 0 for not at all.
+    """
+    for i in range(0, len(p), LANES):
+        if ahead:
+            fetch(given.exp_avg, i + ahead)
+            fetch(given.exp_avg_res, i + ahead)
+            fetch(lr_mask, i + ahead)
+            fetch(p, i + ahead)
+        grad, sg, u, exp_avg_sq, exp_avg, exp_avg_res, s = _updated(given, i, scaling, how)
+        if scaling.came:
+            store(exp_avg_sq, given.exp_avg_sq, i)
+        store(exp_avg, given.exp_avg, i)
+        store(exp_avg_res, given.exp_avg_res, i)
+        if how.early:
+            store(s, given.s, i)
+        mask, weights = load(lr_mask, i), load(p, i)
+        if moving.warmup:
+            signs = grad > _f(0.0)
+            store_truths(signs, now, i)
+            if moving.has_polarity:
+                agrees = alike(signs, load_truths(before, i))
+                mask = rules.bumped(mask, agrees, moving.bump, moving.low, moving.high)
+                store(mask, lr_mask, i)
+        u = rules.across(u, weights, moving.along, moving.lengthening)
+        if moving.is_cautious:
+            u = choose(rules.agrees(u, sg), moving.kept * u, _f(0.0))
+        rate = mask * moving.multiplier * load(rates, i)
+        change = rate * (u + moving.decay * weights)
+        store(weights - change, p, i)
+        if moving.is_watched:
+            store(sg, sg_seen, i)
+            store(change, change_seen, i)
 
 
 @jit
@@ -150,6 +300,27 @@ def add_squares(x, out):
     """out = out + x^2."""
     for i in range(len(x)):
         out[i] += x[i] * x[i]
+
+
+@jit
+def add_squares_by_column(x, column, out):
+    """out = out + x^2 of whole sixteens, the first of which is of a column; rows are whole sixteens."""
+    for i in range(0, len(x), LANES):
+        value = load(x, i)
+        store(load(out, column) + value * value, out, column)
+        column += LANES
+        if column == len(out):
+            column = 0
+
+
+@jit
+def repeat(columns, column, out):
+    """One value a column in each of whole sixteens, from a column on; likewise."""
+    for i in range(0, len(out), LANES):
+        store(load(columns, column), out, i)
+        column += LANES
+        if column == len(columns):
+            column = 0
 
 
 @jit
@@ -177,40 +348,6 @@ def fill_rows(out, columns, factors, common):
         return
     for row in range(len(factors)):
         fill(out[row * columns : (row + 1) * columns], factors[row] * common)
-
-
-# The learning-rate mask and the weights -------------------------------------------------------------------------
-
-
-@jit
-def polarity(g, total, out):
-    """Whether the gradient is above 0."""
-    for i in range(len(g)):
-        out[i] = rules.regularized(rules.usable(g[i]), total) > _f(0.0)
-
-
-@jit
-def bump(lr_mask, now, before, amount, low, high):
-    """Adjust the mask by the signs of this step and the one before."""
-    for i in range(len(lr_mask)):
-        lr_mask[i] = rules.bumped(lr_mask[i], now[i] == before[i], amount, low, high)
-
-
-@jit
-def step_weights(p, u, lr_mask, scaling, along, lengthening, decay, multiplier, change):
-    """OrthoGrad, weight decay, and the step itself; `change` is what is taken off the weights."""
-    for i in range(len(u)):
-        update = rules.across(u[i], p[i], along, lengthening) + decay * p[i]
-        change[i] = lr_mask[i] * multiplier * scaling[i] * update
-        p[i] -= change[i]
-
-
-@jit
-def mask_disagreement(u, sg, p, along, lengthening, factor):
-    """OrthoGrad, then Cautious: factor u where it agrees with the gradient, else 0."""
-    for i in range(len(u)):
-        update = rules.across(u[i], p[i], along, lengthening)
-        u[i] = factor * update if rules.agrees(update, sg[i]) else _f(0.0)
 
 
 # Vectors --------------------------------------------------------------------------------------------------------
@@ -274,4 +411,4 @@ def sample(x, start, every, out):
 def sample_gradient(g, start, every, out):
     """The same of a gradient, whose unusable elements are 0."""
     for place in range(-(-start // every), -(-(start + len(g)) // every)):
-        out[place] = rules.usable(g[place * every - start])
+        out[place] = _usable(g[place * every - start])

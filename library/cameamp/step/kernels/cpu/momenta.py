@@ -126,7 +126,9 @@ def new_spacings(momenta, unit, numel, rates, sums, square, factor, out):
 def drive(
     momenta, factors, unit, numel, rates, shares, spacings, turning_point, sg, start, write, unpacked, room, out
 ):  # fmt: skip
-    """The weighted mean of the momenta, which drives in place of sg; with `write`, the new momenta are written.
+    """The weighted mean of the momenta, which drives in place of sg where there is a gradient.
+
+    With `write`, the new momenta are written.
 
     Args:
         momenta: those of one tensor, `table.MOMENTUM`.
@@ -143,7 +145,7 @@ def drive(
         out: the drive.
     """
     loops.fill(out, _f(0.0))
-    columns = 0
+    columns = numpy.int64(0)  # not the literal, for which everything would be compiled once more
     for j in range(len(momenta)):
         if shares[j] == 0:
             continue
@@ -161,7 +163,6 @@ def drive(
     if columns:
         for first in range(0, len(factors), 4):
             _add_four_factors(factors[first : first + 4], unit, shares, columns, start, room, out)
-    loops.keep_where_gradient(out, sg)
 
 
 @jit

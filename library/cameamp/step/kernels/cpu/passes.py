@@ -21,6 +21,7 @@ from .codes import (
     bytes_of,
     copy_bytes,
     fetch_state,
+    fill_up,
     load_floats,
     load_signs,
     load_state,
@@ -30,6 +31,7 @@ from .codes import (
     store_weights,
 )
 from .jit import bytes_at, entry, floats, jit, plain_bytes, plain_doubles, plain_floats, plain_numbers, prefetch
+from .lanes import LANES
 
 _f = numpy.float32
 
@@ -41,10 +43,13 @@ _S = STATE_NUMBERS["s"]
 _POLARITY = STATE_NUMBERS["last_polarity"]
 
 # Elements that are worked on at a time: a dozen such arrays fit into a first cache.
-SHORT = 1024
+SHORT = 4096
 
-# How many such arrays.
-ROOMS = 8
+# Such arrays: decoded states have the numbers of `table.STATE_NUMBERS`; then follow others.
+G, SG, DRIVE, NORMS, RATES, WEIGHTS_ROOM, CHANGE, ROOMS = range(len(STATE_NUMBERS), len(STATE_NUMBERS) + 8)
+
+# How many elements ahead states and weights are fetched from memory that are read where they are.
+FETCHED_AHEAD = 512
 
 # The columns of `sums` ...
 SQUARE, ALONG, WEIGHTS, UPDATE, AGREEING, PRODUCTS = range(6)
@@ -53,9 +58,6 @@ FACTOR, SHARE_ALONG, LENGTHENING, CAUTIOUS, STRENGTH, FACTS = range(6)
 
 # The passes over a tensor that several threads share.
 SCALED, FOLLOWED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(7)
-
-# Where nothing is written, nothing is rounded at random.
-_NO_STREAM = numpy.uint32(0)
 
 _SMALLEST_COLUMN_NORM = _f(tam.SMALLEST_NORM)
 _SMALLEST_WEIGHT_NORM = orthograd.SMALLEST_NORM
@@ -88,7 +90,7 @@ def measure(parts, first, last, table, with_deviations, every, found, sample, me
         size, mean, deviations, nonzero, unusable = 0, 0.0, 0.0, 0, 0
         for start in range(parts[number, 1], parts[number, 2], SHORT):
             count = min(SHORT, parts[number, 2] - start)
-            g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
+            g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
             total, is_nonzero, is_unusable = loops.measure(g)
             nonzero += is_nonzero
             unusable += is_unusable
@@ -136,21 +138,36 @@ def unit_length(row):
 
 
 @jit
-def _scaled_gradient(row, k, start, count, factor, write, stream, rooms):
-    """The scaled gradient of a block; with `write`, the second moment is updated."""
-    g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
-    sg = rooms[1, :count]
+def next_count(row, start, end):
+    """How many elements a block has from a place on: whole sixteens, or the fewer in which a tensor ends.
+
+    Of states that are coded it is whole blocks of the code, whatever they are.
+    """
+    rest = end - start
+    if row.block == 0 and rest >= LANES:
+        rest = rest // LANES * LANES
+    return min(block_length(row), rest)
+
+
+@jit
+def _scaling(k, factor):
+    return loops.Scaling(k.share, k.came, k.rate2, k.eps1, k.clip_bound, factor)
+
+
+@jit
+def _following(k):
+    return loops.Following(k.early, k.eps1, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction, k.gradient_share)
+
+
+@jit
+def _scaled_gradient(row, k, start, count, factor, rooms):
+    """The scaled gradient of a block, in `rooms[SG]`, and its sum of squares; no state changes."""
+    g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
+    exp_avg_sq = g
     if k.came:
-        state = row.states[_EXP_AVG_SQ]
-        exp_avg_sq = load_state(state, row.block, start, count, k.maps, rooms[2])
-        if write:
-            loops.scale_gradient(exp_avg_sq, g, k.total, k.rate2, k.eps1, factor, sg)
-            store_state(exp_avg_sq, state, row.block, start, k.maps, stream)
-        else:
-            loops.scaled_gradient(g, exp_avg_sq, k.total, k.rate2, k.eps1, factor, sg)
-    else:
-        loops.clipped_gradient(g, k.total, k.clip_bound, sg)
-    return sg
+        exp_avg_sq = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
+    square = loops.scale_gradient(g, exp_avg_sq, _scaling(k, factor), rooms[SG])
+    return rooms[SG, :count], square
 
 
 @jit
@@ -158,7 +175,7 @@ def _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms):
     """What drives the momentum."""
     if not k.driven:
         return sg
-    drive = rooms[3, : len(sg)]
+    drive = rooms[DRIVE, : len(sg)]
     rates, shares = floats(k.rates, 0, len(own)), floats(k.shares, 0, len(own))
     length = unit_length(row)
     done = 0
@@ -167,48 +184,35 @@ def _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms):
         many = min(length - place, len(sg) - done)
         multiscale.drive(
             own, low_ranks, unit, length, rates, shares, spacings[unit], k.turning_point, sg[done : done + many], place,
-            write, unpacked, rooms[0], drive[done : done + many],
+            write, unpacked, rooms[RATES], drive[done : done + many],
         )  # fmt: skip
         done += many
     return drive
 
 
 @jit
-def _update(row, own, low_ranks, k, facts, spacings, norms, start, count, write, unpacked, stream, rooms):
-    """The scaled gradient and the update of a block, up to Grams; with `write`, the states are updated."""
-    sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), write, stream, rooms)
-    drive = _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms)
-    u = rooms[4, :count]
+def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, unpacked, rooms):
+    """What the update of a block is computed from; with `write`, the momenta are updated."""
+    sg = rooms[SG, :count]
+    drive = sg
+    if k.driven:
+        sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+        drive = _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms)
+        fill_up(rooms[DRIVE], count)
+    g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
     states = row.states
-    exp_avg = load_state(states[_EXP_AVG], row.block, start, count, k.maps, rooms[5])
-    exp_avg_res = load_state(states[_EXP_AVG_RES], row.block, start, count, k.maps, rooms[6])
+    exp_avg = load_state(states[_EXP_AVG], row.block, start, count, k.maps, rooms[_EXP_AVG])
+    exp_avg_res = load_state(states[_EXP_AVG_RES], row.block, start, count, k.maps, rooms[_EXP_AVG_RES])
+    exp_avg_sq, s, each = g, exp_avg, rooms[NORMS, :count]
+    if k.came:
+        exp_avg_sq = load_state(states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
     if k.early:
-        s = load_state(states[_S], row.block, start, count, k.maps, rooms[7])
-        each = rooms[2, :count]
+        s = load_state(states[_S], row.block, start, count, k.maps, rooms[_S])
+        if count % LANES != 0:
+            last = count // LANES * LANES
+            loops.fill(rooms[NORMS, last : last + LANES], _f(1.0))  # They are divided by.
         _repeat(norms, start, each)
-        if write:
-            loops.early_update(
-                s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
-            )
-            store_state(s, states[_S], row.block, start, k.maps, stream)
-        else:
-            loops.early_update_alone(
-                s, exp_avg, exp_avg_res, sg, drive, each, k.eps1, k.rate3, k.eps2, k.correction, k.gradient_share, u
-            )
-    elif write:
-        loops.late_update(
-            exp_avg, exp_avg_res, sg, drive, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction,
-            k.gradient_share, u,
-        )  # fmt: skip
-    else:
-        loops.late_update_alone(
-            exp_avg, exp_avg_res, sg, drive, k.momentum_rate, k.beta1, k.rate3, k.eps2, k.correction,
-            k.gradient_share, u,
-        )  # fmt: skip
-    if write:
-        store_state(exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
-        store_state(exp_avg_res, states[_EXP_AVG_RES], row.block, start, k.maps, stream)
-    return sg, u
+    return loops.Given(g, exp_avg_sq, exp_avg, exp_avg_res, s, sg, drive, each, k.driven)
 
 
 @jit
@@ -217,6 +221,9 @@ def _repeat(columns, start, out):
     width = len(columns)
     if width == 1:
         loops.fill(out, columns[0])
+        return
+    if width % LANES == 0:
+        loops.repeat(columns, start % width, out)
         return
     done = 0
     while done < len(out):
@@ -253,19 +260,24 @@ def _fetch_rest(row, start, end):
 @jit
 def sum_scaled(row, own, begin, end, k, sums, rooms):
     """Second pass: the squares of the gradient over the root of the new second moment, and what momenta need."""
-    length = block_length(row)
-    for start in range(begin, end, length):
-        count = min(length, end - start)
-        _fetch_gradient(row, start + length, end)
-        if k.driven or not k.came:
-            sg = _scaled_gradient(row, k, start, count, _f(1.0), False, _NO_STREAM, rooms)
-            sums[SQUARE] += loops.sum_of_squares(sg)
+    ahead = FETCHED_AHEAD if row.block == 0 else 0
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        if row.block != 0:
+            _fetch_gradient(row, start + count, end)
+        if k.driven:
+            sg, square = _scaled_gradient(row, k, start, count, _f(1.0), rooms)
+            sums[SQUARE] += square
             if not row.span:  # Rows are looked at once the factor is known, by `follow_rows`.
-                multiscale.sum_products(own, 0, row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:])
-        else:
-            g = load_floats(row.grad, row.grad_kind, start, count, rooms[0])
-            old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[2])
-            sums[SQUARE] += loops.sum_scaled(g, old, k.total, k.rate2, k.eps1)
+                multiscale.sum_products(
+                    own, numpy.int64(0), row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:]
+                )
+        elif k.came:
+            g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
+            old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
+            sums[SQUARE] += loops.sum_scaled(g, old, _scaling(k, _f(1.0)), ahead)
+        start += count
 
 
 @jit
@@ -276,19 +288,26 @@ def conclude_scaled(row, own, k, sums, facts, spacings):
     facts[FACTOR] = 1.0 / max(excess, 1.0)
     if k.driven and not row.span:
         rates = floats(k.rates, 0, len(own))
-        multiscale.new_spacings(own, 0, row.numel, rates, sums[PRODUCTS:], square, facts[FACTOR], spacings[0])
+        multiscale.new_spacings(
+            own, numpy.int64(0), row.numel, rates, sums[PRODUCTS:], square, facts[FACTOR], spacings[0]
+        )
 
 
 @jit
 def sum_columns(row, own, low_ranks, begin, end, k, facts, spacings, of_momentum, of_drive, rooms):
     """Early: the squares of each column of the momentum and of its drive."""
-    length = block_length(row)
-    for start in range(begin, end, length):
-        count = min(length, end - start)
-        sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), False, _NO_STREAM, rooms)
-        drive = _drive(row, own, low_ranks, k, spacings, sg, start, False, 0, rooms)
-        _add_to_columns(load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[5]), start, of_momentum)
+    read_only, nowhere = numpy.bool_(False), numpy.int64(0)
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+        drive = _drive(row, own, low_ranks, k, spacings, sg, start, read_only, nowhere, rooms)
+        if k.driven:
+            loops.keep_where_gradient(drive, sg)
+        exp_avg = load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[_EXP_AVG])
+        _add_to_columns(exp_avg, start, of_momentum)
         _add_to_columns(drive, start, of_drive)
+        start += count
 
 
 @jit
@@ -296,6 +315,9 @@ def _add_to_columns(x, start, out):
     width = len(out)
     if width == 1:
         out[0] += loops.sum_of_squares(x)
+        return
+    if width % LANES == 0:
+        loops.add_squares_by_column(x, start % width, out)
         return
     done = 0
     while done < len(x):
@@ -316,18 +338,21 @@ def conclude_columns(of_momentum, of_drive, out):
 @jit
 def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
     """Early: what OrthoGrad needs of the update and the weights. Later: how much of the update is cautious."""
-    length = block_length(row)
-    for start in range(begin, end, length):
-        count = min(length, end - start)
-        sg, u = _update(row, own, low_ranks, k, facts, spacings, norms, start, count, False, 0, _NO_STREAM, rooms)
-        p = load_floats(row.weight, row.weight_kind, start, count, rooms[2])
+    scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
+    read_only, nowhere = numpy.bool_(False), numpy.int64(0)
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, rooms)
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         if k.early:
-            along, weights, update = loops.products(u, p)
+            along, weights, update = loops.products(given, p, scaling, following)
             sums[ALONG] += along
             sums[WEIGHTS] += weights
             sums[UPDATE] += update
         else:
-            sums[AGREEING] += loops.count_agreement(u, sg, p, _f(0.0), _f(1.0))
+            sums[AGREEING] += loops.count_agreement(given, p, scaling, following, _f(0.0), _f(1.0))
+        start += count
 
 
 @jit
@@ -351,12 +376,16 @@ def conclude_agreement(row, sums, facts):
 @jit
 def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
     """Early and cautious: how much of the update without its part along the weights is cautious."""
-    length = block_length(row)
-    for start in range(begin, end, length):
-        count = min(length, end - start)
-        sg, u = _update(row, own, low_ranks, k, facts, spacings, norms, start, count, False, 0, _NO_STREAM, rooms)
-        p = load_floats(row.weight, row.weight_kind, start, count, rooms[2])
-        sums[AGREEING] += loops.count_agreement(u, sg, p, _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING]))
+    scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
+    along, lengthening = _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING])
+    read_only, nowhere = numpy.bool_(False), numpy.int64(0)
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, rooms)
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
+        sums[AGREEING] += loops.count_agreement(given, p, scaling, following, along, lengthening)
+        start += count
 
 
 @jit
@@ -367,13 +396,13 @@ def scale_rows(row, begin, end, softening, out, rooms):
     for first in range(begin, end, many):
         last = min(first + many, end)
         if columns <= SHORT:
-            p = load_floats(row.weight, row.weight_kind, first * columns, (last - first) * columns, rooms[0])
+            p = load_floats(row.weight, row.weight_kind, first * columns, (last - first) * columns, rooms[G])
             loops.row_squares(p, columns, out[first:last])
             continue
         square = _f(0.0)
         for start in range(first * columns, last * columns, SHORT):
             count = min(SHORT, last * columns - start)
-            square += loops.sum_of_squares(load_floats(row.weight, row.weight_kind, start, count, rooms[0]))
+            square += loops.sum_of_squares(load_floats(row.weight, row.weight_kind, start, count, rooms[G]))
         out[first] = square
     loops.row_factors(out[begin:end], softening)
 
@@ -396,49 +425,57 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         rooms: memory for blocks.
         signs: memory for the bytes of two blocks.
     """
-    length = block_length(row)
     stream = numpy.uint32(noise_stream(row.position, k.step) + numpy.uint32(row.first))
-    along, lengthening = _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING])
+    states = row.states
+    scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     decay = k.weight_decay * _f(facts[STRENGTH]) if k.decays else _f(0.0)
-    for start in range(begin, end, length):
-        count = min(length, end - start)
-        _fetch_rest(row, start + length, end)
-        sg, u = _update(row, own, low_ranks, k, facts, spacings, norms, start, count, True, unpacked[1], stream, rooms)
-        p = load_floats(row.weight, row.weight_kind, start, count, rooms[5])
-        mask = load_state(row.states[_MASK], row.block, start, count, k.maps, rooms[6])
-        if k.warmup:
-            _adjust_mask(row, k, start, mask, unpacked[0], rooms[0], signs)
-        if k.cautious:
-            loops.mask_disagreement(u, sg, p, along, lengthening, _f(facts[CAUTIOUS]))
-        if k.every:
-            loops.sample(sg, row.first + start, k.every, _sample_of(row, k.every, k.grad_sample))
-        scaling = rooms[7, :count]
-        if k.row_scaled:
-            _fill_rows(scaling, start, row.columns, row_factors, k.scheduler)
-        else:
-            loops.fill(scaling, k.scheduler)
-        change = rooms[1, :count]
-        # A cautious update has no part along the weights any more.
-        off, longer = (_f(0.0), _f(1.0)) if k.cautious else (along, lengthening)
-        loops.step_weights(p, u, mask, scaling, off, longer, decay, k.multiplier, change)
-        if k.every:
-            loops.sample(change, row.first + start, k.every, _sample_of(row, k.every, k.change_sample))
-        store_weights(p, row.weight, row.weight_kind, start, stream)
+    moving = loops.Moving(
+        _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING]), k.cautious, _f(facts[CAUTIOUS]), decay, k.warmup,
+        k.has_polarity, k.lr_bump, k.min_lr, k.max_lr, k.multiplier, k.every != 0,
+    )  # fmt: skip
+    ahead = FETCHED_AHEAD if row.block == 0 else 0
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        if row.block != 0:
+            _fetch_rest(row, start + count, end)
+        given = _given(
+            row, own, low_ranks, k, facts, spacings, norms, start, count, numpy.bool_(True), unpacked[1], rooms
+        )
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
+        mask = load_state(states[_MASK], row.block, start, count, k.maps, rooms[_MASK])
+        now, before = signs[0][:count], signs[1][:count]
         if k.warmup and k.has_polarity:
-            store_state(mask, row.states[_MASK], row.block, start, k.maps, stream)
+            before = load_signs(states[_POLARITY], unit_length(row), start, count, signs[1])
+        rates = rooms[RATES, :count]
+        if k.row_scaled:
+            _fill_rows(rates, start, row.columns, row_factors, k.scheduler)
+        else:
+            loops.fill(rates, k.scheduler)
+        sg, change = rooms[SG], rooms[CHANGE]
+        loops.take_step(p, mask, now, given, before, rates, scaling, following, moving, sg, change, ahead)
+        if k.came:
+            store_state(given.exp_avg_sq, states[_EXP_AVG_SQ], row.block, start, k.maps, stream)
+        store_state(given.exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
+        store_state(given.exp_avg_res, states[_EXP_AVG_RES], row.block, start, k.maps, stream)
+        if k.early:
+            store_state(given.s, states[_S], row.block, start, k.maps, stream)
+        if k.every:
+            loops.sample(sg[:count], row.first + start, k.every, _sample_of(row, k.every, k.grad_sample))
+            loops.sample(change[:count], row.first + start, k.every, _sample_of(row, k.every, k.change_sample))
+        store_weights(p, row.weight, row.weight_kind, start, stream)
+        if k.warmup:
+            _store_signs(row, start, now, unpacked[0])
+            if k.has_polarity:
+                store_state(mask, states[_MASK], row.block, start, k.maps, stream)
+        start += count
 
 
 @jit
-def _adjust_mask(row, k, start, mask, unpacked, room, signs):
-    """The mask of a block by the signs of its gradient, which become those of the step before."""
-    count = len(mask)
-    now = signs[0][:count]
-    loops.polarity(load_floats(row.grad, row.grad_kind, start, count, room), k.total, now)
-    if k.has_polarity:
-        before = load_signs(row.states[_POLARITY], unit_length(row), start, count, signs[1])
-        loops.bump(mask, now, before, k.lr_bump, k.min_lr, k.max_lr)
+def _store_signs(row, start, now, unpacked):
+    """Write the signs of a block, where several threads share a tensor a byte each."""
     if unpacked != 0:
-        copy_bytes(now, bytes_at(unpacked, start, count))
+        copy_bytes(now, bytes_at(unpacked, start, len(now)))
     else:
         store_signs(now, row.states[_POLARITY], unit_length(row), start)
 
@@ -470,17 +507,21 @@ def _fill_rows(out, start, columns, factors, common):
 def follow_low_rank(row, momentum, unit, rate, k, factor, rooms):
     """Update one momentum of low rank: one subspace iteration, whose two products see the gradient in two sweeps."""
     factors, probe, left = multiscale.begin_low_rank(momentum, unit, rate, k.step)
-    length, begin = block_length(row), unit * unit_length(row)
+    begin = unit * unit_length(row)
     end = begin + unit_length(row)
-    for start in range(begin, end, length):
-        count = min(length, end - start)
-        sg = _scaled_gradient(row, k, start, count, factor, False, _NO_STREAM, rooms)
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
         multiscale.probe_gradient(momentum, rate, sg, start - begin, probe, left)
+        start += count
     right = multiscale.begin_right(momentum, factors, left)
-    for start in range(begin, end, length):
-        count = min(length, end - start)
-        sg = _scaled_gradient(row, k, start, count, factor, False, _NO_STREAM, rooms)
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
         multiscale.project_gradient(momentum, rate, sg, start - begin, left, right)
+        start += count
     multiscale.finish_low_rank(momentum, unit, left, right)
 
 
@@ -502,16 +543,18 @@ def follow_rows(row, own, begin, end, k, facts, spacings, products, rooms):
         begin, end: the first element of the rows, and the one after them.
         products: memory for two numbers a momentum.
     """
-    length, rates = block_length(row), floats(k.rates, 0, len(own))
+    rates = floats(k.rates, 0, len(own))
     for unit in range(begin // row.span, end // row.span):
         first, last = unit * row.span, (unit + 1) * row.span
         square = 0.0
         loops.fill(products, 0.0)
-        for start in range(first, last, length):
-            count = min(length, last - start)
-            sg = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), False, _NO_STREAM, rooms)
-            square += loops.sum_of_squares(sg)
+        start = first
+        while start < last:
+            count = next_count(row, start, last)
+            sg, part = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+            square += part
             multiscale.sum_products(own, unit, row.span, rates, sg, start - first, products)
+            start += count
         multiscale.new_spacings(own, unit, row.span, rates, products, square, 1.0, spacings[unit])
         follow_low_ranks(row, own, unit, k, facts, rooms)
 
@@ -537,30 +580,31 @@ def step_whole(
     for number in range(first, last):
         tensor = tensors[number]
         row, own, low_ranks, its_facts = table[tensor], momenta[tensor], factors[tensor], facts[tensor]
-        its_spacings, end = spacings[tensor], row.numel
+        # Not the literal 0, for which everything would be compiled once more.
+        its_spacings, begin, end = spacings[tensor], numpy.int64(0), row.numel
         loops.fill(sums, 0.0)
-        sum_scaled(row, own, 0, end, k, sums, rooms)
+        sum_scaled(row, own, begin, end, k, sums, rooms)
         conclude_scaled(row, own, k, sums, its_facts, its_spacings)
         if k.driven:
-            follow_low_ranks(row, own, 0, k, its_facts, rooms)
+            follow_low_ranks(row, own, begin, k, its_facts, rooms)
         norms, of_drive = widths[: row.columns], widths[row.columns : 2 * row.columns]
         if k.early:
             loops.fill(norms, _f(0.0))
             loops.fill(of_drive, _f(0.0))
-            sum_columns(row, own, low_ranks, 0, end, k, its_facts, its_spacings, norms, of_drive, rooms)
+            sum_columns(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, of_drive, rooms)
             conclude_columns(norms, of_drive, norms)
         if k.early or k.cautious:
-            sum_update(row, own, low_ranks, 0, end, k, its_facts, its_spacings, norms, sums, rooms)
+            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, rooms)
             conclude_update(row, k, sums, its_facts)
             if k.early and k.cautious:
-                sum_agreement(row, own, low_ranks, 0, end, k, its_facts, its_spacings, norms, sums, rooms)
+                sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, rooms)
                 conclude_agreement(row, sums, its_facts)
         row_factors = widths[2 * row.columns : 2 * row.columns + row.rows]
         if k.row_scaled:
-            scale_rows(row, 0, row.rows, k.softening, row_factors, rooms)
-        write(row, own, low_ranks, 0, end, k, its_facts, its_spacings, norms, row_factors, unpacked, rooms, signs)
+            scale_rows(row, begin, row.rows, k.softening, row_factors, rooms)
+        write(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, row_factors, unpacked, rooms, signs)
         if k.driven:
-            multiscale.finish_scales(own, 0, floats(k.rates, 0, len(own)), its_spacings[0])
+            multiscale.finish_scales(own, begin, floats(k.rates, 0, len(own)), its_spacings[0])
 
 
 # Tensors of one shape that several threads share ----------------------------------------------------------------
@@ -642,7 +686,7 @@ def conclude(stage, table, momenta, settings, facts, spacings, sums, columns, no
         if stage == SCALED:
             conclude_scaled(row, own, k, total, its_facts, spacings[tensor])
             if k.driven and not row.span:
-                follow_low_ranks(row, own, 0, k, its_facts, rooms)
+                follow_low_ranks(row, own, numpy.int64(0), k, its_facts, rooms)
         elif stage == COLUMN_NORMS:
             conclude_columns(columns[tensor, 0], columns[tensor, 1], norms[tensor])
         elif stage == UPDATES:

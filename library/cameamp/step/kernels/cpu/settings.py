@@ -23,11 +23,13 @@ _FLAGS = "early warmup has_polarity row_scaled came cautious decays driven conte
 _NUMBERS = "step every maps rates shares grad_sample change_sample"
 
 # See `step.rules.StepScalars` and `config.OptimizerConfig`. A rate is 1 less the decay; the scheduler's factor and the
-# multiplier are 1 where there is none; softening is ALLoRA's 1 / eta^2.
+# multiplier are 1 where there is none; share is 1 / S, of AGR's sum; softening is ALLoRA's 1 / eta^2.
 _FLOATS = (
-    "total rate2 eps1 clip_threshold clip_bound momentum_rate beta1 rate3 eps2 eps3 correction gradient_share lr_bump "
+    "share rate2 eps1 clip_threshold clip_bound momentum_rate beta1 rate3 eps2 eps3 correction gradient_share lr_bump "
     "min_lr max_lr weight_decay multiplier scheduler softening turning_point"
 )
+
+_LARGEST = float(numpy.finfo(numpy.float32).max)
 
 SETTINGS = numpy.dtype(
     [(name, numpy.bool_) for name in _FLAGS.split()]
@@ -77,7 +79,7 @@ class Settings:
             "maps": self._maps.ctypes.data,
             "rates": self._rates.ctypes.data,
             "shares": self._shares.ctypes.data,
-            "total": total.item(),
+            "share": _inverse(total.item()),
             "rate2": 1 - beta2,
             "eps1": eps1,
             "clip_threshold": config.clip_threshold,
@@ -106,6 +108,11 @@ class Settings:
     def show(self, scaled_grad: numpy.ndarray, change: numpy.ndarray) -> None:
         """Give the context memory for what it sees."""
         self.record["grad_sample"], self.record["change_sample"] = scaled_grad.ctypes.data, change.ctypes.data
+
+
+def _inverse(total: float) -> float:
+    """1 / S, as near to it as float32 has it: magnitudes are at most S, so a product stays below 1."""
+    return min(1 / total, _LARGEST) if total > 0 else _LARGEST
 
 
 def _of_momenta(scales: tuple[Scale, ...]) -> tuple[numpy.ndarray, numpy.ndarray]:

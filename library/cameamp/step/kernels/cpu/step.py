@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import numpy
 import torch
@@ -48,7 +47,6 @@ class _Work:
         factors: of the momenta of low rank, (tensors, some) of `momenta.FACTOR`.
         written_back: weights that a kernel works on as copies, each beside its copy.
         gradients: those that are copies, which must outlive the step.
-        sample_ends: where in a sample each stack's elements end.
     """
 
     batch: Batch
@@ -57,19 +55,13 @@ class _Work:
     factors: numpy.ndarray
     written_back: list[tuple[Tensor, Tensor]]
     gradients: list[Tensor]
-    sample_ends: list[int]
 
     @classmethod
-    def of(cls, batch: Batch, every: int) -> _Work:
-        """Look at the gradients and weights of a batch as they are now; the context sees every so many elements."""
+    def of(cls, batch: Batch, places: numpy.ndarray) -> _Work:
+        """Look at the gradients and weights of a batch as they are now; `places` as of `CpuPasses`."""
         table, written_back, gradients = with_gradients(batch)
-        before, counts = numpy.zeros((2, len(table)), dtype=numpy.int64)
-        if every:  # Multiples of it, in the whole tensor.
-            before = -(-table[:, fields.FIRST] // every)
-            counts = -(-(table[:, fields.FIRST] + table[:, fields.NUMEL]) // every) - before
-        ends = numpy.cumsum(counts)
-        table[:, fields.SAMPLE] = ends - counts - before
-        last = accumulate(len(stack) for stack in batch.stacks)
+        if len(places):
+            table[:, fields.SAMPLE] = places[table[:, fields.POSITION]]
         momenta = _records(batch.momenta, MOMENTUM)
         return cls(
             batch,
@@ -78,17 +70,7 @@ class _Work:
             factors_of(momenta),
             written_back,
             gradients,
-            [int(ends[tensor - 1]) for tensor in last],
         )
-
-    def new_sample(self) -> numpy.ndarray:
-        """Memory for what the context sees of each tensor, one after the other."""
-        return numpy.empty(self.sample_ends[-1], dtype=_f)
-
-    def pieces(self, sample: numpy.ndarray) -> Iterator[Tensor]:
-        """Each stack's part of a sample, (tensors, elements)."""
-        for stack, (start, end) in zip(self.batch.stacks, pairwise([0, *self.sample_ends])):
-            yield torch.from_numpy(sample[start:end]).view(len(stack), (end - start) // len(stack))
 
 
 @dataclass
@@ -98,14 +80,11 @@ class _Course:
     Attributes:
         settings: those of the step.
         facts: (tensors, passes.FACTS), with the strengths of their decay.
-        scaled_grad, change: memory for what the context sees.
         of_shards: the step itself, if they are shards.
     """
 
     settings: Settings
     facts: numpy.ndarray
-    scaled_grad: numpy.ndarray
-    change: numpy.ndarray
     of_shards: StepOfShards | None = None
 
 
@@ -119,7 +98,7 @@ class CpuKernels:
 
     def at_step(self, states: States, watch_every: int, watch_places: Sequence[int]) -> CpuPasses:
         """What takes the steps of groups now; see `CpuPasses`."""
-        return CpuPasses(states, self._tables, watch_every, _LARGEST_WHOLE)
+        return CpuPasses(states, self._tables, watch_every, _LARGEST_WHOLE, watch_places)
 
     def difference(self, measured: Measured, states: States, multiplier: Tensor | None, techniques: Techniques) -> str:
         """How a step of some tensors, whole and, if there are larger ones, cut, differs from the rules."""
@@ -147,13 +126,20 @@ class CpuPasses:
         tables: what is known of the stacks.
         watch_every: distance between the elements that the context sees of each tensor; 0 without a context.
         largest_whole: tensors of more elements are cut.
+        watch_places: for each parameter, and one past the last, where its elements begin among all that it sees.
     """
 
-    def __init__(self, states: States, tables: Tables, watch_every: int, largest_whole: int) -> None:
+    def __init__(
+        self, states: States, tables: Tables, watch_every: int, largest_whole: int, watch_places: Sequence[int] = ()
+    ) -> None:
         self._states = states
         self._tables = tables
         self._every = watch_every
         self._largest_whole = largest_whole
+        self._places = numpy.array(watch_places, dtype=numpy.int64)
+        # What the context sees of all groups: gradients, scaled gradients and changes; 0 where nobody takes a step.
+        self._samples = numpy.zeros((3, watch_places[-1] if watch_every else 0), dtype=_f)
+        self._seen = [torch.from_numpy(sample) for sample in self._samples]
         self._work: dict[Group, list[_Work]] = {}
         self._courses: dict[Stack, _Course] = {}
 
@@ -165,7 +151,7 @@ class CpuPasses:
         for stack in stacks:
             if stack.cut is not WHOLE:  # Each by itself, because their tensors go on together.
                 batches += self._tables.batches([stack], group.periods)
-        self._work[group] = [_Work.of(batch, self._every) for batch in batches]
+        self._work[group] = [_Work.of(batch, self._places) for batch in batches]
 
     def measure(self, group: Group, stacks: list[Stack]) -> Measured:
         """First pass, over the gradients of the stacks that take the step."""
@@ -185,6 +171,7 @@ class CpuPasses:
             watched,
             [None] * len(stacks),
             magnitudes=magnitudes,
+            by_numba=True,
         )
 
     def questions(self, measured: Measured, multiplier: Tensor | None) -> dict[Stack, Questions]:
@@ -212,19 +199,18 @@ class CpuPasses:
         Returns:
             What the context sees of each stack; nothing without a context.
         """
-        seen: dict[Stack, Watched] = {}
         for work in self._work.pop(measured.group):
-            seen.update(zip(work.batch.stacks, self._update(work, measured, multiplier)))
-        return [seen[stack] for stack in measured.stacks] if self._every else []
+            self._update(work, measured, multiplier)
+        return [Watched(*self._seen[1:])] * len(measured.stacks) if self._every else []
 
     def _measure(self, work: _Work, decays: bool) -> Iterator[FirstPass]:
         """What is found of each stack."""
         rows, cut = work.rows, parts(work.rows["numel"])
-        found, sample = numpy.empty((len(cut), 4)), work.new_sample()
+        found = numpy.empty((len(cut), 4))
 
         def measure(first: int, last: int) -> None:
             rooms = numpy.empty((passes.ROOMS, passes.SHORT), dtype=_f)
-            passes.measure(cut, first, last, rows, decays, self._every, found, sample.ctypes.data, rooms)
+            passes.measure(cut, first, last, rows, decays, self._every, found, self._samples[0].ctypes.data, rooms)
 
         if len(cut):
             spread(measure, cut[:, 2] - cut[:, 1])
@@ -232,14 +218,14 @@ class CpuPasses:
         passes.total_measures(cut, found, totals)
         with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
             abs_sums, deviations = (torch.from_numpy(totals[:, column].astype(_f)) for column in (0, 3))
-        counts = torch.from_numpy(totals[:, 1:3].astype(numpy.int64))
         lengths = [len(stack) for stack in work.batch.stacks]
-        for own_sums, own_counts, spreads, piece in zip(
-            abs_sums.split(lengths), counts.split(lengths), deviations.split(lengths), work.pieces(sample)
+        starts = numpy.cumsum([0, *lengths[:-1]])
+        counts = torch.from_numpy(numpy.add.reduceat(totals[:, 1:3].astype(numpy.int64), starts))
+        for own_sums, nonzero, unusable, spreads in zip(
+            abs_sums.split(lengths), *counts.T.unbind(), deviations.split(lengths)
         ):
-            nonzero, unusable = own_counts.sum(dim=0).unbind()
             magnitudes = Magnitudes(own_sums, nonzero, spreads if decays else None)
-            yield FirstPass(magnitudes, unusable, piece if self._every else None)
+            yield FirstPass(magnitudes, unusable, self._seen[0] if self._every else None)
 
     def _begin(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> _Course:
         """Begin the second pass over a batch."""
@@ -250,12 +236,10 @@ class CpuPasses:
         facts[:, passes.LENGTHENING] = 1.0  # where no pass finds another
         if own:
             facts[:, passes.STRENGTH] = torch.cat(own).numpy()
-        scaled_grad, change = work.new_sample(), work.new_sample()
-        settings.show(scaled_grad, change)
-        return _Course(settings, facts, scaled_grad, change)
+        settings.show(*self._samples[1:])
+        return _Course(settings, facts)
 
-    def _update(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> Iterator[Watched]:
-        """What the context sees of each stack."""
+    def _update(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> None:
         stack = work.batch.stacks[0]
         course = self._courses.pop(stack, None) or self._begin(work, measured, multiplier)
         if course.of_shards is not None:
@@ -268,8 +252,6 @@ class CpuPasses:
                 _step_cut(work, int(tensor), course)
         for p, new in work.written_back:
             p.copy_(new)
-        for grad_piece, change_piece in zip(work.pieces(course.scaled_grad), work.pieces(course.change)):
-            yield Watched(grad_piece, change_piece)
 
 
 def _step_whole(work: _Work, whole: numpy.ndarray, course: _Course) -> None:

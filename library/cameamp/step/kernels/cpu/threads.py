@@ -13,8 +13,9 @@ from typing import Any
 import numpy
 import torch
 
-# Shares a thread: the more, the more evenly they end; each costs a call.
-_SHARES = 4
+# The first shares are large, because each costs a call, and the last ones small, so that all threads end together: half
+# of what is left for each thread, and no less than this part of a thread's work.
+_SMALLEST_SHARE = 1 / 32
 
 
 def spread(function: Callable[[int, int], Any], sizes: numpy.ndarray) -> None:
@@ -22,7 +23,7 @@ def spread(function: Callable[[int, int], Any], sizes: numpy.ndarray) -> None:
 
     Args:
         function: of the first item, and the one after the last.
-        sizes: how much work each item is; ranges are of about the same size.
+        sizes: how much work each item is, large ones first.
 
     Raises:
         Whatever one of the calls raises, once all have ended.
@@ -31,9 +32,8 @@ def spread(function: Callable[[int, int], Any], sizes: numpy.ndarray) -> None:
     if threads <= 1:
         function(0, len(sizes))
         return
-    shares = threads * _SHARES
     ends = numpy.cumsum(sizes)
-    cuts = numpy.searchsorted(ends, ends[-1] * numpy.arange(1, shares) / shares) + 1
+    cuts = numpy.searchsorted(ends, ends[-1] * _shares(threads)) + 1
     waiting = deque(pairwise(sorted({0, *cuts.tolist(), len(sizes)})))
 
     def work() -> None:
@@ -52,6 +52,15 @@ def spread(function: Callable[[int, int], Any], sizes: numpy.ndarray) -> None:
     for error in errors:
         if error is not None:
             raise error
+
+
+@cache
+def _shares(threads: int) -> numpy.ndarray:
+    """Where the shares end, as parts of all work."""
+    ends = [0.0]
+    while ends[-1] < 1:
+        ends.append(ends[-1] + max((1 - ends[-1]) / 2, _SMALLEST_SHARE) / threads)
+    return numpy.array(ends[1:-1])
 
 
 @cache

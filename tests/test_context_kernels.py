@@ -1,0 +1,159 @@
+"""The context in kernels of a CPU: the values of PyTorch's operations, and what happens where they fail."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from library.automagic_cameamp import Automagic_CameAMP_COptim
+from library.cameamp.context import detection
+from library.cameamp.context.controller import STANDARD_LAW, ContextualOptimizationModule
+from library.cameamp.context.sampling import Sampler
+
+cpu = pytest.importorskip("library.cameamp.context.cpu", reason="needs numba")
+
+
+def values_of(module):
+    saved = module.state_dict()
+    context = saved["c_optim_context"]
+    return {**context, "multiplier": torch.tensor(saved["contextual_lr_multiplier"])}, saved["edge_case_count"]
+
+
+@pytest.mark.parametrize("window", [2, 12, 100])
+@pytest.mark.parametrize("kind", ["calm", "wild", "without losses", "equal losses", "negative losses"])
+def test_every_value_is_that_of_the_operations(kind, window):
+    """Step by step from the same memory, with everything that a history may hold."""
+    generator = torch.Generator().manual_seed(window)
+    modules = [ContextualOptimizationModule(window, 0.9, 0.1, STANDARD_LAW) for _ in range(2)]
+    for module in modules:
+        module.set_bounds(1e-4, 1e-3)
+    direction = torch.randn(999, generator=generator)
+    edge_cases = 0
+    for step in range(130):
+        noise = torch.randn(999, generator=generator)
+        gradient = noise + 0.3 * direction * (-1 if kind == "wild" and step % 9 > 5 and step % 2 else 1)
+        loss = 2.0 + 0.2 * float(torch.randn((), generator=generator)) + (3.0 if step % 40 == 39 else 0.0)
+        if kind == "wild":
+            gradient = gradient * (0.0 if step % 17 == 3 else 10.0 ** (step % 7))
+            loss = (loss, math.inf, math.nan, -loss, loss, loss, loss)[step % 7] if step < 60 else loss + step / 20
+        loss = {"without losses": None, "equal losses": 0.3, "negative losses": -loss}.get(kind, loss)
+        unusable = torch.tensor(int(kind == "wild" and step % 23 == 5))
+        found = []
+        for module, kernels in zip(modules, (None, cpu.ContextKernels())):
+            found.append(module.update_context(gradient, loss, 1e-4, unusable, kernels))
+            module.follow(gradient, 0.01 * gradient + 0.02 * direction, kernels=kernels)
+        assert torch.allclose(*found, rtol=1e-5, atol=0), step
+        (expected, edge_cases), (got, its_edge_cases) = map(values_of, modules)
+        assert edge_cases == its_edge_cases, step
+        assert expected.keys() == got.keys()
+        for name, value in expected.items():
+            assert value.dtype == got[name].dtype
+            if name == "course":  # A number on a midpoint may fall to the other side.
+                assert torch.allclose(value.float(), got[name].float(), rtol=0.01, atol=1e-4), step
+            elif name == "last_gradient":
+                assert torch.equal(value, got[name]), step
+            else:
+                assert torch.allclose(value, got[name], rtol=2e-5, atol=2e-6, equal_nan=True), (step, name)
+        modules[1].load_state_dict(modules[0].state_dict())
+    assert edge_cases > 0 or kind != "wild"
+
+
+def test_confidence_is_that_of_the_operations():
+    """On windows with gaps, equal losses and trends of all kinds."""
+    generator = torch.Generator().manual_seed(0)
+    zero = torch.zeros(7)
+    zero[[cpu.cpu_kernels.REPORTED, cpu.cpu_kernels.REPORTS]] = torch.tensor([1.0, 1.0])
+    for number in range(300):
+        losses = 1 + 0.3 * torch.randn(40, generator=generator) + torch.linspace(0, number % 3, 40)
+        losses = losses.round(decimals=number % 4)
+        losses[torch.rand(40, generator=generator) < (number % 5) / 6] = torch.nan
+        cosines = torch.randn(40, generator=generator) * 0.2 - 0.1 * (number % 4)
+        losses[-1], cosines[-1] = 1.0, torch.nan
+        arrays = [losses.clone().numpy(), cosines.clone().numpy(), losses.clone().numpy()]
+        got = cpu.cpu_kernels.update_context(zero.numpy(), cpu.numpy.float32(1.0), 1.0, 1.0, 0.9, *arrays)[1]
+        assert got == pytest.approx(float(detection.confidence(losses, cosines)), rel=2e-5, abs=2e-6)
+
+
+SHAPES = [(16, 320), (640, 16), (33, 7), (9,)]
+
+
+def trained(steps=12, groups=1, **options):
+    generator = torch.Generator().manual_seed(1)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.1) for s in SHAPES]
+    given = [{"params": params[number::groups]} for number in range(groups)]
+    optimizer = Automagic_CameAMP_COptim(given, **{"lr": 1e-4, "warmup_steps": 8, **options})
+    for step in range(steps):
+        for number, p in enumerate(params):
+            gradient = torch.randn(p.shape, generator=generator) * 0.01
+            p.grad = None if step % 5 == number else gradient
+        optimizer.report_loss(1.0)
+        optimizer.step()
+    return params, optimizer
+
+
+def warnings_of(caplog):
+    return [r.getMessage() for r in caplog.records if r.name.startswith("library") and r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_kernels_decide_where_kernels_step(groups, monkeypatch):
+    calls = []
+    for name in ("update_context", "follow"):
+        method = getattr(cpu.ContextKernels, name)
+        monkeypatch.setattr(
+            cpu.ContextKernels, name, lambda *args, name=name, method=method: (calls.append(name), method(*args))[1]
+        )
+    _, by_kernels = trained(groups=groups)
+    assert calls == ["update_context", "follow"] * 12
+    _, by_rules = trained(groups=groups, fused=False)
+    assert len(calls) == 24
+    for (name, value), (_, other) in zip(*(values_of(o.c_optim)[0].items() for o in (by_kernels, by_rules))):
+        assert torch.allclose(value.float(), other.float(), rtol=0.02, atol=1e-3, equal_nan=True), name
+
+
+@pytest.mark.parametrize("method", ["update_context", "follow"])
+@pytest.mark.parametrize("late", [False, True])
+def test_kernels_that_fail_are_left_with_nothing_changed(method, late, caplog, monkeypatch):
+    """Nor by what they had already done: the course is that of the operations from there on."""
+    kernel = getattr(cpu.ContextKernels, method)
+
+    def failing(*args):
+        if late:
+            kernel(*args)
+        raise ValueError("cannot be compiled\nbecause")
+
+    monkeypatch.setattr(cpu.ContextKernels, method, failing)
+    found, _ = trained()
+    text = "the kernels of the context do not work here, PyTorch's operations go on without them"
+    assert warnings_of(caplog) == [f"fused: {text}: ValueError: cannot be compiled"]
+
+    def without(*_):
+        raise ValueError
+
+    monkeypatch.setattr(cpu.ContextKernels, "update_context", without)
+    expected, _ = trained()
+    if method == "update_context":
+        assert all(torch.equal(p, q) for p, q in zip(found, expected))
+    else:
+        assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(found, expected))
+
+
+def test_samples_of_kernels_and_rules_are_gathered_into_one():
+    """One group may be measured by kernels, which fill the vector, and the next one by rules."""
+
+    class Part:
+        def __init__(self, number):
+            self.parameter_numbers, self.device = (number,), torch.device("cpu")
+            self.first_element, self.rows, self.columns = 0, 1, 4
+
+    sampler = Sampler([4, 4, 4])
+    vector = torch.zeros(sampler.size)
+    vector[: sampler.starts[1]] = 1.0
+    piece = torch.full((1, sampler.starts[3] - sampler.starts[2]), 2.0)
+    expected = vector.clone()
+    expected[sampler.starts[2] :] = 2.0
+    assert torch.equal(sampler.gather([Part(0), Part(2)], [vector, piece]), expected)
+    assert sampler.gather([Part(0), Part(1)], [vector, vector]) is vector
