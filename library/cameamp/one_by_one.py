@@ -82,7 +82,7 @@ class OneByOne:
             ValueError: the group does not have the parameter, or not in this place.
             RuntimeError: a gradient that no rule can use, or the parameter is sharded.
         """
-        group = _group_of(p, entry, index, parts.groups)
+        group = _group_of(p, entry, index, parts)
         if not measure.with_gradient([p]):
             return
         if parts.parameters.cut(p) is not WHOLE:
@@ -121,12 +121,13 @@ class OneByOne:
         parts.driver.follow(parts.groups, measured, under_way.all_watched())
 
 
-def _group_of(p: Tensor, entry: Mapping[str, Any], index: int | None, groups: Sequence[Group]) -> Group:
-    for group in groups:
-        params = group.params if group.entry is entry else []
-        own = params if index is None else params[index : index + 1] if index >= 0 else []
-        if any(p is other for other in own):
-            return group
+def _group_of(p: Tensor, entry: Mapping[str, Any], index: int | None, parts: Parts) -> Group:
+    if p in parts.parameters:
+        place = parts.parameters.position(p)
+        for group in parts.groups:
+            if group.entry is entry and 0 <= place < len(group.params) and index in (None, place):
+                return group
+            place -= len(group.params)
     raise ValueError(
         f"step_parameter: a parameter of shape {tuple(p.shape)} is not in the group that was given; allowed: a "
         "parameter, the entry of this optimizer's param_groups that has it, and its place there"

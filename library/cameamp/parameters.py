@@ -115,6 +115,9 @@ class Parameters:
                 why = f" ({doubt}; set_parameter_names decides)" if doubt else ""
                 logger.info("none of %d parameters is a LoRA factor: ALLoRA is off%s", total, why)
 
+    def __contains__(self, p: Tensor) -> bool:
+        return p in self._positions
+
     def position(self, p: Tensor) -> int:
         """The parameter's number in the optimizer."""
         return self._positions[p]
