@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 _VERBOSE_EVERY = 100
 
-# The types of devices that have kernels.
-_SERVED = ("cpu", "cuda")
-
 
 class TakesSteps(Protocol):
     """The two passes of a step over a group; see `passes.Passes`."""
@@ -81,7 +78,7 @@ class Engine:
         watch_places: Sequence[int],
         techniques: Techniques,
         processes: Processes = ALONE,
-        kernels_on: Collection[str] = _SERVED,
+        kernels_on: Collection[str] | None = None,
     ) -> Step:
         """Decide who takes the step of each group.
 
@@ -92,11 +89,11 @@ class Engine:
             watch_places: for each parameter, and one past the last, where its elements begin among all that it sees.
             techniques: the rule in each place.
             processes: those that hold the parameters.
-            kernels_on: the types of devices on which kernels may take this step.
+            kernels_on: the types of devices on which kernels may take this step; None for all that have kernels.
         """
         served = {}
         for group, stacks in groups:
-            allowed = techniques == ALL_TECHNIQUES and (not stacks or stacks[0].device.type in kernels_on)
+            allowed = techniques == ALL_TECHNIQUES and (kernels_on is None or stacks[0].device.type in kernels_on)
             kernels = self._kernels_of(group, stacks) if allowed else None
             if kernels is not None:
                 served[group] = kernels
