@@ -12,9 +12,7 @@ from torch import Tensor
 from .. import distributed
 from . import cpu_kernels
 from .controller import report_of
-from .memory import HISTORIES, Memory
-
-_FOLLOWED = ("multiplier", "alignment", "length")
+from .memory import FOLLOWED, HISTORIES, Memory
 
 
 class ContextKernels:
@@ -69,7 +67,7 @@ class ContextKernels:
             highest,
         )
         memory.samples["course"] = newest
-        values.update(zip(_FOLLOWED, _scalars(new)))
+        values.update(zip(FOLLOWED, _scalars(new)))
 
 
 def _compare(memory: Memory, name: str, sample: Tensor, added: Tensor, kept: float) -> tuple[Tensor, Tensor]:

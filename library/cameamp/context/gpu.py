@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import distributed
 from ..step.kernels.gpu.launching import Launcher, on
 from . import gpu_kernels
-from .memory import HISTORIES, Memory
+from .memory import FOLLOWED, HISTORIES, Memory
 
 _SAMPLE_CHUNK, _SAMPLE_WARPS = 4096, 16
 _WINDOW_CHUNK = 32
@@ -78,7 +78,7 @@ class ContextKernels:
                 scalars,
                 memory.window,
             )
-        values.update(zip(("multiplier", "alignment", "length"), scalars.unbind()))
+        values.update(zip(FOLLOWED, scalars.unbind()))
 
     def _compare(
         self,

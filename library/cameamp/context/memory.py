@@ -14,6 +14,8 @@ from ..devices import moved
 
 HISTORIES = ("loss_history", "gradient_history", "lr_history")
 SAMPLES = ("last_gradient", "course")
+# What kernels find after a step, in their order.
+FOLLOWED = ("multiplier", "alignment", "length")
 _SCALARS = ("confidence", "alignment", "length")
 # Numbers, because the learning rates of the groups are: no device has to be asked for them.
 _NUMBERS = ("top", "steps")
