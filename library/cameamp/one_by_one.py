@@ -208,17 +208,11 @@ def _magnitudes_of(measured: Measured) -> Tensor:
     device = found[0].abs_sums.device
     abs_sums = _together((each.abs_sums for each in found), device)
     nonzero = _together((each.nonzero_count.view(1) for each in found), device)
-    counts = _together(
-        (_counts(each, stack.rows * stack.columns) for each, stack in zip(found, measured.stacks)), device
-    )
+    counts = measure.element_counts(measured.stacks, found, device)
     # Unknown deviations count as 0: they are known as long as they matter, in the early phase.
     deviations = _together((_deviations(each) for each in found), device)
     spread = weight_decay.mean_and_variance(abs_sums / counts, deviations, counts)
     return torch.stack([abs_sums.sum(), nonzero.sum().to(abs_sums.dtype), *spread])
-
-
-def _counts(found: Magnitudes, numel: int) -> Tensor:
-    return torch.full_like(found.abs_sums, numel)
 
 
 def _deviations(found: Magnitudes) -> Tensor:

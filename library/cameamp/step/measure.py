@@ -64,11 +64,16 @@ class GroupSums:
         deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
         if not deviations:
             return cls(magnitude, [None] * len(stacks))
-        sizes = [stack.whole_rows * stack.columns for stack in stacks]
-        counts = torch.cat([torch.full_like(m.abs_sums, size) for m, size in zip(measured, sizes)]).to(device)
+        counts = element_counts(stacks, measured, device)
         strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
         parts = strengths.split([len(stack) for stack in stacks])
         return cls(magnitude, [part.to(stack.device) for part, stack in zip(parts, stacks)])
+
+
+def element_counts(stacks: Sequence[Stack], measured: Sequence[Magnitudes], device: torch.device) -> Tensor:
+    """How many elements each tensor of some stacks has, float32 (tensors,) on a device."""
+    sizes = [stack.whole_rows * stack.columns for stack in stacks]
+    return torch.cat([torch.full_like(m.abs_sums, size, device=device) for m, size in zip(measured, sizes)])
 
 
 def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:
