@@ -184,6 +184,7 @@ CONTEXT_FORMULAS: dict[str, Variant] = {
     "bias correction and max_lr=1e-2": _CORRECTED_AND_HIGHER,
     "gain 15 in place of 30": Variant(law=Law(gain=15.0)),
     "gain 60 in place of 30": Variant(law=Law(gain=60.0)),
+    "overshooting counts in full": Variant(law=Law(overshooting=1.0)),
     "a course of 10 steps in place of 33": Variant(law=Law(kept=0.9)),
 }
 

@@ -37,6 +37,13 @@ EDGE_SHARE = 0.5
 HASTY = 10
 
 
+class Gains(NamedTuple):
+    """Change of the multiplier's logarithm at an alignment of 1, and at one of -1 the opposite of its change."""
+
+    rising: float
+    falling: float
+
+
 class Law(NamedTuple):
     """How the multiplier follows the alignment of the course with the gradient.
 
@@ -46,6 +53,10 @@ class Law(NamedTuple):
     another as fast as they descend, negative where the rate is higher than that. (The hypergradient of Baydin et al.,
     arXiv 1703.04782, is the same with a course of one step, which is blind to any but the steepest directions.)
 
+    A rate that is best for the next steps is too low for the whole run, since a lower one settles sooner in the steep
+    directions and never gets far in the others (Wu et al., arXiv 1803.02021). So negative alignments count less, and
+    where gradients are noisy the multiplier settles where the mean alignment is somewhat below 0.
+
     Attributes:
         gain: change of the multiplier's logarithm at an alignment of 1, still to be multiplied by the adaptation rate.
         kept: the share of the course that a step keeps. At first less: the course of t steps goes back 2 + t / 4 of
@@ -53,16 +64,19 @@ class Law(NamedTuple):
         freezing: the power of the schedule's factor, 1 at its top, that the gain is multiplied by, so that the
             multiplier finds the rate at the top and does not undo the schedule's fall.
         haste: how many times the gain is added to it at first, when the multiplier is far from where it belongs.
+        overshooting: the share of the gain that holds for negative alignments.
     """
 
     gain: float = 30.0
     kept: float = 0.97
     freezing: float = 3.0
     haste: float = 2.0
+    overshooting: float = 0.5
 
-    def gain_at(self, steps: int, schedule: float) -> float:
-        """The gain after some steps, where a schedule has a factor of 1 at its top."""
-        return self.gain * (1 + self.haste * HASTY / (HASTY + steps)) * math.pow(schedule, self.freezing)
+    def gains_at(self, steps: int, schedule: float) -> Gains:
+        """The gains after some steps, where a schedule has a factor of 1 at its top."""
+        gain = self.gain * (1 + self.haste * HASTY / (HASTY + steps)) * math.pow(schedule, self.freezing)
+        return Gains(gain, gain * self.overshooting)
 
     def kept_at(self, steps: int) -> float:
         """The share of the course that is kept after some steps."""
@@ -95,12 +109,12 @@ class Deciding(Protocol):
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gain: float,
+        gains: Gains,
         kept: float,
         threshold: float,
         highest: float,
     ) -> None:
-        """As `ContextualOptimizationModule.follow`, of a gain that has all its factors in it."""
+        """As `ContextualOptimizationModule.follow`, of gains that have all their factors in them."""
 
 
 class ContextualOptimizationModule:
@@ -211,7 +225,7 @@ class ContextualOptimizationModule:
         """Update the multiplier, for the next step, by how well this step's gradient agrees with the course.
 
             alignment  = cosine of the course and the scaled gradient
-            multiplier = multiplier * exp(gain * alignment) * length before / length
+            multiplier = multiplier * exp(gain * alignment) * length before / length, half the gain if it is negative
             course     = kept * course + change / its root mean square
 
         The length is the root mean square of the change, in units of the learning rate that the multiplier gave: what
@@ -226,19 +240,20 @@ class ContextualOptimizationModule:
             kernels: as of `update_context`.
         """
         memory, values = self._memory, self._memory.values
-        gain, kept = self._rate * self._law.gain_at(memory.steps, memory.schedule), self._law.kept_at(memory.steps)
+        gains = Gains(*(self._rate * gain for gain in self._law.gains_at(memory.steps, memory.schedule)))
+        kept = self._law.kept_at(memory.steps)
         memory.steps += 1
         if self._rate == 0:  # No length to keep to either.
             values["length"] = torch.zeros_like(values["length"])
         if kernels is not None:
-            kernels.follow(memory, scaled_grad, change, gain, kept, self._threshold, self._highest)
+            kernels.follow(memory, scaled_grad, change, gains, kept, self._threshold, self._highest)
             return
         course = memory.sample_like("course", change)
         # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
         own = torch.stack([*_products(course, scaled_grad), change.square().mean()])
         *products, mean_square = (own if of_all else distributed.average(own)).unbind()
         alignment = _cosine(products, absent=0.0)
-        growth = (gain * alignment).clamp_max(MOST_GROWTH).exp()
+        growth = (torch.where(alignment < 0, gains.falling, gains.rising) * alignment).clamp_max(MOST_GROWTH).exp()
         growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
         size = mean_square.sqrt()
         length = size / values["lr_history"][-1]

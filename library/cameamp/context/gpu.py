@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import distributed
 from ..step.kernels.gpu.launching import Launcher, on
 from . import gpu_kernels
+from .controller import Gains
 from .memory import FOLLOWED, HISTORIES, Memory
 
 _SAMPLE_CHUNK, _SAMPLE_WARPS = 4096, 16
@@ -56,7 +57,7 @@ class ContextKernels:
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gain: float,
+        gains: Gains,
         kept: float,
         threshold: float,
         highest: float,
@@ -72,7 +73,7 @@ class ContextKernels:
                 1,
                 found,
                 *(values[name] for name in names),
-                gain,
+                *gains,
                 threshold,
                 highest,
                 scalars,
