@@ -60,9 +60,11 @@ def final_loss(way: str, rate: float, seed: int, steps: int) -> float:
     dtype = torch.float32 if way == "float32" else torch.bfloat16
     kept = [torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in computed]
     options: dict[str, Any] = {"max_lr": 2 * rate, "lr_bump": rate / 100, "min_lr": rate / 10}
-    # Rules, because kernels round by themselves.
-    optimizer = Automagic_CameAMP8bit(kept, lr=rate, full_finetune=True, fused=False, **options)
-    with _rounding_to_nearest() if way.endswith("nearest") else nullcontext():
+    to_nearest = way.endswith("nearest")
+    if to_nearest:
+        options["fused"] = False  # Kernels round by themselves.
+    optimizer = Automagic_CameAMP8bit(kept, lr=rate, full_finetune=True, **options)
+    with _rounding_to_nearest() if to_nearest else nullcontext():
         for number in range(steps):
             task.loss(number).backward()
             for p, own in zip(computed, kept):

@@ -3,7 +3,8 @@
 Weights and gradients are bfloat16. Optimizers that can step inside the backward pass do, so that few gradients are
 alive: those of the two largest tensors count. For the others all gradients count. What a step computes in is measured
 in a backward pass over the two largest tensors, with the hooks that step and free, or in a step of the largest one, by
-what is allocated beyond gradients. States are counted shape by shape: this family's from its table of states, which
+what is allocated beyond gradients; the last lines compare it with all that a backward pass over a slice of the model
+allocates. States are counted shape by shape: this family's from its table of states, which
 tests hold against real ones, the peers' in one real tensor of each shape after a step. Kernels are off, as on a GPU.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -33,6 +35,7 @@ Build = Callable[[list[torch.nn.Parameter]], Any]
 _GB = 1e9
 _ADAFACTOR = {"lr": 1e-6, "relative_step": False, "scale_parameter": False}
 _BYTES_OF_WEIGHT = 2
+_SLICE = 100_000_000
 
 
 class Contender(NamedTuple):
@@ -101,14 +104,46 @@ def run(args: argparse.Namespace) -> None:
         )
         work = max(peak_of_backward(contender, measured) / _GB - own_gradients, 0.0)
         table.row(contender.name, weights, gradients, work, states, weights + gradients + work + states)
+    print(_of_slice(load(args.model, _SLICE)))
 
 
-def peak_of_backward(contender: Contender, shapes: list[Shape]) -> int:
-    """The largest number of bytes that a backward pass and the steps of some tensors allocate, gradients included."""
+def _of_slice(shapes: list[Shape]) -> str:
+    """What is alive at a time in a backward pass over a slice of the model, with steps inside."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def count(p: torch.Tensor) -> None:
+        nonlocal most
+        assert p.grad is not None
+        alive.append(weakref.ref(p.grad))
+        most = max(most, sum(gradient.nbytes for known in alive if (gradient := known()) is not None))
+
+    contender = next(contenders())
+    allocated = peak_of_backward(contender, shapes, count)
+    largest = sum(sorted(map(_numel, shapes))[-2:]) * _BYTES_OF_WEIGHT
+    return (
+        f"{contender.name}, {sum(map(_numel, shapes)) / 1e6:.0f} M of them in {len(shapes)} tensors: at its peak a "
+        f"backward pass has allocated {allocated / 1e6:.0f} MB; it has at most {most / 1e6:.0f} MB of gradients at a time, "
+        f"where those of the two largest tensors take {largest / 1e6:.0f}"
+    )
+
+
+def peak_of_backward(
+    contender: Contender, shapes: list[Shape], look: Callable[[torch.Tensor], None] | None = None
+) -> int:
+    """The largest number of bytes that a backward pass and the steps of some tensors allocate, gradients included.
+
+    Args:
+        contender: whose steps.
+        shapes: of the tensors.
+        look: called with each parameter when its gradient is there; None for nothing.
+    """
     params = [_parameter(shape) for shape in shapes]
     optimizer = contender.build(params)
-    if contender.step:
-        for p in params:
+    for p in params:
+        if look is not None:
+            p.register_post_accumulate_grad_hook(look)
+        if contender.step:
             p.register_post_accumulate_grad_hook(_hook(optimizer, contender.step))
 
     def take_step() -> None:

@@ -250,20 +250,33 @@ def test_contextual(options):
     )  # fmt: skip
 
 
-class InBackward:
+class OneByOne:
     """An optimizer whose parameters are stepped one by one, the last ones first; `step` takes those left over."""
 
     def step(self):
+        self.step_each()
+        super().step()
+
+    def step_each(self, _=None):
         for group in reversed(self.param_groups):
             for index, p in reversed(list(enumerate(group["params"]))):
                 if index != 2:
                     self.step_parameter(p, group, index)
-        super().step()
 
 
-def one_by_one(ours, plain):
+class InBackward(OneByOne):
+    """The same in a backward pass, where gradients wait for one another."""
+
+    def step(self):
+        root = torch.zeros((), requires_grad=True)
+        root.register_hook(self.step_each)
+        root.backward()
+        super(OneByOne, self).step()
+
+
+def one_by_one(ours, plain, way=InBackward):
     """The two classes, with steps that are taken one by one."""
-    return type("OneByOne", (InBackward, ours), {}), type("Plain", (plain,), {"one_by_one": True})
+    return type("Ours", (way, ours), {}), type("Plain", (plain,), {"one_by_one": True})
 
 
 @pytest.mark.parametrize(
@@ -275,8 +288,9 @@ def one_by_one(ours, plain):
     ],
     ids=["LoRA", "groups", "skip"],
 )
-def test_steps_inside_the_backward_pass(shapes, options):
-    compare(shapes, classes=one_by_one(*BASE), steps=120, warmup_steps=80, **options)
+@pytest.mark.parametrize("way", [OneByOne, InBackward])
+def test_steps_inside_the_backward_pass(shapes, options, way):
+    compare(shapes, classes=one_by_one(*BASE, way), steps=120, warmup_steps=80, **options)
 
 
 def test_contextual_steps_inside_the_backward_pass():

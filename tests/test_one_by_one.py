@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from reliability.runs import OPTIMIZERS, PHASES, Run, difference, everything, fr
 from torch import nn
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
+from library.cameamp import one_by_one
 from library.cameamp.step import engine
 
 by_class = pytest.mark.parametrize("optimizer_class", OPTIMIZERS, ids=lambda c: c.__name__)
@@ -64,6 +66,69 @@ def test_a_step_ends_with_step_or_with_whatever_comes_next(optimizer_class):
     assert_same(found, trained(optimizer_class, 12, lambda optimizer: None)[0])
     assert_same(found, trained(optimizer_class, 12, lambda optimizer: optimizer.state_dict())[0])
     assert_same(found, trained(optimizer_class, 12, copy.deepcopy)[0])
+
+
+@by_class
+def test_gradients_wait_for_one_another(optimizer_class, monkeypatch):
+    """Each is the optimizer's as soon as it is given, and no more of them are alive than the largest parameter has."""
+    monkeypatch.setattr(one_by_one, "_FEW_WAITING", 0)
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(n, 8)) for n in (2, 9, 3, 40, 1, 30, 5, 2)]
+    optimizer = optimizer_class(params)
+    (group,) = optimizer.param_groups
+    taken, alive = [], {}
+    take = one_by_one._take
+    monkeypatch.setattr(one_by_one, "_take", lambda group, own, *rest: (taken.append(own), take(group, own, *rest)))
+
+    def hook(p):
+        for known in [known for known, gradient in alive.items() if gradient() is None]:
+            del alive[known]
+        alive[p] = weakref.ref(p.grad)
+        assert sum(known.numel() for known in alive) < 2 * 40 * 8
+        optimizer.step_parameter(p, group)
+        assert p.grad is None
+
+    for p in params:
+        p.register_post_accumulate_grad_hook(hook)
+    for _ in range(3):
+        taken.clear()
+        sum(p.square().sum() for p in params).backward()
+        assert {p for own in taken for p in own} == set(params)
+        optimizer.step()
+    assert len(taken) < 5
+    assert all(optimizer.state[p]["step"] == 3 for p in params)
+
+
+def test_hooks_and_calls_by_hand_agree():
+    in_hooks, by_hand = Run(Automagic_CameAMP_COptim, in_backward=True), Run(Automagic_CameAMP_COptim)
+    optimizer, ordinary = by_hand.optimizer, by_hand.optimizer.step
+
+    def step():
+        for group in reversed(optimizer.param_groups):
+            for index, p in reversed(list(enumerate(group["params"]))):
+                optimizer.step_parameter(p, group, index)
+        ordinary()
+
+    optimizer.step = step
+    for run in (in_hooks, by_hand):
+        run.run(12)
+    assert_same(all_of(in_hooks.optimizer), all_of(by_hand.optimizer))
+
+
+def test_a_backward_pass_that_fails_leaves_its_gradients_to_the_next_step():
+    p, last = nn.Parameter(torch.ones(4)), torch.ones(4, requires_grad=True)
+    optimizer = Automagic_CameAMP([p], lr=1e-3)
+    p.register_post_accumulate_grad_hook(lambda p: optimizer.step_parameter(p, optimizer.param_groups[0]))
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    last.register_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        (p * (last * 2).exp()).sum().backward()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    assert not torch.equal(p, torch.ones(4))
 
 
 def test_without_losses_the_next_step_of_a_parameter_ends_a_step():

@@ -3,13 +3,18 @@
 The gradients of a group are then never there together. What a step needs to know of all of them is of the step before:
 AGR's sum, the mean and the variance of the magnitudes, and the multiplier of a context. Everything else is as in an
 ordinary step.
+
+In a backward pass gradients wait for others until together they have as many elements as the largest parameter, or the
+pass ends: a step of many small tensors takes hardly longer than that of one. The gradients that are there together so
+take less memory than two of the largest parameter.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -21,12 +26,16 @@ from .devices import moved
 from .groups import MAGNITUDES, Group, States
 from .parameters import Parameters
 from .sharding import WHOLE
+from .stacks.stack import Stack
 from .step import measure
 from .step.engine import Engine
 from .step.measure import GroupSums, Magnitudes
 from .step.passes import Measured
 from .step.rules import Techniques, Watched
 from .techniques import agr, weight_decay
+
+# So many gradient elements do wait, however small the largest parameter is.
+_FEW_WAITING = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,10 @@ class OneByOne:
                     if not each.apart:
                         each.restart(apart=True)
                 self._under_way = _UnderWay(parts.driver.multiplier())
-            _take(group, p, parts, self._under_way)
+            if not _after_backward(partial(self._take_waiting, parts)):
+                _take(group, [p], parts, self._under_way)
+            elif self._under_way.wait(group, p) >= max(parts.parameters.largest, _FEW_WAITING):
+                self._take_waiting(parts)
 
     def finish(self, parts: Parts, take_rest: bool = False) -> None:
         """End the step that is under way.
@@ -106,12 +118,13 @@ class OneByOne:
             parts: the optimizer's.
             take_rest: first step the parameters that have a gradient and were not stepped.
         """
+        self._take_waiting(parts)  # Some still wait if the backward pass has failed.
         under_way = self._under_way
         assert under_way is not None
         for group in parts.groups if take_rest else ():
-            for p in measure.with_gradient(group.params):
-                if p not in under_way:
-                    _take(group, p, parts, under_way)
+            rest = [p for p in measure.with_gradient(group.params) if p not in under_way]
+            if rest:
+                _take(group, rest, parts, under_way)
         self._under_way = None
         measured = under_way.all_measured()
         for found in measured:
@@ -119,6 +132,31 @@ class OneByOne:
             found.group.entry[MAGNITUDES] = _magnitudes_of(found)
         parts.driver.observe(parts.groups, measured)
         parts.driver.follow(parts.groups, measured, under_way.all_watched())
+
+    @torch.no_grad()
+    def _take_waiting(self, parts: Parts) -> None:
+        """Step the parameters whose gradients wait."""
+        with self._lock:
+            waiting = {} if self._under_way is None else self._under_way.pop_waiting()
+            for group, gradients in waiting.items():
+                assert self._under_way is not None
+                newer = {p: p.grad for p in gradients}  # usually none
+                for p, gradient in gradients.items():
+                    p.grad = gradient
+                try:
+                    _take(group, list(gradients), parts, self._under_way)
+                finally:
+                    for p in gradients:
+                        p.grad = newer[p]
+
+
+def _after_backward(call: Callable[[], None]) -> bool:
+    """Have something called at the end of the backward pass that is running. Returns False if none is."""
+    try:
+        torch.autograd.Variable._execution_engine.queue_callback(call)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _group_of(p: Tensor, entry: Mapping[str, Any], index: int | None, parts: Parts) -> Group:
@@ -147,10 +185,26 @@ class _UnderWay:
     def __init__(self, multiplier: Tensor | None) -> None:
         self.multiplier = multiplier
         self._params: set[Tensor] = set()
+        self._waiting: dict[Group, dict[Tensor, Tensor]] = {}
+        self._waiting_elements = 0
         self._taken: dict[Group, list[tuple[Measured, list[Watched]]]] = {}
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._params
+
+    def wait(self, group: Group, p: Tensor) -> int:
+        """Take a gradient away, for a step later on. Returns how many elements wait in all."""
+        assert p.grad is not None
+        self._waiting.setdefault(group, {})[p] = p.grad
+        p.grad = None  # What a trainer still did to it would change the step.
+        self._params.add(p)
+        self._waiting_elements += p.numel()
+        return self._waiting_elements
+
+    def pop_waiting(self) -> dict[Group, dict[Tensor, Tensor]]:
+        """The gradients that wait, of each group by parameter; none do from here on."""
+        waiting, self._waiting, self._waiting_elements = self._waiting, {}, 0
+        return waiting
 
     def add(self, measured: Measured, watched: list[Watched]) -> None:
         """Note that the parameters of some stacks have been taken.
@@ -171,35 +225,58 @@ class _UnderWay:
         return [seen for taken in self._taken.values() for _, watched in taken for seen in watched]
 
 
-def _take(group: Group, p: Tensor, parts: Parts, under_way: _UnderWay) -> None:
-    group.count_step([p], parts.states)
-    stacks = group.stacks([p], parts.states)
+def _take(group: Group, params: list[Tensor], parts: Parts, under_way: _UnderWay) -> None:
+    # At the first step each has its own sums alone.
+    for together in [params] if MAGNITUDES in group.entry else [[p] for p in params]:
+        _take_together(group, together, parts, under_way)
+
+
+def _take_together(group: Group, params: list[Tensor], parts: Parts, under_way: _UnderWay) -> None:
+    group.count_step(params, parts.states)
+    stacks = group.stacks(params, parts.states)
     watched_at = parts.driver.watch_every(parts.groups), parts.driver.watch_places(parts.groups)
     # Those of GPUs are for many tensors at once.
     step = parts.engine.begin_step([(group, stacks)], parts.states, *watched_at, parts.techniques, kernels_on=("cpu",))
     measured = _with_sums_before(step.measure(group, stacks), group.entry.get(MAGNITUDES))
-    under_way.add(measured, step.update(measured, under_way.multiplier))
+    watched = step.update(measured, under_way.multiplier)
+    _, starts = watched_at
+    measured = measured._replace(watched=[_own(stack, x, starts) for stack, x in zip(stacks, measured.watched)])
+    under_way.add(measured, [Watched(*(_own(stack, x, starts) for x in seen)) for stack, seen in zip(stacks, watched)])
+
+
+def _own(stack: Stack, watched: Tensor, starts: Sequence[int]) -> Tensor:
+    """What is watched of a stack, (tensors, elements). Kernels give it in a vector with room for all parameters."""
+    if watched.ndim > 1:
+        return watched
+    return torch.stack([watched[starts[n] : starts[n + 1]] for n in stack.parameter_numbers])
 
 
 def _with_sums_before(measured: Measured, before: Tensor | None) -> Measured:
-    """What was measured of a single parameter, with the sums of its group in the step before.
+    """What was measured of some parameters, with the sums of their group in the step before.
 
     Args:
-        measured: of a group with this parameter alone.
-        before: from `_magnitudes_of`; None at the first step, for which the parameter's own sums have to do.
+        measured: of a group with these parameters alone.
+        before: from `_magnitudes_of`; None at the first step, for which the parameters' own sums have to do.
     """
     if before is None:
         return measured
-    (stack,), (own,) = measured.stacks, measured.magnitudes
-    total, nonzero, mean, variance = moved(before, own.abs_sums.device).unbind()
-    # At least the parameter's own: gradients that have grown a thousandfold would change their signs otherwise.
-    magnitude = agr.magnitude_sum(torch.maximum(own.abs_sums, total), torch.maximum(own.nonzero_count, nonzero).view(1))
-    strengths: list[Tensor] | list[None] = [None]
-    if own.deviations is not None:
-        means = own.abs_sums / (stack.rows * stack.columns)
-        strengths = [weight_decay.strengths_within(means, mean, variance)]
+    own = measured.magnitudes
+    total, nonzero, mean, variance = moved(before, own[0].abs_sums.device).unbind()
+    abs_sum = _together((each.abs_sums for each in own), total.device).amax()
+    counted = _together((each.nonzero_count.view(1) for each in own), total.device).amax()
+    # At least each parameter's own: gradients that have grown a thousandfold would change their signs otherwise.
+    magnitude = agr.magnitude_sum(torch.maximum(abs_sum, total), torch.maximum(counted, nonzero))
+    strengths: list[Tensor] | list[None] = [None] * len(own)
+    if own[0].deviations is not None:
+        strengths = [
+            weight_decay.strengths_within(
+                each.abs_sums / (stack.rows * stack.columns),
+                *(moved(x, each.abs_sums.device) for x in (mean, variance)),
+            )
+            for stack, each in zip(measured.stacks, own)
+        ]
     # A new list: kernels take what they have found in their own for the sums of the whole group.
-    return measured._replace(stacks=[stack], sums=GroupSums(magnitude, strengths))
+    return measured._replace(stacks=list(measured.stacks), sums=GroupSums(magnitude, strengths))
 
 
 def _magnitudes_of(measured: Measured) -> Tensor:

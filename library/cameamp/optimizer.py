@@ -191,11 +191,13 @@ class CameAMP(HasReadings, Optimizer):
 
     @torch.no_grad()
     def step_parameter(self, p: Tensor, group: Mapping[str, Any], index: int | None = None) -> None:
-        """Take the step of one parameter now, so that its gradient can be freed; for hooks of the backward pass.
+        """Take the step of one parameter, so that its gradient can be freed; for hooks of the backward pass.
 
-        The caller then sets `p.grad = None`. `step()` after the backward pass ends the step; where a trainer does not
-        call it, the next `report_loss` or the next step of a parameter does. What belongs to all gradients of a group
-        is of the step before, see `one_by_one`. Neither clipping by the global norm nor GradScaler works so.
+        There `p.grad` is None afterwards, and the step is taken before the backward pass ends, together with those of
+        other parameters. Elsewhere it is taken at once, and the gradient is the caller's to free. `step()` then ends
+        the step; where a trainer does not call it, the next `report_loss` or the next step of a parameter does. What
+        belongs to all gradients of a group is of the step before, see `one_by_one`. Neither clipping by the global
+        norm nor GradScaler works so.
 
         Args:
             p: the parameter; without a gradient it is left alone.

@@ -68,6 +68,7 @@ class Parameters:
     Attributes:
         factors: the LoRA factors.
         processes: those that hold the parameters.
+        largest: how many elements the largest parameter has.
         located: another object each time that they were looked at; None before.
     """
 
@@ -90,6 +91,7 @@ class Parameters:
         self._positions: dict[Tensor, int] = {}
         self._cuts: dict[Tensor, Cut] = {}
         self.processes: Processes = Alone()
+        self.largest = 0
         if log_again:
             self._logged: tuple[int, int] | None = None
 
@@ -103,6 +105,7 @@ class Parameters:
         parameters = [p for group in groups for p in group]
         self._positions = {p: position for position, p in enumerate(parameters)}
         self.processes = processes_of(parameters)
+        self.largest = max((p.numel() for p in parameters), default=0)
         alike: dict[Cut, Cut] = {}  # One object for equal cuts, which are compared at every step.
         self._cuts = {p: alike.setdefault(cut, cut) for p in parameters for cut in [cut_of(p)]}
         count, total = len(self.factors), len(self._positions)

@@ -85,11 +85,17 @@ class Run:
         return self
 
     def step_parameters(self) -> None:
-        """Step the parameters one by one, the last ones first, as a backward pass meets them."""
-        for group in reversed(self.optimizer.param_groups):
-            for index, p in reversed(list(enumerate(group["params"]))):
-                self.optimizer.step_parameter(p, group, index)
-                p.grad = None
+        """Step the parameters one by one, the last ones first, inside of a backward pass."""
+
+        def step_each(_: torch.Tensor) -> None:
+            for group in reversed(self.optimizer.param_groups):
+                for index, p in reversed(list(enumerate(group["params"]))):
+                    self.optimizer.step_parameter(p, group, index)
+                    p.grad = None
+
+        root = torch.zeros((), requires_grad=True)
+        root.register_hook(step_each)
+        root.backward()
 
     def resumed(self, optimizer_class: type[Any], **options: Any) -> Run:
         """A new run with another optimizer that continues from a checkpoint of this one."""

@@ -93,8 +93,11 @@ class Engine:
         """
         served = {}
         for group, stacks in groups:
-            allowed = techniques == ALL_TECHNIQUES and (kernels_on is None or stacks[0].device.type in kernels_on)
-            kernels = self._kernels_of(group, stacks) if allowed else None
+            device = stacks[0].device.type
+            allowed = kernels_on is None or device in kernels_on
+            if not allowed and group.config.fused is True:
+                self._say(logging.WARNING, f"fused: no kernel of '{device}' takes single parameters, the rules do")
+            kernels = self._kernels_of(group, stacks) if allowed and techniques == ALL_TECHNIQUES else None
             if kernels is not None:
                 served[group] = kernels
         # Not gradients of shards, which a rehearsal overwrites.

@@ -37,6 +37,7 @@ SETTINGS = numpy.dtype(
     + [(name, numpy.float32) for name in _FLOATS.split()],
     align=True,
 )
+_NAMES = SETTINGS.names or ()
 
 
 class Settings:
@@ -100,10 +101,8 @@ class Settings:
             "softening": 1 / config.eta / config.eta,
             "turning_point": nibbles.turning_point(traits.step),
         }
-        self.record = numpy.zeros(1, dtype=SETTINGS)
         with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
-            for name, value in values.items():
-                self.record[name] = value
+            self.record = numpy.array([tuple(values.get(name, 0) for name in _NAMES)], dtype=SETTINGS)
 
     def show(self, scaled_grad: numpy.ndarray, change: numpy.ndarray) -> None:
         """Give the context memory for what it sees."""
