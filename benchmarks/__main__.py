@@ -28,7 +28,7 @@ NAMES = (
     "long_runs",
     "shards",
     "fine_tuning",
-    "convergence",
+    "stacking",
     "eight_bit_quality",
     "quantization_error",
     "momentum_codes",

@@ -123,8 +123,8 @@ def _of_slice(shapes: list[Shape]) -> str:
     largest = sum(sorted(map(_numel, shapes))[-2:]) * _BYTES_OF_WEIGHT
     return (
         f"{contender.name}, {sum(map(_numel, shapes)) / 1e6:.0f} M of them in {len(shapes)} tensors: at its peak a "
-        f"backward pass has allocated {allocated / 1e6:.0f} MB; it has at most {most / 1e6:.0f} MB of gradients at a time, "
-        f"where those of the two largest tensors take {largest / 1e6:.0f}"
+        f"backward pass has allocated {allocated / 1e6:.0f} MB; at most {most / 1e6:.0f} MB of gradients are alive, "
+        f"where the two largest tensors have {largest / 1e6:.0f}"
     )
 
 

@@ -1,12 +1,13 @@
-"""What imports what, and which technique acts when? Draws three pictures of the documents.
+"""What imports what, which technique acts when, and what becomes of the rates? Draws pictures of the documents.
 
-Writes architecture.png, phases.png and mask.png, the learning-rate mask over a run, to docs/images. The mask's picture
-trains the embedded LoRA twice, which takes a few minutes; the others are drawn at once.
+Writes to docs/images: architecture.png, phases.png, mask.png, the learning-rate mask over a run, and schedules.png, the
+lengths of the contextual optimizer's steps under schedules. The last two train the embedded LoRA, for some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from library.automagic_cameamp import Automagic_CameAMP_COptim
 from library.cameamp.config import OptimizerConfig
 from library.cameamp.phase import Phase
 from library.cameamp.techniques import grams
 
 from .architecture import draw
 from .embedded import embedded_trainer
+from .study.digits import DigitsLoRA
+from .study.schedules import Schedule, constant, cosine
+from .study.task import take_step
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FOLDER = _ROOT / "docs" / "images"
@@ -169,10 +174,68 @@ def mask_course(lr: float) -> tuple[list[int], list[list[float]]]:
     return steps, torch.stack(rows).T.tolist()
 
 
+def schedules(path: Path) -> None:
+    """The lengths of the contextual optimizer's steps under schedules, and with the schedule divided out."""
+    torch.set_num_threads(1)
+    figure, axes = plt.subplots(1, len(_SCHEDULES), figsize=(12.8, 3.6), sharey=True)
+    for axis, (name, schedule) in zip(axes, _SCHEDULES.items()):
+        lengths = _step_lengths(schedule)
+        factors = [schedule(step, _RUN_STEPS) for step in range(_RUN_STEPS)]
+        steps = range(1, _RUN_STEPS + 1)
+        axis.plot(steps, lengths, color="C0", linewidth=1, label="length of a step")
+        found = [length / factor if factor > 0 else math.nan for length, factor in zip(lengths, factors)]
+        axis.plot(steps, found, color="C1", linewidth=1, label="divided by the schedule")
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("root mean square of a step")
+    axes[0].legend(loc="lower right", fontsize="small")
+    _save(figure, path)
+
+
+def _step_lengths(schedule: Schedule) -> list[float]:
+    """Train the embedded LoRA with the contextual optimizer. Returns the root mean square of each step's elements."""
+    task = DigitsLoRA(0, rank=16, batch_size=8, images=1)
+    named = task.named_parameters()
+    optimizer = Automagic_CameAMP_COptim([p for _, p in named], warmup_steps=_RUN_WARMUP)
+    optimizer.set_parameter_names({p: name for name, p in named})
+    (group,) = optimizer.param_groups
+    initial, lengths = group["lr"], []
+    for step in range(_RUN_STEPS):
+        group["lr"] = initial * schedule(step, _RUN_STEPS)
+        before = [p.detach().clone() for _, p in named]
+        take_step(task, named, optimizer, step)
+        change = torch.cat([(p.detach() - old).flatten() for (_, p), old in zip(named, before)])
+        lengths.append(change.square().mean().sqrt().item())
+    return lengths
+
+
+def _with_warmup(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / (0.05 * steps))
+
+
+def _warm_restarts(step: int, steps: int) -> float:
+    return cosine(step % (steps // 2), steps // 2)
+
+
+_SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "constant_with_warmup": _with_warmup,
+    "cosine": cosine,
+    "cosine_with_restarts": _warm_restarts,
+}
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-_PICTURES: dict[str, Callable[[Path], None]] = {"architecture": architecture, "phases": phases, "mask": mask}
+_PICTURES: dict[str, Callable[[Path], None]] = {
+    "architecture": architecture,
+    "phases": phases,
+    "mask": mask,
+    "schedules": schedules,
+}

@@ -9,12 +9,20 @@ from unittest import mock
 import pytest
 import torch
 
+from benchmarks import stacking
 from benchmarks.contenders import REFERENCE
 from benchmarks.study import protocol
+from benchmarks.study.digits import DigitsLoRA
 from benchmarks.study.finished import Finished
+from benchmarks.study.optimizers import CONTEXTUAL
 from benchmarks.study.protocol import Case, Study
 from benchmarks.study.schedules import constant, cosine
 from benchmarks.study.task import train
+from benchmarks.study.variants import VARIANTS
+from library.automagic_cameamp import Automagic_CameAMP_COptim
+from library.cameamp.context.controller import STANDARD_LAW
+from library.cameamp.states import THIRTY_TWO_BITS
+from library.cameamp.step.rules import ALL_TECHNIQUES
 
 TEXT = "text from random weights"
 
@@ -99,3 +107,44 @@ def test_an_interval_has_the_mean_inside_and_shrinks_with_the_spread() -> None:
     wide, narrow = protocol.interval([-0.04, 0.0, 0.04]), protocol.interval([-0.01, 0.0, 0.01])
     assert narrow.mean == pytest.approx(0.0, abs=1e-9)
     assert wide.low < narrow.low < 0.0 < narrow.high < wide.high
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_differs_from_the_product_and_leaves_it_alone(name: str) -> None:
+    variant, product_class = VARIANTS[name], Automagic_CameAMP_COptim
+    changed = variant.of(product_class)
+    product = [ALL_TECHNIQUES, THIRTY_TWO_BITS, STANDARD_LAW]
+    assert [changed._techniques, changed._precision, changed._driver_class.law] != product or variant.options
+    assert [product_class._techniques, product_class._precision, product_class._driver_class.law] == product
+
+
+def test_what_is_left_out_changes_the_course() -> None:
+    names = ["without Grams", "without AdaBelief", "without multi-scale momentum", "without the multiplier"]
+    courses = [
+        protocol._trained(protocol.CONTENDERS[name], Case(TEXT, 10, "constant"), None, 0)["losses"]
+        for name in ("contextual", *(f"contextual, {name}" for name in names))
+    ]
+    assert len({tuple(course) for course in courses}) == len(courses)
+
+
+def test_two_loras_act_together() -> None:
+    first, second, both = (DigitsLoRA(seed, rank=4, batch_size=2, images=4) for seed in range(3))
+    before = both.held_out_loss()
+    for number, task in enumerate((first, second)):
+        with torch.no_grad():
+            for name, p in task.named_parameters():
+                if "lora_up" in name:
+                    p.fill_(0.01 * (number + 1))
+    both.add(first.lora)
+    both.add(second.lora)
+    together = both.held_out_loss()
+    both.lora.load_state_dict({name: torch.zeros_like(p) for name, p in both.lora.state_dict().items()})
+    assert both.held_out_loss() == together != before
+    assert together not in (first.held_out_loss(), second.held_out_loss())
+
+
+def test_the_share_of_the_top_direction() -> None:
+    found = stacking.stacked(CONTEXTUAL, 1e-6, 0, 2)
+    assert 0 < found.top_share <= 1
+    assert found.alone > 0
+    assert found.together > 0

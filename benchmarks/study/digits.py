@@ -22,14 +22,22 @@ class _NewDigits:
         batch_size: images in a batch.
         repeats: how often each held-out image is used, with different noise each time.
         images: number of held-out images that are used; None for all.
+        digits: which of the digits.
     """
 
     _network: Callable[[NoisyBatch], Tensor]
 
-    def __init__(self, seed: int, batch_size: int, repeats: int = 1, images: int | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        batch_size: int,
+        repeats: int = 1,
+        images: int | None = None,
+        digits: tuple[int, ...] = NEW_DIGITS,
+    ) -> None:
         self._seed, self._batch_size = seed, batch_size
-        self._data = load(NEW_DIGITS, held_out=False)
-        held_out = load(NEW_DIGITS, held_out=True)
+        self._data = load(digits, held_out=False)
+        held_out = load(digits, held_out=True)
         held_out = Digits(held_out.images[:images], held_out.digits[:images])
         self._held_out = held_out_batches(held_out, TIMESTEPS, repeats)
 
@@ -52,20 +60,37 @@ class DigitsLoRA(_NewDigits):
         batch_size: images in a batch.
         repeats: how often each held-out image is used, with different noise each time.
         images: number of held-out images that are used; None for all.
+        digits: which of the digits.
+
+    Attributes:
+        lora: the LoRA.
     """
 
-    def __init__(self, seed: int, rank: int, batch_size: int, repeats: int = 1, images: int | None = None) -> None:
-        super().__init__(seed, batch_size, repeats, images)
+    def __init__(
+        self,
+        seed: int,
+        rank: int,
+        batch_size: int,
+        repeats: int = 1,
+        images: int | None = None,
+        digits: tuple[int, ...] = NEW_DIGITS,
+    ) -> None:
+        super().__init__(seed, batch_size, repeats, images, digits)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             base = load_base()
-            self._lora = LoRANetwork(base, rank, rank)
+            self._rank = rank
+            self.lora = LoRANetwork(base, rank, rank)
         self._base = base  # the network itself does not own it
-        self._network = self._lora
+        self._network = self.lora
 
     def named_parameters(self) -> Named:
         """The factors."""
-        return list(self._lora.named_parameters())
+        return list(self.lora.named_parameters())
+
+    def add(self, lora: LoRANetwork) -> None:
+        """Let the model have a second LoRA of the same rank, too."""
+        LoRANetwork(self._base, self._rank, self._rank).load_state_dict(lora.state_dict())
 
 
 class AllOfDigits(_NewDigits):

@@ -20,6 +20,7 @@ from .optimizers import CONTEXTUAL, CONTEXTUAL_8BIT, PLAIN, builder
 from .schedules import SCHEDULES
 from .task import Named, Spoil, Task, as_they_are, train
 from .text import Text
+from .variants import VARIANTS, Variant
 
 TASKS: dict[str, Callable[[int], Task]] = {
     "digits, LoRA": partial(DigitsLoRA, rank=16, batch_size=8, images=80),
@@ -71,12 +72,14 @@ class Contender:
         options: other options than the defaults.
         grid: the learning rates that it is tried at; None for no rate at all.
         spoiled: what goes wrong with the data.
+        variant: how one of the four optimizers is changed.
     """
 
     optimizer: str
     options: dict[str, Any] = field(default_factory=dict)
     grid: tuple[float, ...] | None = None
     spoiled: str = ""
+    variant: Variant = Variant()  # noqa: RUF009 - it is frozen
 
 
 def _ours(spoiled: str = "", optimizer: str = CONTEXTUAL, **options: Any) -> Contender:
@@ -91,12 +94,12 @@ CONTENDERS: dict[str, Contender] = {
     "contextual from 1e-3": _ours(lr=1e-3),
     "contextual, max_lr 1e-2": _ours(max_lr=1e-2),
     "contextual, max_lr 1e-1": _ours(max_lr=1e-1),
-    "contextual, no momentum scales": _ours(momentum_scales=()),
     "contextual, warmup_steps 500": _ours(warmup_steps=500),
     "contextual, 2 % of batches are noise": _ours("noise"),
     "contextual, loss tenfold for 20 steps": _ours("tenfold"),
     "base": Contender(PLAIN, {}, (3e-4, 1e-3)),
     **{name: Contender(name, {}, grid) for name, grid in _GRIDS.items() if name != REFERENCE},
+    **{f"contextual, {name}": Contender(CONTEXTUAL, variant=variant) for name, variant in VARIANTS.items()},
 }
 _ADAMW = Contender(REFERENCE, {}, _GRIDS[REFERENCE])
 
@@ -228,7 +231,7 @@ def _trained(contender: Contender, case: Case, lr: float | None, seed: int) -> d
         options["max_lr"] = rate
     schedule = SCHEDULES[_ASKS_FOR.get(contender.optimizer, case.schedule)]
     every = max(1, case.steps // _EVALUATIONS)
-    build = builder(contender.optimizer, rate, options)
+    build = builder(contender.optimizer, rate, options, contender.variant)
     losses = train(TASKS[case.task](seed), build, case.steps, every, schedule, _SPOILED[contender.spoiled](case.steps))
     return {"losses": [float(f"{loss:.5g}") if math.isfinite(loss) else math.inf for loss in losses]}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -96,19 +94,3 @@ def take_step(
     report_loss(optimizer, loss * larger)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def step_seconds(runs: Mapping[str, tuple[Task, Build]], rounds: int) -> dict[str, float]:
-    """CPU time of a step of model and optimizer: the median of some rounds, in which all take their steps in turns."""
-    started = {}
-    for name, (task, build) in runs.items():
-        named = task.named_parameters()
-        started[name] = (task, named, build(named))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):
-        for name, training in started.items():
-            start = time.process_time()
-            take_step(*training, number)
-            if number >= 2:
-                seconds[name].append(time.process_time() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
