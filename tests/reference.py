@@ -200,7 +200,7 @@ class ReferenceCOptim(ReferenceCameAMP):
             haste = 1 + 2 * 10 / (10 + self.steps)
             gain = 30 * self.options["adaptation_rate"] * haste * (max(self.scale) / self.top) ** 3
             if alignment < 0:
-                gain /= 2
+                gain *= 0.5 if max(self.scale) == self.top else 0.2
             self.multiplier *= math.exp(min(gain * alignment, 0.6))
         if change.any():
             length = change.square().mean().sqrt().item() / used

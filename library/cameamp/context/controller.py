@@ -36,6 +36,9 @@ EDGE_SHARE = 0.5
 # After how many steps half of the haste is left.
 HASTY = 10
 
+# What a schedule's factor, 1 at its top, is above while it does not fall: factors are rounded.
+_TOP = 1 - 1e-6
+
 
 class Gains(NamedTuple):
     """Change of the multiplier's logarithm at an alignment of 1, and at one of -1 the opposite of its change."""
@@ -55,7 +58,8 @@ class Law(NamedTuple):
 
     A rate that is best for the next steps is too low for the whole run, since a lower one settles sooner in the steep
     directions and never gets far in the others (Wu et al., arXiv 1803.02021). So negative alignments count less, and
-    where gradients are noisy the multiplier settles where the mean alignment is somewhat below 0.
+    where gradients are noisy the multiplier settles where the mean alignment is somewhat below 0. They count still less
+    once a schedule falls, which will bring the rate down by itself.
 
     Attributes:
         gain: change of the multiplier's logarithm at an alignment of 1, still to be multiplied by the adaptation rate.
@@ -65,6 +69,7 @@ class Law(NamedTuple):
             multiplier finds the rate at the top and does not undo the schedule's fall.
         haste: how many times the gain is added to it at first, when the multiplier is far from where it belongs.
         overshooting: the share of the gain that holds for negative alignments.
+        overshooting_in_fall: the same below the schedule's top.
     """
 
     gain: float = 30.0
@@ -72,11 +77,12 @@ class Law(NamedTuple):
     freezing: float = 3.0
     haste: float = 2.0
     overshooting: float = 0.5
+    overshooting_in_fall: float = 0.2
 
     def gains_at(self, steps: int, schedule: float) -> Gains:
         """The gains after some steps, where a schedule has a factor of 1 at its top."""
         gain = self.gain * (1 + self.haste * HASTY / (HASTY + steps)) * math.pow(schedule, self.freezing)
-        return Gains(gain, gain * self.overshooting)
+        return Gains(gain, gain * (self.overshooting if schedule > _TOP else self.overshooting_in_fall))
 
     def kept_at(self, steps: int) -> float:
         """The share of the course that is kept after some steps."""
@@ -225,7 +231,7 @@ class ContextualOptimizationModule:
         """Update the multiplier, for the next step, by how well this step's gradient agrees with the course.
 
             alignment  = cosine of the course and the scaled gradient
-            multiplier = multiplier * exp(gain * alignment) * length before / length, half the gain if it is negative
+            multiplier = multiplier * exp(gain * alignment) * length before / length, with the gain of its sign
             course     = kept * course + change / its root mean square
 
         The length is the root mean square of the change, in units of the learning rate that the multiplier gave: what
