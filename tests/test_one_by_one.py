@@ -9,6 +9,7 @@ import pytest
 import torch
 from reliability.runs import OPTIMIZERS, PHASES, Run, difference, everything, from_bytes, to_bytes
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COptim
 from library.cameamp import one_by_one
@@ -97,6 +98,26 @@ def test_gradients_wait_for_one_another(optimizer_class, monkeypatch):
         optimizer.step()
     assert len(taken) < 5
     assert all(optimizer.state[p]["step"] == 3 for p in params)
+
+
+def test_checkpointing_changes_nothing():
+    """With `use_reentrant=True` every segment is a backward pass of its own."""
+    found = []
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        optimizer = Automagic_CameAMP_COptim(layers.parameters(), lr=1e-3)
+        hooked(layers, optimizer)
+        for _ in range(6):
+            x = torch.randn(8, 16, requires_grad=True)
+            for layer in layers:
+                x = layer(x).tanh() if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant).tanh()
+            optimizer.report_loss(loss := x.square().mean())
+            loss.backward()
+            optimizer.step()
+        found.append(all_of(optimizer))
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
 
 
 def test_hooks_and_calls_by_hand_agree():
