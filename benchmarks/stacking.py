@@ -53,14 +53,14 @@ def run(args: argparse.Namespace) -> None:
     """Train and print."""
     torch.set_num_threads(args.threads)
     print(f"held-out losses after {args.steps} steps, mean of {args.seeds} seeds")
-    table = Table("{:<28}{:>8g}{:>11.5f}{:>13.5f}{:>14.1%}", "", "rate", "each alone", "both together", "top direction")
+    table = Table("{:<28}{:>8}{:>13.5f}{:>15.5f}{:>15.1%}", "", "rate", "each alone", "both together", "top direction")
     for name, lr in _CONTENDERS:
         try:
             found = [stacked(name, lr, seed, args.steps) for seed in range(args.seeds)]
         except ImportError as error:
             print(f"left out: {name} ({error})")
             continue
-        table.row(name, lr, *(statistics.mean(values) for values in zip(*found)))
+        table.row(name, f"{lr:g}", *(statistics.mean(values) for values in zip(*found)))
 
 
 def stacked(name: str, lr: float, seed: int, steps: int) -> Found:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import stacking
+from benchmarks.__main__ import main
 from benchmarks.contenders import REFERENCE
 from benchmarks.study import protocol
 from benchmarks.study.digits import DigitsLoRA
@@ -143,8 +144,13 @@ def test_two_loras_act_together() -> None:
     assert together not in (first.held_out_loss(), second.held_out_loss())
 
 
-def test_the_share_of_the_top_direction() -> None:
-    found = stacking.stacked(CONTEXTUAL, 1e-6, 0, 2)
-    assert 0 < found.top_share <= 1
-    assert found.alone > 0
-    assert found.together > 0
+def test_stacking_prints_what_it_finds(capsys: pytest.CaptureFixture) -> None:
+    with mock.patch.object(stacking, "_CONTENDERS", ((CONTEXTUAL, 1e-6), (REFERENCE, 1e-3))):
+        main(["stacking", "--steps", "2", "--seeds", "1"])
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split("  ")[0] for row in rows] == [CONTEXTUAL, REFERENCE]
+    for row in rows:
+        alone, together, share = row.split()[-3:]
+        assert 0 < float(alone) < 1
+        assert 0 < float(together) < 1
+        assert 0 < float(share.rstrip("%")) <= 100
