@@ -102,6 +102,7 @@ CONTENDERS: dict[str, Contender] = {
     **{f"contextual, {name}": Contender(CONTEXTUAL, variant=variant) for name, variant in VARIANTS.items()},
 }
 _ADAMW = Contender(REFERENCE, {}, _GRIDS[REFERENCE])
+_OURS = "contextual"
 
 
 class Interval(NamedTuple):
@@ -142,20 +143,24 @@ class Study:
         best = min(tried, key=lambda lr: tried[lr][-1])
         rates = "  ".join(f"{lr:g}: {losses[-1]:.5g}" for lr, losses in sorted(tried.items()))
         yield f"{case.task}, {case.steps} steps, {case.schedule}; AdamW on the first seed  {rates}"
-        yield f"    {'':38}{'rate':>8} seeds  to AdamW, and an interval of 95 %    AdamW's loss after"
+        yield f"    {'':56}{'rate':>8} seeds  to AdamW, and an interval of 95 %    AdamW's loss after  to contextual"
         for name, contender in CONTENDERS.items():
             own = self._grid(name, contender, case)
             if not own:
                 continue
             lr = min(own, key=lambda lr: own[lr][-1])
-            pairs = list(self._pairs(name, contender, case, lr, best))
+            key = partial(_key, name, contender, case, None if math.isnan(lr) else lr)
+            pairs = list(self._pairs(key, partial(_key, REFERENCE, _ADAMW, case, best)))
             ratios = interval([ours[-1] / theirs[-1] - 1 for ours, theirs in pairs])
+            to_ours = self._pairs(key, partial(_key, _OURS, CONTENDERS[_OURS], case, None))
+            differences = [changed[-1] / unchanged[-1] - 1 for changed, unchanged in to_ours]
             shares = [_share(ours, theirs[-1]) for ours, theirs in pairs]
             rate = f"{lr:g}" if contender.grid is not None else ""
             reached = f"{statistics.median(shares):.2f}" if math.isfinite(statistics.median(shares)) else "never"
             spread = f"from {ratios.low:+7.2%} to {ratios.high:+7.2%}" if len(pairs) > 1 else ""
             found = f"{ratios.mean:+8.2%}  {spread:24}"
-            yield f"    {name:38}{rate:>8} {len(pairs):5}  {found}   {reached:>10}"
+            difference = f"{statistics.fmean(differences):+8.2%}" if differences and name != _OURS else ""
+            yield f"    {name:56}{rate:>8} {len(pairs):5}  {found}   {reached:>10}{difference:>21}".rstrip()
         yield ""
 
     def _make(self, name: str, contender: Contender, case: Case, lr: float | None, seed: int) -> None:
@@ -179,16 +184,12 @@ class Study:
         return None if contender.grid is None else min(tried, key=lambda lr: tried[lr][-1])
 
     def _pairs(
-        self, name: str, contender: Contender, case: Case, lr: float, best: float
+        self, key: Callable[[int], str], other_key: Callable[[int], str]
     ) -> Iterator[tuple[list[float], list[float]]]:
         """Losses of both on each seed that both were trained on."""
         results, seed = self._finished.results, 0
-        while True:
-            own = _key(name, contender, case, None if math.isnan(lr) else lr, seed)
-            theirs = _key(REFERENCE, _ADAMW, case, best, seed)
-            if own not in results or theirs not in results:
-                return
-            yield results[own]["losses"], results[theirs]["losses"]
+        while key(seed) in results and other_key(seed) in results:
+            yield results[key(seed)]["losses"], results[other_key(seed)]["losses"]
             seed += 1
 
 
