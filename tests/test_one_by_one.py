@@ -136,20 +136,45 @@ def test_hooks_and_calls_by_hand_agree():
     assert_same(all_of(in_hooks.optimizer), all_of(by_hand.optimizer))
 
 
-def test_a_backward_pass_that_fails_leaves_its_gradients_to_the_next_step():
-    p, last = nn.Parameter(torch.ones(4)), torch.ones(4, requires_grad=True)
-    optimizer = Automagic_CameAMP([p], lr=1e-3)
-    p.register_post_accumulate_grad_hook(lambda p: optimizer.step_parameter(p, optimizer.param_groups[0]))
+class Fails(torch.autograd.Function):
+    """The same in the forward pass, and no memory in the backward pass."""
 
-    def fail(_):
-        raise ZeroDivisionError
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
 
-    last.register_hook(fail)
-    with pytest.raises(ZeroDivisionError):
-        (p * (last * 2).exp()).sum().backward()
+    @staticmethod
+    def backward(ctx, grad):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_waits_is_dropped_where_a_backward_pass_fails(checkpointed, caplog):
+    """As where a trainer goes on with the next batch after it ran out of memory."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    optimizer = Automagic_CameAMP(layers.parameters(), lr=1e-3)
+    hooked(layers, optimizer)
+
+    def loss(fails):
+        x = torch.randn(4, 8, requires_grad=True)
+        for number, layer in enumerate(layers):
+            x = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+            x = Fails.apply(x) if fails and number == 1 else x
+        return x.square().mean()
+
+    loss(False).backward()
     optimizer.step()
-    assert optimizer.state[p]["step"] == 1
-    assert not torch.equal(p, torch.ones(4))
+    before = [p.detach().clone() for p in layers.parameters()]
+    with pytest.raises(MemoryError):
+        loss(True).backward()
+    optimizer.zero_grad()
+    assert not optimizer._one_by_one._under_way._waiting.get(optimizer._groups[0])
+    loss(False).backward()
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 2 for p in layers.parameters())
+    assert not any(torch.equal(p, old) for p, old in zip(layers.parameters(), before))
+    assert "a backward pass failed: 4 gradients that waited for their steps were dropped" in caplog.text
 
 
 def test_without_losses_the_next_step_of_a_parameter_ends_a_step():

@@ -4,17 +4,19 @@ The gradients of a group are then never there together. What a step needs to kno
 AGR's sum, the mean and the variance of the magnitudes, and the multiplier of a context. Everything else is as in an
 ordinary step.
 
-In a backward pass gradients wait for others until together they have as many elements as the largest parameter, or the
+In a backward pass on a CPU gradients wait for others until they have as many elements as the largest parameter, or the
 pass ends: a step of many small tensors takes hardly longer than that of one. The gradients that are there together so
-take less memory than two of the largest parameter.
+take less memory than two of the largest parameter. On a GPU they do not wait: trainers that swap blocks send weights
+away in the middle of the pass.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -33,6 +35,8 @@ from .step.measure import GroupSums, Magnitudes
 from .step.passes import Measured
 from .step.rules import Techniques, Watched
 from .techniques import agr, weight_decay
+
+logger = logging.getLogger(__name__)
 
 # So many gradient elements do wait, however small the largest parameter is.
 _FEW_WAITING = 1024 * 1024
@@ -105,11 +109,12 @@ class OneByOne:
                 for each in parts.groups:
                     if not each.apart:
                         each.restart(apart=True)
-                self._under_way = _UnderWay(parts.driver.multiplier())
-            if not _after_backward(partial(self._take_waiting, parts)):
+                self._under_way = _UnderWay(parts)
+            end = _End(self)
+            if p.device.type != "cpu" or not _after_backward(end):
                 _take(group, [p], parts, self._under_way)
-            elif self._under_way.wait(group, p) >= max(parts.parameters.largest, _FEW_WAITING):
-                self._take_waiting(parts)
+            elif self._under_way.wait(group, p, end) >= max(parts.parameters.largest, _FEW_WAITING):
+                self.take_waiting()
 
     def finish(self, parts: Parts, take_rest: bool = False) -> None:
         """End the step that is under way.
@@ -118,9 +123,13 @@ class OneByOne:
             parts: the optimizer's.
             take_rest: first step the parameters that have a gradient and were not stepped.
         """
-        self._take_waiting(parts)  # Some still wait if the backward pass has failed.
+        self.take_waiting()
         under_way = self._under_way
         assert under_way is not None
+        if under_way.dropped:
+            logger.warning(
+                "a backward pass failed: %d gradients that waited for their steps were dropped", under_way.dropped
+            )
         for group in parts.groups if take_rest else ():
             rest = [p for p in measure.with_gradient(group.params) if p not in under_way]
             if rest:
@@ -134,20 +143,31 @@ class OneByOne:
         parts.driver.follow(parts.groups, measured, under_way.all_watched())
 
     @torch.no_grad()
-    def _take_waiting(self, parts: Parts) -> None:
+    def take_waiting(self) -> None:
         """Step the parameters whose gradients wait."""
         with self._lock:
-            waiting = {} if self._under_way is None else self._under_way.pop_waiting()
-            for group, gradients in waiting.items():
-                assert self._under_way is not None
+            under_way = self._under_way
+            if under_way is None:
+                return
+            for group, gradients in under_way.pop_waiting().items():
                 newer = {p: p.grad for p in gradients}  # usually none
-                for p, gradient in gradients.items():
-                    p.grad = gradient
                 try:
-                    _take(group, list(gradients), parts, self._under_way)
+                    for p, gradient in gradients.items():
+                        p.grad = gradient
+                    _take(group, list(gradients), under_way.parts, under_way)
                 finally:
                     for p in gradients:
                         p.grad = newer[p]
+
+
+class _End:
+    """What is called at the end of a backward pass, and dies with it even if it fails."""
+
+    def __init__(self, steps: OneByOne) -> None:
+        self._steps = steps
+
+    def __call__(self) -> None:
+        self._steps.take_waiting()
 
 
 def _after_backward(call: Callable[[], None]) -> bool:
@@ -176,35 +196,48 @@ class _UnderWay:
     """A step of which some parameters have been taken.
 
     Args:
-        multiplier: 0-d factor of all learning rates in this step; None if no context drives the optimizer.
+        parts: the optimizer's.
 
     Attributes:
-        multiplier: the same.
+        parts: the same.
+        multiplier: 0-d factor of all learning rates in this step; None if no context drives the optimizer.
+        dropped: how many gradients waited when their backward pass failed.
     """
 
-    def __init__(self, multiplier: Tensor | None) -> None:
-        self.multiplier = multiplier
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.multiplier = parts.driver.multiplier()
+        self.dropped = 0
         self._params: set[Tensor] = set()
         self._waiting: dict[Group, dict[Tensor, Tensor]] = {}
         self._waiting_elements = 0
+        self._ends: list[weakref.ref[_End]] = []
         self._taken: dict[Group, list[tuple[Measured, list[Watched]]]] = {}
 
     def __contains__(self, p: Tensor) -> bool:
         return p in self._params
 
-    def wait(self, group: Group, p: Tensor) -> int:
-        """Take a gradient away, for a step later on. Returns how many elements wait in all."""
+    def wait(self, group: Group, p: Tensor, end: _End) -> int:
+        """Take a gradient away, for a step before `end` is gone. Returns how many elements wait in all."""
         assert p.grad is not None
         self._waiting.setdefault(group, {})[p] = p.grad
         p.grad = None  # What a trainer still did to it would change the step.
         self._params.add(p)
         self._waiting_elements += p.numel()
+        self._ends.append(weakref.ref(end, lambda _: self._drop(group, p)))
         return self._waiting_elements
+
+    def _drop(self, group: Group, p: Tensor) -> None:
+        """The backward pass is over. What still waits has been left by one that failed, and belongs to no step."""
+        if self._waiting.get(group, {}).pop(p, None) is not None:
+            self._waiting_elements -= p.numel()
+            self.dropped += 1
 
     def pop_waiting(self) -> dict[Group, dict[Tensor, Tensor]]:
         """The gradients that wait, of each group by parameter; none do from here on."""
         waiting, self._waiting, self._waiting_elements = self._waiting, {}, 0
-        return waiting
+        self._ends.clear()
+        return {group: gradients for group, gradients in waiting.items() if gradients}
 
     def add(self, measured: Measured, watched: list[Watched]) -> None:
         """Note that the parameters of some stacks have been taken.

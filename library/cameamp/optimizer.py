@@ -193,8 +193,8 @@ class CameAMP(HasReadings, Optimizer):
     def step_parameter(self, p: Tensor, group: Mapping[str, Any], index: int | None = None) -> None:
         """Take the step of one parameter, so that its gradient can be freed; for hooks of the backward pass.
 
-        There `p.grad` is None afterwards, and the step is taken before the backward pass ends, together with those of
-        other parameters. Elsewhere it is taken at once, and the gradient is the caller's to free. `step()` then ends
+        There, on a CPU, `p.grad` is None afterwards, and the step is taken before the backward pass ends, together
+        with others. Elsewhere it is taken at once, and the gradient is the caller's to free. `step()` then ends
         the step; where a trainer does not call it, the next `report_loss` or the next step of a parameter does. What
         belongs to all gradients of a group is of the step before, see `one_by_one`. Neither clipping by the global
         norm nor GradScaler works so.
