@@ -100,9 +100,11 @@ class Settings:
             "scheduler": 1.0 if scalars.scheduler is None else scalars.scheduler,
             "softening": 1 / config.eta / config.eta,
             "turning_point": nibbles.turning_point(traits.step),
+            "grad_sample": 0,  # See `show`.
+            "change_sample": 0,
         }
         with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
-            self.record = numpy.array([tuple(values.get(name, 0) for name in _NAMES)], dtype=SETTINGS)
+            self.record = numpy.array([tuple(values[name] for name in _NAMES)], dtype=SETTINGS)
 
     def show(self, scaled_grad: numpy.ndarray, change: numpy.ndarray) -> None:
         """Give the context memory for what it sees."""
