@@ -5,6 +5,8 @@ Whatever would make the program wait for a value of the device has nothing to re
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -83,6 +85,24 @@ def test_no_rule_makes_a_device_wait(name, phase):
         )  # What fails is kept in 32 bits otherwise, and tests nothing.
         kept = [value for state in optimizer.state.values() for value in state.values()]
         assert {value.device.type for value in kept if torch.is_tensor(value)} == {"cuda"}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rules_step_single_parameters_of_a_gpu_and_say_so(name, caplog):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = fake_parameters()
+        optimizer = getattr(family, name)(params, warmup_steps=6, fused=True)
+
+        def step_each():
+            for index, p in enumerate(params):
+                optimizer.step_parameter(p, optimizer.param_groups[0], index)
+            optimizer.step()
+
+        for _ in range(4):
+            assert operations(step_each).read_backs == []
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["fused: no kernel of 'cuda' takes single parameters, the rules do"]
 
 
 def test_a_wait_would_be_seen():
