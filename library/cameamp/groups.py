@@ -251,8 +251,11 @@ class Group:
             states: the optimizer's.
             reading: do not create `last_polarity` if it does not exist; only a step may begin it.
         """
+        bindings = self._bindings_of(stack, reading)
+        if stack.is_bound(states, bindings, thorough=reading):
+            return
         try:
-            stack.bind(states, self._bindings_of(stack, reading), self.starting_lr, thorough=reading)
+            stack.bind(states, bindings, self.starting_lr)
         except RuntimeError as error:
             formats = [self.format(row, stack.params[0]) for row in self.states(self.phase(stack))]
             coded = [each for each in formats if not isinstance(each, Full)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,17 +24,14 @@ import torch
 from torch import Tensor
 
 from .context.driver import Driver
-from .devices import moved
 from .groups import MAGNITUDES, Group, States
 from .parameters import Parameters
 from .sharding import WHOLE
 from .stacks.stack import Stack
 from .step import measure
 from .step.engine import Engine
-from .step.measure import GroupSums, Magnitudes
 from .step.passes import Measured
 from .step.rules import Techniques, Watched
-from .techniques import agr, weight_decay
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +135,7 @@ class OneByOne:
         measured = under_way.all_measured()
         for found in measured:
             measure.tally(parts.tallies, found.unusable)
-            found.group.entry[MAGNITUDES] = _magnitudes_of(found)
+            found.group.entry[MAGNITUDES] = measure.summary(found.stacks, found.magnitudes)
         parts.driver.observe(parts.groups, measured)
         parts.driver.follow(parts.groups, measured, under_way.all_watched())
 
@@ -270,7 +267,7 @@ def _take_together(group: Group, params: list[Tensor], parts: Parts, under_way: 
     watched_at = parts.driver.watch_every(parts.groups), parts.driver.watch_places(parts.groups)
     # Those of GPUs are for many tensors at once.
     step = parts.engine.begin_step([(group, stacks)], parts.states, *watched_at, parts.techniques, kernels_on=("cpu",))
-    measured = _with_sums_before(step.measure(group, stacks), group.entry.get(MAGNITUDES))
+    measured = step.measure(group, stacks)
     watched = step.update(measured, under_way.multiplier)
     _, starts = watched_at
     measured = measured._replace(watched=[_own(stack, x, starts) for stack, x in zip(stacks, measured.watched)])
@@ -282,55 +279,6 @@ def _own(stack: Stack, watched: Tensor, starts: Sequence[int]) -> Tensor:
     if watched.ndim > 1:
         return watched
     return torch.stack([watched[starts[n] : starts[n + 1]] for n in stack.parameter_numbers])
-
-
-def _with_sums_before(measured: Measured, before: Tensor | None) -> Measured:
-    """What was measured of some parameters, with the sums of their group in the step before.
-
-    Args:
-        measured: of a group with these parameters alone.
-        before: from `_magnitudes_of`; None at the first step, for which the parameters' own sums have to do.
-    """
-    if before is None:
-        return measured
-    own = measured.magnitudes
-    total, nonzero, mean, variance = moved(before, own[0].abs_sums.device).unbind()
-    abs_sum = _together((each.abs_sums for each in own), total.device).amax()
-    counted = _together((each.nonzero_count.view(1) for each in own), total.device).amax()
-    # At least each parameter's own: gradients that have grown a thousandfold would change their signs otherwise.
-    magnitude = agr.magnitude_sum(torch.maximum(abs_sum, total), torch.maximum(counted, nonzero))
-    strengths: list[Tensor] | list[None] = [None] * len(own)
-    if own[0].deviations is not None:
-        strengths = [
-            weight_decay.strengths_within(
-                each.abs_sums / (stack.rows * stack.columns),
-                *(moved(x, each.abs_sums.device) for x in (mean, variance)),
-            )
-            for stack, each in zip(measured.stacks, own)
-        ]
-    # A new list: kernels take what they have found in their own for the sums of the whole group.
-    return measured._replace(stacks=list(measured.stacks), sums=GroupSums(magnitude, strengths))
-
-
-def _magnitudes_of(measured: Measured) -> Tensor:
-    """Sum, count of elements other than 0, mean and variance of |g| in a group: (4,) float32, on its device."""
-    found = measured.magnitudes
-    device = found[0].abs_sums.device
-    abs_sums = _together((each.abs_sums for each in found), device)
-    nonzero = _together((each.nonzero_count.view(1) for each in found), device)
-    counts = measure.element_counts(measured.stacks, found, device)
-    # Unknown deviations count as 0: they are known as long as they matter, in the early phase.
-    deviations = _together((_deviations(each) for each in found), device)
-    spread = weight_decay.mean_and_variance(abs_sums / counts, deviations, counts)
-    return torch.stack([abs_sums.sum(), nonzero.sum().to(abs_sums.dtype), *spread])
-
-
-def _deviations(found: Magnitudes) -> Tensor:
-    return torch.zeros_like(found.abs_sums) if found.deviations is None else found.deviations
-
-
-def _together(parts: Iterable[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([part.to(device) for part in parts])
 
 
 def _joined(group: Group, found: list[Measured]) -> Measured:

@@ -109,6 +109,11 @@ class Stack:
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._addresses: dict[str, list[int]] = {}
         self._same_in_all_shards: set[str] = set()
+        # What the last `bind` was asked for and where, and some of the slices, with their addresses.
+        self._bindings: Mapping[str, Binding] | None = None
+        self._bound_on: torch.device | None = None
+        self._looked_at: list[Tensor] = []
+        self._expected_at: list[int] = []
         self._positions_on_device: Tensor | None = None
 
     def __len__(self) -> int:
@@ -125,27 +130,39 @@ class Stack:
 
     # States -----------------------------------------------------------------------------------------------------
 
-    def bind(
-        self,
-        state: Mapping[Tensor, ParameterState],
-        bindings: Mapping[str, Binding],
-        lr: float,
-        thorough: bool = False,
-    ) -> None:
+    def is_bound(
+        self, state: Mapping[Tensor, ParameterState], bindings: Mapping[str, Binding], thorough: bool = False
+    ) -> bool:
+        """Whether `bind` would change nothing.
+
+        Args:
+            state: the optimizer's state.
+            bindings: for each state, how to hold it; the same object as at the last `bind`.
+            thorough: look at the address of every tensor. Else only of one state of every parameter, and of one
+                parameter for every state: trainers that give states other memory give it to all of a parameter's.
+        """
+        if bindings is not self._bindings or self._bound_on != self.device:
+            return False
+        own = [state[p] for p in self.params]
+        if thorough:
+            return all(self._holds(own, key) for key in self._slices)
+        kept = all(all(map(is_, map(dict.get, own, repeat(key)), slices)) for key, slices in self._slices.items())
+        return kept and _addresses(self.cut, self._looked_at) == self._expected_at
+
+    def bind(self, state: Mapping[Tensor, ParameterState], bindings: Mapping[str, Binding], lr: float) -> None:
         """Make the stack hold the states that `bindings` names, and no others.
 
         Args:
             state: the optimizer's state.
             bindings: for each state, how to hold it.
             lr: the learning rate that elements start at.
-            thorough: look at the address of every tensor. Else only of one state of every parameter, and of one
-                parameter for every state: trainers that give states other memory give it to all of a parameter's.
         """
+        self._bindings = None  # as long as it is not complete
         own = [state[p] for p in self.params]
         fresh = {
             name: self._allocate(binding, lr)
             for name, binding in bindings.items()
-            if not all(self._holds(own, key, thorough) for key in binding.keys)
+            if not all(self._holds(own, key) for key in binding.keys)
         }
         for name, stored in fresh.items():
             self._hand_over(own, name, bindings[name], stored)
@@ -160,6 +177,10 @@ class Stack:
         for state_of_p in own if fresh or ended else ():
             for key in [k for k, value in state_of_p.items() if k not in wanted and torch.is_tensor(value)]:
                 del state_of_p[key]
+        first, *others = self._slices.values()
+        self._looked_at = [*first, *(slices[0] for slices in others)]
+        self._expected_at = _addresses(self.cut, self._looked_at)
+        self._bindings, self._bound_on = bindings, self.device
 
     def read(self, name: str, out: Tensor | None = None) -> Tensor:
         """A state, (tensors, rows, columns), for a rule to update in place; unpacked into `out` if that helps."""
@@ -215,7 +236,7 @@ class Stack:
         """Write a stack of the parameters' own dtype back into them."""
         params = self.cut.local(self.params)
         if stack.data_ptr() != params[0].data_ptr():
-            torch._foreach_copy_(self._as_stacked(params), list(stack.view(len(params), *self._shape).unbind()))
+            torch._foreach_copy_(_viewed(params, self._shape), list(stack.view(len(params), *self._shape).unbind()))
 
     def positions(self) -> Tensor:
         """The parameters' numbers in the optimizer, int32 (tensors,), on their device."""
@@ -226,13 +247,8 @@ class Stack:
 
     # The inside -------------------------------------------------------------------------------------------------
 
-    def _as_stacked(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of tensors, in the shape in which they are stacked."""
-        dimensions = len(self._shape)
-        return [tensor if tensor.ndim == dimensions else tensor.view(self._shape) for tensor in tensors]
-
     def _gather(self, tensors: Sequence[Tensor], out: Tensor | None) -> Tensor:
-        tensors = self._as_stacked(tensors)
+        tensors = _viewed(tensors, self._shape)
         if out is not None:
             stacked = out.view(len(tensors), *self._shape)
             if tensors[0].dtype == out.dtype:
@@ -242,7 +258,7 @@ class Stack:
             return out
         return torch.stack(tensors).reshape(len(tensors), self.rows, self.columns).float().contiguous()
 
-    def _holds(self, own: Sequence[ParameterState], key: str, thorough: bool) -> bool:
+    def _holds(self, own: Sequence[ParameterState], key: str) -> bool:
         """Whether a state of each parameter is still the slice of this stack's tensor that it was given.
 
         Trainers that offload states put other memory into the same tensors (`v.data = ...`), so addresses count too.
@@ -252,8 +268,7 @@ class Stack:
             return False
         if not all(map(is_, map(dict.get, own, repeat(key)), slices)):
             return False
-        count = len(slices) if thorough or key == next(iter(self._slices)) else 1
-        return _addresses(self.cut, slices[:count]) == self._addresses[key][:count]
+        return _addresses(self.cut, slices) == self._addresses[key]
 
     def _allocate(self, binding: Binding, lr: float) -> Stored:
         """New tensors for one state. What this device cannot store fails here, before any value depends on it."""
@@ -290,6 +305,11 @@ class Stack:
             self._addresses[key] = _addresses(self.cut, slices)
             for state_of_p, part in zip(own, slices):
                 state_of_p[key] = part
+
+
+def _viewed(tensors: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+    """Views of tensors in a shape, which some may have already."""
+    return [tensor if tensor.ndim == len(shape) else tensor.view(shape) for tensor in tensors]
 
 
 def _with_rows(rows: int, shape: torch.Size) -> torch.Size:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..devices import moved
 from ..stacks.stack import Stack
 from ..techniques import agr, weight_decay
 
@@ -56,24 +57,72 @@ class GroupSums:
     decay_strengths: list[Tensor] | list[None]
 
     @classmethod
-    def of(cls, stacks: Sequence[Stack], measured: Sequence[Magnitudes]) -> GroupSums:
-        """Over the stacks of a group, whichever devices they are on."""
+    def of(cls, stacks: Sequence[Stack], measured: Sequence[Magnitudes], before: Tensor | None = None) -> GroupSums:
+        """Over the stacks of a group, whichever devices they are on.
+
+        Args:
+            stacks: the stacks.
+            measured: what was measured of each.
+            before: from `summary` in the step before, if these stacks are not the whole group.
+        """
+        if before is not None:
+            return cls._with(before, stacks, measured)
         device = measured[0].abs_sums.device
         abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
         magnitude = agr.magnitude_sum(abs_sums, torch.stack([m.nonzero_count.to(device) for m in measured]))
         deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
         if not deviations:
             return cls(magnitude, [None] * len(stacks))
-        counts = element_counts(stacks, measured, device)
+        counts = element_counts(stacks, device)
         strengths = weight_decay.decay_strengths(abs_sums / counts, torch.cat(deviations), counts)
         parts = strengths.split([len(stack) for stack in stacks])
         return cls(magnitude, [part.to(stack.device) for part, stack in zip(parts, stacks)])
 
+    @classmethod
+    def _with(cls, before: Tensor, stacks: Sequence[Stack], measured: Sequence[Magnitudes]) -> GroupSums:
+        total, nonzero, mean, variance = moved(before, measured[0].abs_sums.device).unbind()
+        abs_sum = _together((each.abs_sums for each in measured), total.device).amax()
+        counted = _together((each.nonzero_count.view(1) for each in measured), total.device).amax()
+        # At least each parameter's own: gradients that have grown a thousandfold would change their signs otherwise.
+        magnitude = agr.magnitude_sum(torch.maximum(abs_sum, total), torch.maximum(counted, nonzero))
+        if measured[0].deviations is None:
+            return cls(magnitude, [None] * len(stacks))
+        strengths = [
+            weight_decay.strengths_within(
+                each.abs_sums / (stack.rows * stack.columns),
+                *(moved(x, each.abs_sums.device) for x in (mean, variance)),
+            )
+            for stack, each in zip(stacks, measured)
+        ]
+        return cls(magnitude, strengths)
 
-def element_counts(stacks: Sequence[Stack], measured: Sequence[Magnitudes], device: torch.device) -> Tensor:
+
+def summary(stacks: Sequence[Stack], measured: Sequence[Magnitudes]) -> Tensor:
+    """Sum, count of elements other than 0, mean and variance of |g| over stacks: (4,) float32, where the first is."""
+    device = measured[0].abs_sums.device
+    abs_sums = _together((each.abs_sums for each in measured), device)
+    nonzero = _together((each.nonzero_count.view(1) for each in measured), device)
+    counts = element_counts(stacks, device)
+    spread = weight_decay.mean_and_variance(abs_sums / counts, _deviations(measured, abs_sums), counts)
+    return torch.stack([abs_sums.sum(), nonzero.sum().to(abs_sums.dtype), *spread])
+
+
+def _deviations(measured: Sequence[Magnitudes], abs_sums: Tensor) -> Tensor:
+    """Those of all tensors. Unknown ones count as 0: they are known as long as they matter, in the early phase."""
+    if all(each.deviations is None for each in measured):
+        return torch.zeros_like(abs_sums)
+    parts = (torch.zeros_like(each.abs_sums) if each.deviations is None else each.deviations for each in measured)
+    return _together(parts, abs_sums.device)
+
+
+def _together(parts: Iterable[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([part.to(device) for part in parts])
+
+
+def element_counts(stacks: Sequence[Stack], device: torch.device) -> Tensor:
     """How many elements each tensor of some stacks has, float32 (tensors,) on a device."""
-    sizes = [stack.whole_rows * stack.columns for stack in stacks]
-    return torch.cat([torch.full_like(m.abs_sums, size, device=device) for m, size in zip(measured, sizes)])
+    counts = [float(stack.whole_rows * stack.columns) for stack in stacks for _ in stack.params]
+    return moved(torch.tensor(counts, dtype=torch.float32, device="cpu"), device)
 
 
 def with_gradient(params: Iterable[Tensor]) -> list[Tensor]:

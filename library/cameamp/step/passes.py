@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..groups import Group, States
+from ..groups import MAGNITUDES, Group, States
 from ..rounding import stochastic_round
 from ..sharding import ALONE, WHOLE, Processes
 from ..stacks.stack import Stack
@@ -88,7 +88,15 @@ class Passes:
                 watched.append(found.watched)
             held.append(g if self._workspace.holds(stack) else None)
             del g, found, work
-        return Measured(group, stacks, GroupSums.of(stacks, magnitudes), unusable, watched, held, magnitudes=magnitudes)
+        return Measured(
+            group,
+            stacks,
+            GroupSums.of(stacks, magnitudes, group.entry.get(MAGNITUDES)),
+            unusable,
+            watched,
+            held,
+            magnitudes=magnitudes,
+        )
 
     def add_up(self, measured: Sequence[Measured], more: Sequence[Tensor]) -> tuple[list[Measured], list[Tensor]]:
         """What was measured of groups, with the sums over whole tensors; one message if any are sharded.

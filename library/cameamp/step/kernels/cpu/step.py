@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy
 import torch
 from torch import Tensor
 
-from ....groups import Group, States
+from ....groups import MAGNITUDES, Group, States
 from ....sharding import ALONE, WHOLE
 from ....stacks.stack import Stack
 from ... import shared
@@ -166,7 +167,7 @@ class CpuPasses:
         return Measured(
             group,
             stacks,
-            GroupSums.of(stacks, magnitudes),
+            GroupSums.of(stacks, magnitudes, group.entry.get(MAGNITUDES)),
             [each.unusable for each in in_order],
             watched,
             [None] * len(stacks),
@@ -221,10 +222,9 @@ class CpuPasses:
         lengths = [len(stack) for stack in work.batch.stacks]
         starts = numpy.cumsum([0, *lengths[:-1]])
         counts = torch.from_numpy(numpy.add.reduceat(totals[:, 1:3].astype(numpy.int64), starts))
-        for own_sums, nonzero, unusable, spreads in zip(
-            abs_sums.split(lengths), *counts.T.unbind(), deviations.split(lengths)
-        ):
-            magnitudes = Magnitudes(own_sums, nonzero, spreads if decays else None)
+        spreads = deviations.split(lengths) if decays else repeat(None)
+        for own_sums, nonzero, unusable, spread_of_own in zip(abs_sums.split(lengths), *counts.T.unbind(), spreads):
+            magnitudes = Magnitudes(own_sums, nonzero, spread_of_own)
             yield FirstPass(magnitudes, unusable, self._seen[0] if self._every else None)
 
     def _begin(self, work: _Work, measured: Measured, multiplier: Tensor | None) -> _Course:
