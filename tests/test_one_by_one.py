@@ -71,7 +71,7 @@ def test_a_step_ends_with_step_or_with_whatever_comes_next(optimizer_class):
 
 @by_class
 def test_gradients_wait_for_one_another(optimizer_class, monkeypatch):
-    """Each is the optimizer's as soon as it is given, and no more of them are alive than the largest parameter has."""
+    """Each is the optimizer's as soon as it is given, and fewer elements are alive than the two largest have."""
     monkeypatch.setattr(one_by_one, "_FEW_WAITING", 0)
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(n, 8)) for n in (2, 9, 3, 40, 1, 30, 5, 2)]
@@ -85,7 +85,7 @@ def test_gradients_wait_for_one_another(optimizer_class, monkeypatch):
         for known in [known for known, gradient in alive.items() if gradient() is None]:
             del alive[known]
         alive[p] = weakref.ref(p.grad)
-        assert sum(known.numel() for known in alive) < 2 * 40 * 8
+        assert sum(known.numel() for known in alive) < (40 + 30) * 8
         optimizer.step_parameter(p, group)
         assert p.grad is None
 
@@ -96,7 +96,7 @@ def test_gradients_wait_for_one_another(optimizer_class, monkeypatch):
         sum(p.square().sum() for p in params).backward()
         assert {p for own in taken for p in own} == set(params)
         optimizer.step()
-    assert len(taken) < 5
+    assert len(taken) == 2
     assert all(optimizer.state[p]["step"] == 3 for p in params)
 
 

@@ -4,10 +4,10 @@ The gradients of a group are then never there together. What a step needs to kno
 AGR's sum, the mean and the variance of the magnitudes, and the multiplier of a context. Everything else is as in an
 ordinary step.
 
-In a backward pass on a CPU gradients wait for others until they have as many elements as the largest parameter, or the
-pass ends: a step of many small tensors takes hardly longer than that of one. The gradients that are there together so
-take less memory than two of the largest parameter. On a GPU they do not wait: trainers that swap blocks send weights
-away in the middle of the pass.
+In a backward pass on a CPU gradients wait for others as long as all take less memory than the two largest ones, or
+until the pass ends: a step of many small tensors takes hardly longer than that of one. The next gradient is taken to be
+that of the parameter before, as it is in models whose parameters are in the order of the forward pass. On a GPU
+gradients do not wait: trainers that swap blocks send weights away in the middle of the pass.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .step.rules import Techniques, Watched
 
 logger = logging.getLogger(__name__)
 
-# So many gradient elements do wait, however small the largest parameter is.
-_FEW_WAITING = 1024 * 1024
+# So many gradient elements do wait, however small the largest parameters are.
+_FEW_WAITING = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,10 @@ class OneByOne:
             end = _End(self)
             if p.device.type != "cpu" or not _after_backward(end):
                 _take(group, [p], parts, self._under_way)
-            elif self._under_way.wait(group, p, end) >= max(parts.parameters.largest, _FEW_WAITING):
-                self.take_waiting()
+            else:
+                expected = self._under_way.wait(group, p, end) + parts.parameters.elements_before(p)
+                if expected >= max(parts.parameters.two_largest, _FEW_WAITING):
+                    self.take_waiting()
 
     def finish(self, parts: Parts, take_rest: bool = False) -> None:
         """End the step that is under way.

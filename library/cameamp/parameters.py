@@ -68,7 +68,7 @@ class Parameters:
     Attributes:
         factors: the LoRA factors.
         processes: those that hold the parameters.
-        largest: how many elements the largest parameter has.
+        two_largest: how many elements the two largest parameters have together.
         located: another object each time that they were looked at; None before.
     """
 
@@ -91,7 +91,8 @@ class Parameters:
         self._positions: dict[Tensor, int] = {}
         self._cuts: dict[Tensor, Cut] = {}
         self.processes: Processes = Alone()
-        self.largest = 0
+        self.two_largest = 0
+        self._before: dict[Tensor, int] = {}
         if log_again:
             self._logged: tuple[int, int] | None = None
 
@@ -105,7 +106,9 @@ class Parameters:
         parameters = [p for group in groups for p in group]
         self._positions = {p: position for position, p in enumerate(parameters)}
         self.processes = processes_of(parameters)
-        self.largest = max((p.numel() for p in parameters), default=0)
+        sizes = [p.numel() for p in parameters]
+        self.two_largest = sum(sorted(sizes)[-2:])
+        self._before = dict(zip(parameters, [0, *sizes]))
         alike: dict[Cut, Cut] = {}  # One object for equal cuts, which are compared at every step.
         self._cuts = {p: alike.setdefault(cut, cut) for p in parameters for cut in [cut_of(p)]}
         count, total = len(self.factors), len(self._positions)
@@ -124,6 +127,10 @@ class Parameters:
     def position(self, p: Tensor) -> int:
         """The parameter's number in the optimizer."""
         return self._positions[p]
+
+    def elements_before(self, p: Tensor) -> int:
+        """How many elements the parameter before it has, whose gradient usually comes next; 0 for the first one."""
+        return self._before[p]
 
     def cut(self, p: Tensor) -> Cut:
         """Which part of the parameter this process holds."""
