@@ -1,8 +1,9 @@
 """Do steps inside the backward pass, and factored states, train as well as ordinary steps and full states?
 
 All weights of the pretrained diffusion model learn its new digits, or a LoRA does, and the same of a pretrained
-transformer that learns to match texts; with 8-bit states and half of the run as warm-up. Printed: the held-out loss at the end of each way, mean over seeds, and how it differs from that of
-ordinary steps with full states. Gradients are not clipped: their global norm is not known inside the backward pass.
+transformer that learns to match texts; with 8-bit states and half of the run as warm-up. Printed: the held-out loss at
+the end of each way, mean over seeds, and how it differs from that of ordinary steps with full states. Gradients are not
+clipped: their global norm is not known inside the backward pass.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _RANK, _BATCH = 16, 8
 TASKS: dict[str, tuple[Callable[[int], Task], float, float]] = {
     "digits, all weights": (lambda seed: AllOfDigits(seed, _BATCH, images=_EVALUATED_IMAGES), 1e-4, 2.5e-4),
     "digits, LoRA": (lambda seed: DigitsLoRA(seed, _RANK, _BATCH, images=_EVALUATED_IMAGES), 5e-4, 2e-3),
-    "encoder, all weights": (lambda seed: Encoder(seed, lora=False), 2e-5, 6.25e-5),
-    "encoder, LoRA": (lambda seed: Encoder(seed, lora=True), 2.5e-4, 1e-3),
+    "encoder, all weights": (lambda seed: Encoder(seed, lora=False), 2.5e-6, 3e-5),
+    "encoder, LoRA": (lambda seed: Encoder(seed, lora=True), 1.25e-4, 1e-3),
 }
 # Ways to train, with the options of the optimizer and whether it steps inside the backward pass.
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -44,9 +45,7 @@ _PEER = "AdamW8bit"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_shared(parser, seeds=5, steps=400, threads=1)
-    parser.add_argument(
-        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what is trained (default: all)"
-    )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what is trained (default: all)")
     parser.add_argument("--contextual", action="store_true", help="train with the contextual optimizer")
 
 

@@ -199,8 +199,10 @@ class ReferenceCOptim(ReferenceCameAMP):
             alignment = torch.cosine_similarity(self.course, gather("sg"), dim=0, eps=1e-30).item()
             haste = 1 + 2 * 10 / (10 + self.steps)
             gain = 30 * self.options["adaptation_rate"] * haste * (max(self.scale) / self.top) ** 3
+            if max(self.scale) < self.top:
+                gain *= (120 / (120 + self.steps)) ** 2
             if alignment < 0:
-                gain *= 0.5 if max(self.scale) == self.top else 0.2
+                gain *= 0.5
             self.multiplier *= math.exp(min(gain * alignment, 0.6))
         if change.any():
             length = change.square().mean().sqrt().item() / used

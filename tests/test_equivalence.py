@@ -238,8 +238,9 @@ def test_options(options):
         {"lr": 1e-3, "adaptation_rate": 0.03, "came": False},
         {"split": 3, "group_options": ({"lr": 1e-4}, {"lr": 5e-3, "momentum_scales": (1, 3)})},
         {"skip": lambda step, index: (step + index) % 7 == 0},
+        {"schedule": cosine},
     ],
-    ids=["default", "scales", "no scales", "lr", "groups", "skip"],
+    ids=["default", "scales", "no scales", "lr", "groups", "skip", "schedule"],
 )
 def test_contextual(options):
     """Edge cases aside, which test_context.py asks for; the warm-up is short to cross both phase changes."""

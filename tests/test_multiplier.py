@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from library.automagic_cameamp import Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit
+from library.cameamp.context.controller import Law
 
 STEPS = 300
 
@@ -83,7 +84,27 @@ def restarts(step):
     return cosine(step % (STEPS // 2), STEPS // 2)
 
 
-@pytest.mark.parametrize("schedule", [cosine, restarts])
+def linear(step):
+    return 1 - step / STEPS
+
+
+def test_it_settles_as_long_as_a_schedule_falls():
+    before, after, later, at_the_top = (
+        Law(haste=0.0).gains_at(*at) for at in ((0, 0.5), (120, 0.5), (480, 0.5), (480, 1.0))
+    )
+    for one, share in ((after, 1 / 4), (later, 1 / 25)):
+        assert one == pytest.approx([share * gain for gain in before])
+    assert at_the_top == Law(haste=0.0).gains_at(0, 1.0)
+
+
+def test_a_schedule_without_a_top_does_not_keep_it_from_finding_a_rate():
+    falling, _ = descend(schedule=linear)
+    constant, _ = descend()
+    found, expected = (statistics.median(lengths[50:80]) for lengths in (falling, constant))
+    assert 0.5 < found / (1 - 65 / STEPS) / expected < 2
+
+
+@pytest.mark.parametrize("schedule", [cosine, restarts, linear])
 def test_it_leaves_the_fall_to_the_schedule(schedule):
     """Below half of its top the step lengths follow it within 10 %, but for steps that edge cases halve."""
     lengths, _ = descend(schedule=schedule)

@@ -6,6 +6,7 @@ should have to choose among these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,8 +103,8 @@ LEFT_OUT: dict[str, Variant] = {
 OTHER_LAWS: dict[str, Variant] = {
     "not frozen by the schedule": Variant(law=Law(freezing=0.0)),
     "without haste": Variant(law=Law(haste=0.0)),
-    "overshooting counts in full": Variant(law=Law(overshooting=1.0, overshooting_in_fall=1.0)),
-    "overshooting counts half in a schedule's fall, too": Variant(law=Law(overshooting_in_fall=0.5)),
+    "overshooting counts in full": Variant(law=Law(overshooting=1.0)),
+    "not settling while a schedule falls": Variant(law=Law(settling=math.inf)),
     "gain 15 in place of 30": Variant(law=Law(gain=15.0)),
     "gain 60 in place of 30": Variant(law=Law(gain=60.0)),
     "a course of 10 steps in place of 33": Variant(law=Law(kept=0.9)),

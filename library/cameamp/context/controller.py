@@ -58,8 +58,9 @@ class Law(NamedTuple):
 
     A rate that is best for the next steps is too low for the whole run, since a lower one settles sooner in the steep
     directions and never gets far in the others (Wu et al., arXiv 1803.02021). So negative alignments count less, and
-    where gradients are noisy the multiplier settles where the mean alignment is somewhat below 0. They count still less
-    once a schedule falls, which will bring the rate down by itself.
+    where gradients are noisy the multiplier settles where the mean alignment is somewhat below 0. A schedule that falls
+    brings the rate down by itself, from a top that is best where the first hundred steps or two have it, however long
+    the run is: so the multiplier then follows less and less, as estimates do in stochastic approximation.
 
     Attributes:
         gain: change of the multiplier's logarithm at an alignment of 1, still to be multiplied by the adaptation rate.
@@ -69,7 +70,7 @@ class Law(NamedTuple):
             multiplier finds the rate at the top and does not undo the schedule's fall.
         haste: how many times the gain is added to it at first, when the multiplier is far from where it belongs.
         overshooting: the share of the gain that holds for negative alignments.
-        overshooting_in_fall: the same below the schedule's top.
+        settling: after t steps, below the schedule's top, the square of settling / (settling + t) is left of the gain.
     """
 
     gain: float = 30.0
@@ -77,12 +78,14 @@ class Law(NamedTuple):
     freezing: float = 3.0
     haste: float = 2.0
     overshooting: float = 0.5
-    overshooting_in_fall: float = 0.2
+    settling: float = 120.0
 
     def gains_at(self, steps: int, schedule: float) -> Gains:
         """The gains after some steps, where a schedule has a factor of 1 at its top."""
         gain = self.gain * (1 + self.haste * HASTY / (HASTY + steps)) * math.pow(schedule, self.freezing)
-        return Gains(gain, gain * (self.overshooting if schedule > _TOP else self.overshooting_in_fall))
+        if schedule <= _TOP:
+            gain *= math.pow(self.settling / (self.settling + steps), 2)
+        return Gains(gain, gain * self.overshooting)
 
     def kept_at(self, steps: int) -> float:
         """The share of the course that is kept after some steps."""
