@@ -74,8 +74,9 @@ def test_gradients_wait_for_one_another(optimizer_class, monkeypatch):
     """Each is the optimizer's as soon as it is given, and fewer elements are alive than the two largest have."""
     monkeypatch.setattr(one_by_one, "_FEW_WAITING", 0)
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(n, 8)) for n in (2, 9, 3, 40, 1, 30, 5, 2)]
-    optimizer = optimizer_class(params)
+    params = [nn.Parameter(torch.randn(n, 8)) for n in (40, *[2] * 8, 9, 3, 1, 30, 5, 2)]
+    frozen = [nn.Parameter(torch.randn(n, 8), requires_grad=False) for n in (1, 2) * 4]
+    optimizer = optimizer_class([*params[:1], *frozen, *params[1:]])
     (group,) = optimizer.param_groups
     taken, alive = [], {}
     take = one_by_one._take

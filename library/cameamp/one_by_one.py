@@ -6,8 +6,8 @@ ordinary step.
 
 In a backward pass on a CPU gradients wait for others as long as all take less memory than the two largest ones, or
 until the pass ends: a step of many small tensors takes hardly longer than that of one. The next gradient is taken to be
-that of the parameter before, as it is in models whose parameters are in the order of the forward pass. On a GPU
-gradients do not wait: trainers that swap blocks send weights away in the middle of the pass.
+as large as the largest of the few parameters before this one, as it is where a model's blocks are in the order of the
+forward pass. On a GPU gradients do not wait: trainers that swap blocks send weights away in the middle of the pass.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class OneByOne:
             if p.device.type != "cpu" or not _after_backward(end):
                 _take(group, [p], parts, self._under_way)
             else:
-                expected = self._under_way.wait(group, p, end) + parts.parameters.elements_before(p)
+                expected = self._under_way.wait(group, p, end) + parts.parameters.elements_after(p)
                 if expected >= max(parts.parameters.two_largest, _FEW_WAITING):
                     self.take_waiting()
 

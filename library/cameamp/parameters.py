@@ -60,6 +60,10 @@ def names_of(groups: Sequence[Named]) -> dict[Tensor, str]:
     return {p: name for group in groups for p, name in zip(group.params, group.names) if name}
 
 
+# So many parameters of one block may be in another order than that in which the model uses them.
+_NEAR = 8
+
+
 class Parameters:
     """What is known of all parameters together, once `locate` has looked.
 
@@ -68,7 +72,7 @@ class Parameters:
     Attributes:
         factors: the LoRA factors.
         processes: those that hold the parameters.
-        two_largest: how many elements the two largest parameters have together.
+        two_largest: how many elements the two largest of those that are trained have together.
         located: another object each time that they were looked at; None before.
     """
 
@@ -92,7 +96,7 @@ class Parameters:
         self._cuts: dict[Tensor, Cut] = {}
         self.processes: Processes = Alone()
         self.two_largest = 0
-        self._before: dict[Tensor, int] = {}
+        self._largest_before: dict[Tensor, int] = {}
         if log_again:
             self._logged: tuple[int, int] | None = None
 
@@ -106,9 +110,12 @@ class Parameters:
         parameters = [p for group in groups for p in group]
         self._positions = {p: position for position, p in enumerate(parameters)}
         self.processes = processes_of(parameters)
-        sizes = [p.numel() for p in parameters]
+        trained = [p for p in parameters if p.requires_grad]
+        sizes = [p.numel() for p in trained]
         self.two_largest = sum(sorted(sizes)[-2:])
-        self._before = dict(zip(parameters, [0, *sizes]))
+        self._largest_before = {
+            p: max(sizes[max(0, place - _NEAR) : place], default=0) for place, p in enumerate(trained)
+        }
         alike: dict[Cut, Cut] = {}  # One object for equal cuts, which are compared at every step.
         self._cuts = {p: alike.setdefault(cut, cut) for p in parameters for cut in [cut_of(p)]}
         count, total = len(self.factors), len(self._positions)
@@ -128,9 +135,12 @@ class Parameters:
         """The parameter's number in the optimizer."""
         return self._positions[p]
 
-    def elements_before(self, p: Tensor) -> int:
-        """How many elements the parameter before it has, whose gradient usually comes next; 0 for the first one."""
-        return self._before[p]
+    def elements_after(self, p: Tensor) -> int:
+        """How many elements the gradient that comes after its gradient in a backward pass has, probably at most.
+
+        Gradients come in about the reverse of the parameters' order; within a block of a model in any.
+        """
+        return self._largest_before.get(p, self.two_largest)
 
     def cut(self, p: Tensor) -> Cut:
         """Which part of the parameter this process holds."""
