@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,19 +17,15 @@ import torch
 from library import automagic_cameamp as family
 
 from .arguments import add_shared
-from .study.digits import AllOfDigits, DigitsLoRA
-from .study.encoder import Encoder
+from .study import protocol
 from .study.task import Named, Task
 
-_EVALUATED_IMAGES = 80
-_RANK, _BATCH = 16, 8
-
 # The rates of the optimizer under test for each task, and of AdamW8bit: its best of a grid in steps of 2.
-TASKS: dict[str, tuple[Callable[[int], Task], float, float]] = {
-    "digits, all weights": (lambda seed: AllOfDigits(seed, _BATCH, images=_EVALUATED_IMAGES), 1e-4, 2.5e-4),
-    "digits, LoRA": (lambda seed: DigitsLoRA(seed, _RANK, _BATCH, images=_EVALUATED_IMAGES), 5e-4, 2e-3),
-    "encoder, all weights": (lambda seed: Encoder(seed, lora=False), 2.5e-6, 3e-5),
-    "encoder, LoRA": (lambda seed: Encoder(seed, lora=True), 1.25e-4, 1e-3),
+RATES: dict[str, tuple[float, float]] = {
+    "digits, all weights": (1e-4, 2.5e-4),
+    "digits, LoRA": (5e-4, 2e-3),
+    "encoder, all weights": (2.5e-6, 3e-5),
+    "encoder, LoRA": (1.25e-4, 1e-3),
 }
 # Ways to train, with the options of the optimizer and whether it steps inside the backward pass.
 WAYS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -45,7 +40,7 @@ _PEER = "AdamW8bit"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_shared(parser, seeds=5, steps=400, threads=1)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what is trained (default: all)")
+    parser.add_argument("--tasks", nargs="+", choices=RATES, default=list(RATES), help="what is trained (default: all)")
     parser.add_argument("--contextual", action="store_true", help="train with the contextual optimizer")
 
 
@@ -67,14 +62,14 @@ def final_loss(task: str, name: str, way: str, seed: int, steps: int) -> float:
     """The held-out loss at the end of one run.
 
     Args:
-        task: one of TASKS.
+        task: one of RATES.
         name: the optimizer.
         way: one of WAYS.
         seed: of weights and batches.
         steps: how many.
     """
-    make, own_lr, peer_lr = TASKS[task]
-    made = make(seed)
+    own_lr, peer_lr = RATES[task]
+    made = protocol.TASKS[task](seed)
     named = made.named_parameters()
     options, in_backward = WAYS[way]
     if name == _PEER:

@@ -68,8 +68,8 @@ class GroupSums:
         if before is not None:
             return cls._with(before, stacks, measured)
         device = measured[0].abs_sums.device
-        abs_sums = torch.cat([m.abs_sums.to(device) for m in measured])
-        magnitude = agr.magnitude_sum(abs_sums, torch.stack([m.nonzero_count.to(device) for m in measured]))
+        abs_sums, nonzero = _sums_and_counts(measured)
+        magnitude = agr.magnitude_sum(abs_sums, nonzero)
         deviations = [m.deviations.to(device) for m in measured if m.deviations is not None]
         if not deviations:
             return cls(magnitude, [None] * len(stacks))
@@ -81,10 +81,9 @@ class GroupSums:
     @classmethod
     def _with(cls, before: Tensor, stacks: Sequence[Stack], measured: Sequence[Magnitudes]) -> GroupSums:
         total, nonzero, mean, variance = moved(before, measured[0].abs_sums.device).unbind()
-        abs_sum = _together((each.abs_sums for each in measured), total.device).amax()
-        counted = _together((each.nonzero_count.view(1) for each in measured), total.device).amax()
+        abs_sums, counted = _sums_and_counts(measured)
         # At least each parameter's own: gradients that have grown a thousandfold would change their signs otherwise.
-        magnitude = agr.magnitude_sum(torch.maximum(abs_sum, total), torch.maximum(counted, nonzero))
+        magnitude = agr.magnitude_sum(torch.maximum(abs_sums.amax(), total), torch.maximum(counted.amax(), nonzero))
         if measured[0].deviations is None:
             return cls(magnitude, [None] * len(stacks))
         strengths = [
@@ -99,12 +98,17 @@ class GroupSums:
 
 def summary(stacks: Sequence[Stack], measured: Sequence[Magnitudes]) -> Tensor:
     """Sum, count of elements other than 0, mean and variance of |g| over stacks: (4,) float32, where the first is."""
-    device = measured[0].abs_sums.device
-    abs_sums = _together((each.abs_sums for each in measured), device)
-    nonzero = _together((each.nonzero_count.view(1) for each in measured), device)
-    counts = element_counts(stacks, device)
+    abs_sums, nonzero = _sums_and_counts(measured)
+    counts = element_counts(stacks, abs_sums.device)
     spread = weight_decay.mean_and_variance(abs_sums / counts, _deviations(measured, abs_sums), counts)
     return torch.stack([abs_sums.sum(), nonzero.sum().to(abs_sums.dtype), *spread])
+
+
+def _sums_and_counts(measured: Sequence[Magnitudes]) -> tuple[Tensor, Tensor]:
+    """Sums of |g|, (tensors,), and counts of elements other than 0, (stacks,), where the first stack is."""
+    device = measured[0].abs_sums.device
+    abs_sums = _together((each.abs_sums for each in measured), device)
+    return abs_sums, _together((each.nonzero_count.view(1) for each in measured), device)
 
 
 def _deviations(measured: Sequence[Magnitudes], abs_sums: Tensor) -> Tensor:
