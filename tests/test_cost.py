@@ -80,7 +80,7 @@ def test_temporary_memory(model, limit, phase):
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize(("model", "limit", "bound"), [("sd15_lora16", None, 8), ("sdxl_full", 12_000_000, 32)])
+@pytest.mark.parametrize(("model", "limit", "bound"), [("sd15_lora16", None, 8), ("sdxl_full", 12_000_000, 12)])
 @pytest.mark.parametrize("phase", PHASES)
 def test_temporary_memory_of_kernels(name, model, limit, bound, phase):
     """They compute in the caches; what they hold from one step to the next counts too."""

@@ -183,6 +183,43 @@ def test_threads_change_no_bit(cls):
         assert all(torch.equal(p, q) for p, q in zip(results[0], others))
 
 
+@pytest.mark.parametrize("outlier", [False, True], ids=["none", "outlier"])
+@pytest.mark.parametrize("start", [0, 3, 9], ids=lambda start: f"step {start + 1}")
+@pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
+def test_large_groups_are_read_once_less(cls, start, outlier, monkeypatch):
+    """What AGR hardly changes is summed with the gradients; where one element is most of its sum it is summed anew."""
+    monkeypatch.setattr(cpu, "_MANY", 1)
+    monkeypatch.setattr(cpu, "_ROUNDING", 1e-4)  # Gradients of 800 thousand elements are to pass for many.
+    taken = []
+    sum_scaled = cpu.sum_scaled
+
+    def noted(stage, rows, *rest):
+        taken.extend((stage, numel) for numel in rows["numel"].tolist() if numel > cpu._LARGEST_WHOLE)  # no copies
+        return sum_scaled(stage, rows, *rest)
+
+    monkeypatch.setattr(cpu, "sum_scaled", noted)
+    shapes = [(640, 640), (16, 320), (1024, 320), (640, 640)]
+    params, by_rules = trained(cls, start, shapes=shapes, fused=False)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    by_kernels = cls(others, lr=1e-4, warmup_steps=8, fused=True)
+    by_kernels.load_state_dict(copy.deepcopy(by_rules.state_dict()))
+    before = [p.detach().clone() for p in params]
+    for own, optimizer in ((params, by_rules), (others, by_kernels)):
+        generator = torch.Generator().manual_seed(2)
+        for p in own:
+            p.grad = torch.randn(p.shape, generator=generator) * 0.01
+        if outlier:
+            own[0].grad[3, 5] = 3e5
+        optimizer.report_loss(1.0)
+        optimizer.step()
+    large = sorted([640 * 640, 1024 * 320, 640 * 640])
+    assert sorted(numel for stage, numel in taken if stage == cpu.passes.MEASURED) == large
+    assert sorted(numel for stage, numel in taken if stage == cpu.passes.SCALED) == ([640 * 640] if outlier else [])
+    for p, other, first in zip(params, others, before):
+        change, found = (x.detach().double() - first.double() for x in (p, other))
+        assert torch.linalg.vector_norm(found - change) <= 1e-3 * torch.linalg.vector_norm(change)
+
+
 def test_tensors_that_are_not_contiguous():
     shapes = [(16, 320), (32, 16, 3, 3)]
 

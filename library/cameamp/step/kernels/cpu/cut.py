@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy
 
+from ..table import FOUR_BITS
 from . import passes
+from .momenta import FACTOR
 from .settings import Settings
 from .threads import spread
 
@@ -33,7 +36,9 @@ class Totals(NamedTuple):
 
 
 class CutStep:
-    """A step of tensors of one shape. Of its passes only the last one writes; momenta of low rank follow early.
+    """A step of tensors with equally many columns, or of shards of one shape.
+
+    Of its passes only the last one writes; momenta of low rank follow early.
 
     Args:
         rows: of `table.ROW`, one for each tensor.
@@ -41,6 +46,7 @@ class CutStep:
         factors: (tensors, some) of `momenta.FACTOR`.
         settings: of all of them.
         facts: (tensors, passes.FACTS), with the strengths of their decay.
+        spacings: from `conclude_scaled`, with which the pass `passes.SCALED` is over; None if the step begins with it.
 
     Attributes:
         stages: its passes in their order, each of which is taken and then concluded.
@@ -53,11 +59,12 @@ class CutStep:
         factors: numpy.ndarray,
         settings: Settings,
         facts: numpy.ndarray,
+        spacings: numpy.ndarray | None = None,
     ) -> None:
         k, first = settings.record[0], rows[0]
         numel, span, periods = int(first["numel"]), int(first["span"]), momenta.shape[1]
-        driven = periods if k["driven"] else 0
-        self.stages = passes.stages(k["early"], k["cautious"], k["row_scaled"], bool(driven and span))
+        stages = passes.stages(k["early"], k["cautious"], k["row_scaled"], bool(k["driven"] and periods and span))
+        self.stages = stages if spacings is None else stages[1:]
         self._settings = settings
         self._block = int(first["block"])
         self._columns = int(first["columns"])
@@ -65,24 +72,20 @@ class CutStep:
         self._parts = parts(rows["numel"], self._columns if is_shard else 1)
         self._tensors = rows, momenta, factors
         self._facts = facts
-        self._spacings = numpy.zeros((len(rows), max(numel // span if span else 1, 1), periods))
+        units = max(numel // span if span else 1, 1)
+        self._spacings = numpy.zeros((len(rows), units, periods)) if spacings is None else spacings
         self._norms = numpy.empty((len(rows), self._columns if k["early"] else 0), dtype=_f)
-        self._row_factors = numpy.empty((len(rows), first["rows"]), dtype=_f)
-        # Signs and four-bit levels share bytes with distant elements, so they are first written a byte each; not those
-        # of shards, whose parts are whole rows.
-        apart = not is_shard and len(self._parts) > len(rows)
-        self._signs = numpy.empty((len(rows), numel if apart and k["warmup"] else 0), dtype=numpy.uint8)
-        self._levels = numpy.empty((len(rows), driven if apart else 0, numel), dtype=numpy.int8)
+        self._row_factors = numpy.empty((len(rows), rows["rows"].max()), dtype=_f)
+        self._is_apart = not is_shard and len(self._parts) > len(rows)
         self._unpacked = numpy.zeros((len(rows), 2), dtype=numpy.int64)
-        for place, room in enumerate((self._signs, self._levels)):
-            if room.size:
-                self._unpacked[:, place] = room.ctypes.data + room.strides[0] * numpy.arange(len(rows))
 
     def take(self, stage: int) -> Totals:
         """Take one of the passes."""
+        if stage == passes.WRITTEN and self._is_apart:
+            self._make_room()
         rows, momenta, factors = self._tensors
         count = len(self._parts)
-        sums = numpy.zeros((count, passes.PRODUCTS + 2 * momenta.shape[1]))
+        sums = _no_sums(count, momenta)
         columns = numpy.zeros((count, 2, self._columns if stage == passes.COLUMN_NORMS else 0), dtype=_f)
         arguments = (
             rows,
@@ -97,26 +100,106 @@ class CutStep:
             self._row_factors,
             self._unpacked,
         )
-        if count:
-            take = partial(_take_pass, stage, self._parts, arguments, self._block)
-            spread(take, self._parts[:, 2] - self._parts[:, 1])
-        totals = Totals(numpy.zeros((len(rows), *sums.shape[1:])), numpy.zeros((len(rows), *columns.shape[1:]), _f))
+        _take_pass(stage, self._parts, arguments, self._block)
+        totals = Totals(_no_sums(len(rows), momenta), numpy.zeros((len(rows), *columns.shape[1:]), dtype=_f))
         for total, of_parts in zip(totals, (sums, columns)):
             numpy.add.at(total, self._parts[:, 0], of_parts)  # In their order.
         return totals
 
+    def _make_room(self) -> None:
+        """Signs and four-bit levels share bytes with distant elements, so they are first written a byte each.
+
+        Not those of shards, whose parts are whole rows.
+        """
+        rows, momenta, _ = self._tensors
+        k, numel = self._settings.record[0], rows["numel"]
+        coded = numpy.count_nonzero(momenta["kind"] == FOUR_BITS, axis=1).max(initial=0) if k["driven"] else 0
+        starts = numpy.cumsum(numel) - numel
+        self._rooms = [numpy.empty(many * int(numel.sum()), dtype=numpy.uint8) for many in (int(k["warmup"]), coded)]
+        for place, (room, many) in enumerate(zip(self._rooms, (1, coded))):
+            if room.size:
+                self._unpacked[:, place] = room.ctypes.data + many * starts
+
     def conclude(self, stage: int, totals: Totals) -> None:
         """Take in what a pass has summed over whole tensors."""
         rows, momenta, _ = self._tensors
-        rooms, _ = memory(self._block)
-        record = self._settings.record
-        passes.conclude(
-            stage, rows, momenta, record, self._facts, self._spacings, *totals, self._norms, self._unpacked, rooms
-        )
+        of_tensors = (self._facts, self._spacings, *totals, self._norms, self._unpacked)
+        _conclude(stage, rows, momenta, self._settings, of_tensors)
 
 
-def _take_pass(stage: int, cut: numpy.ndarray, arguments: tuple[Any, ...], block: int, first: int, last: int) -> None:
-    passes.step_parts(stage, cut, first, last, *(*arguments, *memory(block)))
+def sum_scaled(
+    stage: int, rows: numpy.ndarray, momenta: numpy.ndarray, settings: Settings
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The pass `passes.SCALED` over tensors of any shapes, or `passes.MEASURED`, which is that of `passes.measure` too.
+
+    Args:
+        stage: which of the two.
+        rows, momenta: as of `CutStep`.
+        settings: of all of them; of the pass `passes.MEASURED` with an infinite sum of AGR, and an address for the
+            context's sample of gradients in place of that of scaled ones.
+
+    Returns:
+        What `passes.measure` finds of each of `parts`, or zeros; and the sums of the pass, (tensors, some).
+    """
+    cut, count = parts(rows["numel"]), len(rows)
+    sums, totals = _no_sums(len(cut), momenta), _no_sums(count, momenta)
+    nothing = numpy.zeros((count, 0), dtype=_f)
+    arguments = (
+        rows,
+        momenta,
+        numpy.zeros((count, 0), dtype=FACTOR),
+        settings.record,
+        numpy.zeros((count, passes.FACTS)),
+        numpy.zeros((count, 1, momenta.shape[1])),
+        sums,
+        numpy.zeros((len(cut), 2, 0), dtype=_f),
+        nothing,
+        nothing,
+        numpy.zeros((count, 2), dtype=numpy.int64),
+    )
+    _take_pass(stage, cut, arguments, int(rows["block"].max(initial=0)))
+    numpy.add.at(totals, cut[:, 0], sums)
+    return sums[:, passes.FOUND : passes.PRODUCTS], totals
+
+
+def conclude_scaled(
+    rows: numpy.ndarray, momenta: numpy.ndarray, settings: Settings, facts: numpy.ndarray, sums: numpy.ndarray
+) -> numpy.ndarray:
+    """Take in the sums of the pass `passes.SCALED`; returns the distances between the levels of new momenta."""
+    count = len(rows)
+    spacings, nothing = numpy.zeros((count, 1, momenta.shape[1])), numpy.zeros((count, 0), dtype=_f)
+    of_tensors = (facts, spacings, sums, numpy.zeros((count, 2, 0), _f), nothing, numpy.zeros((count, 2), numpy.int64))
+    _conclude(passes.SCALED, rows, momenta, settings, of_tensors)
+    return spacings
+
+
+def _conclude(
+    stage: int, rows: numpy.ndarray, momenta: numpy.ndarray, settings: Settings, of_tensors: Sequence[numpy.ndarray]
+) -> None:
+    """What follows from the sums of a pass, tensors on all threads; the rest is the arguments of `passes.conclude`."""
+    block = int(rows["block"].max(initial=0))
+
+    def conclude(first: int, last: int) -> None:
+        own = [each[first:last] for each in of_tensors]
+        rooms, _ = memory(block)
+        passes.conclude(stage, rows[first:last], momenta[first:last], settings.record, *(*own, rooms))
+
+    if len(rows):
+        spread(conclude, rows["numel"])
+
+
+def _no_sums(count: int, momenta: numpy.ndarray) -> numpy.ndarray:
+    return numpy.zeros((count, passes.PRODUCTS + 2 * momenta.shape[1]))
+
+
+def _take_pass(stage: int, cut: numpy.ndarray, arguments: tuple[Any, ...], block: int) -> None:
+    """Take a pass over some parts on all threads; arguments as of `passes.step_parts`."""
+
+    def take(first: int, last: int) -> None:
+        passes.step_parts(stage, cut, first, last, *(*arguments, *memory(block)))
+
+    if len(cut):
+        spread(take, cut[:, 2] - cut[:, 1])
 
 
 def memory(block: int) -> tuple[numpy.ndarray, numpy.ndarray]:

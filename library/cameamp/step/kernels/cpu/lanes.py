@@ -222,6 +222,16 @@ def sum_of(typing_context: Any, x: Any) -> Any:
     return (types.float32 if x is FLOATS else types.float64)(x), generate
 
 
+@_inside
+def largest_of(typing_context: Any, x: Any) -> Any:
+    """The largest of the sixteen."""
+
+    def generate(context: Any, builder: ir.IRBuilder, kinds: Any, values: Sequence[ir.Value]) -> ir.Value:
+        return _call(builder, f"llvm.vector.reduce.fmax.{_suffix(FLOATS.vector)}", _FLOAT, values)
+
+    return types.float32(FLOATS), generate
+
+
 # Memory ---------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,8 @@ from .lanes import (
     choose,
     double_zeros,
     doubled,
+    larger,
+    largest_of,
     load,
     load_truths,
     magnitude,
@@ -41,16 +43,46 @@ def _usable(x):
     return x if abs(x) <= rules._LARGEST_MAGNITUDE else _f(0.0)
 
 
+class Found(NamedTuple):
+    """What is found of gradients.
+
+    Attributes:
+        total: the sum of |g|.
+        nonzero: how many elements are not 0.
+        unusable: how many are not usable.
+        largest: the largest |g|.
+    """
+
+    total: float
+    nonzero: float
+    unusable: float
+    largest: float
+
+
+@within
+def _seen(found, x):
+    """What is found with sixteen more elements."""
+    size = magnitude(rules.usable(x))
+    return Found(
+        found.total + size,
+        found.nonzero + choose(size > _f(0.0), _f(1.0), _f(0.0)),
+        found.unusable + choose(magnitude(x) <= rules._LARGEST_MAGNITUDE, _f(0.0), _f(1.0)),
+        larger(size, found.largest),
+    )
+
+
+@within
+def _over_lanes(found):
+    return Found(sum_of(found.total), sum_of(found.nonzero), sum_of(found.unusable), largest_of(found.largest))
+
+
 @jit
 def measure(g):
-    """The sum of |g|, how many elements are not 0, and how many are not usable."""
-    total, nonzero, unusable = _f(0.0), 0, 0
-    for i in range(len(g)):
-        x = _usable(g[i])
-        total += abs(x)
-        nonzero += x != _f(0.0)
-        unusable += not abs(g[i]) <= rules._LARGEST_MAGNITUDE
-    return total, nonzero, unusable
+    """What is found of a block."""
+    found = Found(zeros(), zeros(), zeros(), zeros())
+    for i in range(0, len(g), LANES):
+        found = _seen(found, load(g, i))
+    return _over_lanes(found)
 
 
 @jit
@@ -113,6 +145,21 @@ def sum_scaled(g, exp_avg_sq, how, ahead):
         grad = _gradient(g, i, how)
         total = total + grad * grad / _moment(grad, exp_avg_sq, i, how)
     return sum_of(total)
+
+
+@jit
+def measure_and_sum(g, exp_avg_sq, how, ahead):
+    """Both `measure` and `sum_scaled` in one pass, of gradients that AGR leaves as they are."""
+    found, total = Found(zeros(), zeros(), zeros(), zeros()), zeros()
+    for i in range(0, len(g), LANES):
+        if ahead:
+            fetch(g, i + ahead)
+            fetch(exp_avg_sq, i + ahead)
+        x = load(g, i)
+        found = _seen(found, x)
+        grad = rules.usable(x)
+        total = total + grad * grad / _moment(grad, exp_avg_sq, i, how)
+    return _over_lanes(found), sum_of(total)
 
 
 @jit

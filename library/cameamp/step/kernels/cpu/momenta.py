@@ -140,12 +140,14 @@ def drive(
         turning_point: of the rounding to levels.
         sg: the block's scaled gradient.
         start: its first element, of the unit.
-        unpacked: where new levels go, a byte an element, if several threads share the tensor; else 0.
+        unpacked: where new levels go, a byte an element of each four-bit momentum, if several threads share the tensor;
+            else 0.
         room: memory for a block.
         out: the drive.
     """
     loops.fill(out, _f(0.0))
-    columns = numpy.int64(0)  # not the literal, for which everything would be compiled once more
+    # Not the literal 0, for which everything would be compiled once more.
+    columns, levels = numpy.int64(0), numpy.int64(unpacked)
     for j in range(len(momenta)):
         if shares[j] == 0:
             continue
@@ -154,10 +156,11 @@ def drive(
             _add_full(momenta[j], unit, rates[j], shares[j], sg, start, write, room[: len(sg)], out)
         elif kind == FOUR_BITS:
             spacing = _f(spacings[j])
-            levels = unpacked + j * numel if unpacked != 0 else 0
             _add_four_bits(
                 momenta[j], unit, numel, rates[j], shares[j], spacing, turning_point, sg, start, write, levels, out
             )
+            if levels != 0 and rates[j] != 0:
+                levels += numel
         else:
             columns = momenta[j].folded_columns
     if columns:

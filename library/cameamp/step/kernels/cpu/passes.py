@@ -51,13 +51,14 @@ G, SG, DRIVE, NORMS, RATES, WEIGHTS_ROOM, CHANGE, ROOMS = range(len(STATE_NUMBER
 # How many elements ahead states and weights are fetched from memory that are read where they are.
 FETCHED_AHEAD = 512
 
-# The columns of `sums` ...
-SQUARE, ALONG, WEIGHTS, UPDATE, AGREEING, PRODUCTS = range(6)
+# The columns of `sums`, of which four from FOUND on are those of `measure` ...
+SQUARE, ALONG, WEIGHTS, UPDATE, AGREEING, EFFECT, FOUND = range(7)
+PRODUCTS = FOUND + 4
 # ... and those of `facts`.
 FACTOR, SHARE_ALONG, LENGTHENING, CAUTIOUS, STRENGTH, FACTS = range(6)
 
 # The passes over a tensor that several threads share.
-SCALED, FOLLOWED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(7)
+MEASURED, SCALED, FOLLOWED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(8)
 
 _SMALLEST_COLUMN_NORM = _f(tam.SMALLEST_NORM)
 _SMALLEST_WEIGHT_NORM = orthograd.SMALLEST_NORM
@@ -87,25 +88,27 @@ def measure(parts, first, last, table, with_deviations, every, found, sample, me
     rooms = plain_floats(memory)
     for number in range(first, last):
         row = table[parts[number, 0]]
-        size, mean, deviations, nonzero, unusable = 0, 0.0, 0.0, 0, 0
-        for start in range(parts[number, 1], parts[number, 2], SHORT):
-            count = min(SHORT, parts[number, 2] - start)
-            g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
-            total, is_nonzero, is_unusable = loops.measure(g)
-            nonzero += is_nonzero
-            unusable += is_unusable
-            if every:
-                loops.sample_gradient(g, row.first + start, every, _sample_of(row, every, sample))
-            shift = total / count - mean
-            if with_deviations:
-                deviations += loops.squared_deviations(g, _f(total / count))
-                deviations += shift * shift * size * count / (size + count)  # Chan's rule
-            size += count
-            mean += shift * count / size
-        found[number, 0] = mean * size
-        found[number, 1] = nonzero
-        found[number, 2] = unusable
-        found[number, 3] = deviations
+        begin, end = parts[number, 1], parts[number, 2]
+        loops.fill(found[number], 0.0)
+        for start in range(begin, end, SHORT):
+            g = load_floats(row.grad, row.grad_kind, start, min(SHORT, end - start), rooms[G])
+            _note(loops.measure(g), g, row, begin, start, with_deviations, every, found[number], sample)
+
+
+@jit
+def _note(block, g, row, begin, start, with_deviations, every, found, sample):
+    """Add what is found of a block, from `start` on, to what is found of a part that begins at `begin`."""
+    before, count = start - begin, len(g)
+    if with_deviations:
+        mean = block.total / count
+        shift = mean - found[0] / max(before, 1)
+        found[3] += loops.squared_deviations(g, mean)
+        found[3] += shift * shift * before * count / (before + count)  # Chan's rule
+    found[0] += block.total
+    found[1] += block.nonzero
+    found[2] += block.unusable
+    if every:
+        loops.sample_gradient(g, row.first + start, every, _sample_of(row, every, sample))
 
 
 @entry
@@ -277,6 +280,33 @@ def sum_scaled(row, own, begin, end, k, sums, rooms):
             g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
             old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
             sums[SQUARE] += loops.sum_scaled(g, old, _scaling(k, _f(1.0)), ahead)
+        start += count
+
+
+@jit
+def measure_ahead(row, own, begin, end, k, sums, rooms):
+    """First pass and second in one, so that memory is read once: as if AGR left gradients as they are.
+
+    A gradient g is taken for 1 / (1 - |g| / S) of what it will be, so the sum of squares is too large by at most twice
+    |g| / S of each element's part of it; S times a bound of this goes to `sums[EFFECT]`.
+    """
+    ahead = FETCHED_AHEAD if row.block == 0 else 0
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        if row.block != 0:
+            _fetch_gradient(row, start + count, end)
+        g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
+        before = sums[SQUARE]
+        if k.driven:
+            found = loops.measure(g)
+            sum_scaled(row, own, start, start + count, k, sums, rooms)
+        else:
+            old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
+            found, square = loops.measure_and_sum(g, old, _scaling(k, _f(1.0)), ahead)
+            sums[SQUARE] += square
+        _note(found, g, row, begin, start, k.decays, k.every, sums[FOUND:PRODUCTS], k.grad_sample)
+        sums[EFFECT] += 2.0 * found.largest * (sums[SQUARE] - before)
         start += count
 
 
@@ -611,7 +641,7 @@ def step_whole(
 
 
 def stages(early: bool, cautious: bool, row_scaled: bool, rows_follow: bool) -> list[int]:
-    """The passes that a step takes over such tensors, in their order."""
+    """The passes that a step takes over such tensors, in their order, after the one over gradients."""
     wanted = {
         SCALED: True,
         FOLLOWED: rows_follow,
@@ -653,7 +683,9 @@ def step_parts(
         tensor, begin, end = parts[number, 0], parts[number, 1], parts[number, 2]
         row, own, low_ranks = table[tensor], momenta[tensor], factors[tensor]
         its_facts, its_spacings, its_norms, total = facts[tensor], spacings[tensor], norms[tensor], sums[number]
-        if stage == SCALED:
+        if stage == MEASURED:
+            measure_ahead(row, own, begin, end, k, total, rooms)
+        elif stage == SCALED:
             sum_scaled(row, own, begin, end, k, total, rooms)
         elif stage == FOLLOWED:
             follow_rows(row, own, begin, end, k, its_facts, its_spacings, total[PRODUCTS:], rooms)
@@ -705,8 +737,10 @@ def _pack(row, own, k, spacings, unpacked):
     if not k.driven or row.numel == 0:
         return
     rates = floats(k.rates, 0, len(own))
+    levels = unpacked[1]
     for j in range(len(own)):
-        if unpacked[1] != 0 and own[j].kind == FOUR_BITS and rates[j] != 0:
-            multiscale.pack_levels(unpacked[1] + j * row.numel, own[j].address, row.numel)
+        if levels != 0 and own[j].kind == FOUR_BITS and rates[j] != 0:
+            multiscale.pack_levels(levels, own[j].address, row.numel)
+            levels += row.numel
     for unit in range(row.numel // unit_length(row)):
         multiscale.finish_scales(own, unit, rates, spacings[unit])

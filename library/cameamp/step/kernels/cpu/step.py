@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 
 import numpy
@@ -22,7 +23,7 @@ from .. import table as fields
 from ..check import TakeStep, difference
 from ..table import MOMENTUM, ROW, Batch, Tables, with_gradients
 from . import passes
-from .cut import CutStep, memory, parts
+from .cut import CutStep, conclude_scaled, memory, parts, sum_scaled
 from .momenta import factors_of
 from .settings import Settings
 from .shards import StepOfShards
@@ -30,6 +31,11 @@ from .threads import spread
 
 # A tensor of more elements is cut into parts, which several threads share.
 _LARGEST_WHOLE = 256 * 1024
+
+# In a group of so many elements a gradient g is hardly ever a share of AGR's sum S that matters. If the sum of squares
+# of a tensor is then known to be as exact without AGR's 1 - |g| / S as rounding leaves it, one reading is saved.
+_MANY = 8 * 1024 * 1024
+_ROUNDING = 1e-6
 
 _f = numpy.float32
 
@@ -48,6 +54,7 @@ class _Work:
         factors: of the momenta of low rank, (tensors, some) of `momenta.FACTOR`.
         written_back: weights that a kernel works on as copies, each beside its copy.
         gradients: those that are copies, which must outlive the step.
+        ahead: of tensors by number, what the first pass has summed for the second, as `cut.sum_scaled` does.
     """
 
     batch: Batch
@@ -56,6 +63,7 @@ class _Work:
     factors: numpy.ndarray
     written_back: list[tuple[Tensor, Tensor]]
     gradients: list[Tensor]
+    ahead: dict[int, numpy.ndarray] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: Batch, places: numpy.ndarray) -> _Work:
@@ -159,8 +167,13 @@ class CpuPasses:
         self.prepare(group, stacks)
         decays = group.config.weight_decay > 0 and any(group.phase(stack).early for stack in stacks)
         found: dict[Stack, FirstPass] = {}
+        is_large = sum(len(stack) * stack.rows * stack.columns for stack in stacks) >= _MANY
         for work in self._work[group]:
-            found.update(zip(work.batch.stacks, self._measure(work, decays)))
+            if is_large and group.config.came and work.batch.stacks[0].cut is WHOLE:
+                ahead = numpy.flatnonzero(work.rows["numel"] > self._largest_whole)
+            else:
+                ahead = numpy.zeros(0, dtype=numpy.int64)
+            found.update(zip(work.batch.stacks, self._measure(group, work, decays, ahead)))
         in_order = [found[stack] for stack in stacks]
         magnitudes = [each.magnitudes for each in in_order]
         watched = [each.watched for each in in_order if each.watched is not None]
@@ -204,17 +217,29 @@ class CpuPasses:
             self._update(work, measured, multiplier)
         return [Watched(*self._seen[1:])] * len(measured.stacks) if self._every else []
 
-    def _measure(self, work: _Work, decays: bool) -> Iterator[FirstPass]:
-        """What is found of each stack."""
+    def _measure(self, group: Group, work: _Work, decays: bool, ahead: numpy.ndarray) -> Iterator[FirstPass]:
+        """What is found of each stack; of some tensors also what the second pass sums first, in `work.ahead`."""
         rows, cut = work.rows, parts(work.rows["numel"])
         found = numpy.empty((len(cut), 4))
+        if len(ahead):
+            settings = Settings(group, work.batch, torch.tensor(math.inf), decays, None, self._every)
+            settings.record["decays"] = decays
+            settings.show(self._samples[0], self._samples[2])
+            found_ahead, sums = sum_scaled(passes.MEASURED, rows[ahead], work.momenta[ahead], settings)
+            found[numpy.isin(cut[:, 0], ahead)] = found_ahead
+            work.ahead = dict(zip(ahead.tolist(), sums))
+        is_left = ~numpy.isin(cut[:, 0], ahead)
+        left = cut[is_left]
+        found_of_left = numpy.empty((len(left), 4))
 
         def measure(first: int, last: int) -> None:
             rooms = numpy.empty((passes.ROOMS, passes.SHORT), dtype=_f)
-            passes.measure(cut, first, last, rows, decays, self._every, found, self._samples[0].ctypes.data, rooms)
+            sample = self._samples[0].ctypes.data
+            passes.measure(left, first, last, rows, decays, self._every, found_of_left, sample, rooms)
 
-        if len(cut):
-            spread(measure, cut[:, 2] - cut[:, 1])
+        if len(left):
+            spread(measure, left[:, 2] - left[:, 1])
+        found[is_left] = found_of_left
         totals = numpy.zeros((len(rows), 4))
         passes.total_measures(cut, found, totals)
         with numpy.errstate(all="ignore"):  # What float32 has no number for is infinite, or 0.
@@ -245,11 +270,10 @@ class CpuPasses:
         if course.of_shards is not None:
             course.of_shards.finish(measured.answers[stack])
         else:
-            is_whole = work.rows["numel"] <= self._largest_whole
             largest_first = numpy.argsort(-work.rows["numel"], kind="stable")  # so that threads end together
-            _step_whole(work, largest_first[is_whole[largest_first]], course)
-            for tensor in numpy.flatnonzero(~is_whole):
-                _step_cut(work, int(tensor), course)
+            is_whole = work.rows["numel"][largest_first] <= self._largest_whole
+            _step_whole(work, largest_first[is_whole], course)
+            _step_cut(work, largest_first[~is_whole], course, measured.sums.magnitude.item())
         for p, new in work.written_back:
             p.copy_(new)
 
@@ -282,12 +306,44 @@ def _step_whole(work: _Work, whole: numpy.ndarray, course: _Course) -> None:
         spread(step, rows["numel"][whole])
 
 
-def _step_cut(work: _Work, tensor: int, course: _Course) -> None:
-    """A step of one large tensor, pass after pass, each of which all threads share."""
-    one = slice(tensor, tensor + 1)
-    step = CutStep(work.rows[one], work.momenta[one], work.factors[one], course.settings, course.facts[one])
-    for stage in step.stages:
-        step.conclude(stage, step.take(stage))
+def _step_cut(work: _Work, large: numpy.ndarray, course: _Course, total: float) -> None:
+    """A step of large tensors, pass after pass, each of which all threads share; `total` is AGR's sum."""
+    if not len(large):
+        return
+    rows, momenta, settings, facts = work.rows[large], work.momenta[large], course.settings, course.facts[large]
+    is_summed = numpy.array([tensor in work.ahead and _is_exact(work.ahead[tensor], total) for tensor in large])
+    sums = numpy.zeros((len(large), passes.PRODUCTS + 2 * momenta.shape[1]))
+    for place in numpy.flatnonzero(is_summed):
+        sums[place] = work.ahead[large[place]]
+    _, sums[~is_summed] = sum_scaled(passes.SCALED, rows[~is_summed], momenta[~is_summed], settings)
+    spacings = conclude_scaled(rows, momenta, settings, facts, sums)
+    for run in _runs(rows):
+        factors = work.factors[large[run]]
+        step = CutStep(rows[run], momenta[run], factors, settings, facts[run], spacings[run])
+        for stage in step.stages:
+            step.conclude(stage, step.take(stage))
+
+
+def _runs(rows: numpy.ndarray) -> list[list[int]]:
+    """Places of tensors that are stepped together: of equally many columns, and no more elements than the largest has.
+
+    Each pass of each run has all threads wait for the last of them; but what a run needs beside its states is memory.
+    """
+    most, left = int(rows["numel"].max()), 0
+    runs: list[list[int]] = []
+    for place in numpy.lexsort((-rows["numel"], rows["columns"])).tolist():
+        numel, columns = int(rows["numel"][place]), rows["columns"][place]
+        if not runs or numel > left or columns != rows["columns"][runs[-1][0]]:
+            runs.append([])
+            left = most
+        runs[-1].append(place)
+        left -= numel
+    return runs
+
+
+def _is_exact(ahead: numpy.ndarray, total: float) -> bool:
+    """Whether AGR, of this sum, would change what was summed without it by less than rounding does."""
+    return float(ahead[passes.EFFECT]) <= _ROUNDING * total * float(ahead[passes.SQUARE])
 
 
 def _records(table: numpy.ndarray, kind: numpy.dtype) -> numpy.ndarray:
