@@ -160,6 +160,19 @@ def test_mask_starts_at_initial_lr_under_a_warm_up_scheduler():
     assert not torch.equal(p, before)
 
 
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3, dtype=torch.float64)], ids=["number", "tensor"])
+def test_a_scheduler_treats_groups_one_by_one(lr):
+    """torch gives groups without a rate of their own the constructor's tensor itself, into which schedulers write."""
+    optimizer = Automagic_CameAMP([{"params": [matrix()]}, {"params": [matrix()]}], lr=lr)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.0])
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [1e-3, 0.0]
+    optimizer = Automagic_CameAMP([{"params": [matrix()]}, {"params": [matrix()]}], lr=lr)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for _ in range(2):
+        scheduler.step(1.0)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [5e-4, 5e-4]
+
+
 def test_a_parameter_added_by_hand_is_refused_before_anything_moves():
     p, late = torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))
     optimizer = Automagic_CameAMP([p])

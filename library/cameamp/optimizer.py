@@ -88,6 +88,8 @@ class CameAMP(HasReadings, Optimizer):
         except ValueError as error:
             self.param_groups.pop()
             raise ValueError(f"parameter group {number}: {error}") from None
+        if isinstance(entry["lr"], Tensor) and any(entry["lr"] is other["lr"] for other in self.param_groups[:-1]):
+            entry["lr"] = entry["lr"].clone()  # Schedulers write into it, group after group.
         entry["max_lr"] = options.config.max_lr
         periods = self._driver.periods(options.config)
         self._groups.append(Group(number, entry, options, self._parameters, self._precision, periods))
