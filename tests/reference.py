@@ -200,9 +200,7 @@ class ReferenceCOptim(ReferenceCameAMP):
             haste = 1 + 2 * 10 / (10 + self.steps)
             gain = 30 * self.options["adaptation_rate"] * haste * (max(self.scale) / self.top) ** 3
             if max(self.scale) < self.top:
-                gain *= (120 / (120 + self.steps)) ** 2
-            if alignment < 0:
-                gain *= 0.5
+                gain *= (60 / (60 + self.steps)) ** 2
             self.multiplier *= math.exp(min(gain * alignment, 0.6))
         if change.any():
             length = change.square().mean().sqrt().item() / used

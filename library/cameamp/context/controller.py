@@ -40,13 +40,6 @@ HASTY = 10
 _TOP = 1 - 1e-6
 
 
-class Gains(NamedTuple):
-    """Change of the multiplier's logarithm at an alignment of 1, and at one of -1 the opposite of its change."""
-
-    rising: float
-    falling: float
-
-
 class Law(NamedTuple):
     """How the multiplier follows the alignment of the course with the gradient.
 
@@ -56,11 +49,9 @@ class Law(NamedTuple):
     another as fast as they descend, negative where the rate is higher than that. (The hypergradient of Baydin et al.,
     arXiv 1703.04782, is the same with a course of one step, which is blind to any but the steepest directions.)
 
-    A rate that is best for the next steps is too low for the whole run, since a lower one settles sooner in the steep
-    directions and never gets far in the others (Wu et al., arXiv 1803.02021). So negative alignments count less, and
-    where gradients are noisy the multiplier settles where the mean alignment is somewhat below 0. A schedule that falls
-    brings the rate down by itself, from a top that is best where the first hundred steps or two have it, however long
-    the run is: so the multiplier then follows less and less, as estimates do in stochastic approximation.
+    A rate that is best for the next steps is too low for a schedule that falls (Wu et al., arXiv 1803.02021), which
+    brings it down by itself, from a top that is best where the first hundred steps have it, however long the run is: so
+    the multiplier then follows less and less, as estimates do in stochastic approximation.
 
     Attributes:
         gain: change of the multiplier's logarithm at an alignment of 1, still to be multiplied by the adaptation rate.
@@ -69,7 +60,6 @@ class Law(NamedTuple):
         freezing: the power of the schedule's factor, 1 at its top, that the gain is multiplied by, so that the
             multiplier finds the rate at the top and does not undo the schedule's fall.
         haste: how many times the gain is added to it at first, when the multiplier is far from where it belongs.
-        overshooting: the share of the gain that holds for negative alignments.
         settling: after t steps, below the schedule's top, the square of settling / (settling + t) is left of the gain.
     """
 
@@ -77,15 +67,14 @@ class Law(NamedTuple):
     kept: float = 0.97
     freezing: float = 3.0
     haste: float = 2.0
-    overshooting: float = 0.5
-    settling: float = 120.0
+    settling: float = 60.0
 
-    def gains_at(self, steps: int, schedule: float) -> Gains:
-        """The gains after some steps, where a schedule has a factor of 1 at its top."""
+    def gain_at(self, steps: int, schedule: float) -> float:
+        """The gain after some steps, where a schedule has a factor of 1 at its top."""
         gain = self.gain * (1 + self.haste * HASTY / (HASTY + steps)) * math.pow(schedule, self.freezing)
         if schedule <= _TOP:
             gain *= math.pow(self.settling / (self.settling + steps), 2)
-        return Gains(gain, gain * self.overshooting)
+        return gain
 
     def kept_at(self, steps: int) -> float:
         """The share of the course that is kept after some steps."""
@@ -118,12 +107,12 @@ class Deciding(Protocol):
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gains: Gains,
+        gain: float,
         kept: float,
         threshold: float,
         highest: float,
     ) -> None:
-        """As `ContextualOptimizationModule.follow`, of gains that have all their factors in them."""
+        """As `ContextualOptimizationModule.follow`, of a gain that has all its factors in it."""
 
 
 class ContextualOptimizationModule:
@@ -234,7 +223,7 @@ class ContextualOptimizationModule:
         """Update the multiplier, for the next step, by how well this step's gradient agrees with the course.
 
             alignment  = cosine of the course and the scaled gradient
-            multiplier = multiplier * exp(gain * alignment) * length before / length, with the gain of its sign
+            multiplier = multiplier * exp(gain * alignment) * length before / length
             course     = kept * course + change / its root mean square
 
         The length is the root mean square of the change, in units of the learning rate that the multiplier gave: what
@@ -249,20 +238,20 @@ class ContextualOptimizationModule:
             kernels: as of `update_context`.
         """
         memory, values = self._memory, self._memory.values
-        gains = Gains(*(self._rate * gain for gain in self._law.gains_at(memory.steps, memory.schedule)))
+        gain = self._rate * self._law.gain_at(memory.steps, memory.schedule)
         kept = self._law.kept_at(memory.steps)
         memory.steps += 1
         if self._rate == 0:  # No length to keep to either.
             values["length"] = torch.zeros_like(values["length"])
         if kernels is not None:
-            kernels.follow(memory, scaled_grad, change, gains, kept, self._threshold, self._highest)
+            kernels.follow(memory, scaled_grad, change, gain, kept, self._threshold, self._highest)
             return
         course = memory.sample_like("course", change)
         # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
         own = torch.stack([*_products(course, scaled_grad), change.square().mean()])
         *products, mean_square = (own if of_all else distributed.average(own)).unbind()
         alignment = _cosine(products, absent=0.0)
-        growth = (torch.where(alignment < 0, gains.falling, gains.rising) * alignment).clamp_max(MOST_GROWTH).exp()
+        growth = (gain * alignment).clamp_max(MOST_GROWTH).exp()
         growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
         size = mean_square.sqrt()
         length = size / values["lr_history"][-1]

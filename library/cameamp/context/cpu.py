@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import distributed
 from . import cpu_kernels
-from .controller import Gains, report_of
+from .controller import report_of
 from .memory import FOLLOWED, HISTORIES, Memory
 
 
@@ -48,7 +48,7 @@ class ContextKernels:
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gains: Gains,
+        gain: float,
         kept: float,
         threshold: float,
         highest: float,
@@ -62,7 +62,7 @@ class ContextKernels:
             _number(values["confidence"]),
             _number(values["length"]),
             _number(values["lr_history"][-1]),
-            *gains,
+            gain,
             threshold,
             highest,
         )

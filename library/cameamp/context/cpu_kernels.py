@@ -277,14 +277,14 @@ def _below(ordered, value, equal_too):
 
 
 @entry
-def follow(products, multiplier, confidence, length, rate, rising, falling, threshold, highest):
+def follow(products, multiplier, confidence, length, rate, gain, threshold, highest):
     """The multiplier of the next step, by how well the gradient agrees with the course.
 
     Args:
         products: from `compare_samples`.
         multiplier, confidence, length: the memory's.
         rate: the learning rate that the multiplier gave.
-        rising, falling: the law's gains, with all their factors in them.
+        gain: the law's, with all its factors in it.
         threshold: confidence at which a step is an edge case.
         highest: the multiplier's bound, of steps of length 1.
 
@@ -292,7 +292,6 @@ def follow(products, multiplier, confidence, length, rate, rising, falling, thre
         The multiplier, the alignment and the length.
     """
     alignment = _cosine(products, _f(0.0))
-    gain = falling if alignment < 0 else rising
     growth = math.exp(min(gain * alignment, controller.MOST_GROWTH))
     if confidence >= threshold:
         growth = min(growth, 1.0)

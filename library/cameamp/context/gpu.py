@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import distributed
 from ..step.kernels.gpu.launching import Launcher, on
 from . import gpu_kernels
-from .controller import Gains
 from .memory import FOLLOWED, HISTORIES, Memory
 
 _SAMPLE_CHUNK, _SAMPLE_WARPS = 4096, 16
@@ -57,7 +56,7 @@ class ContextKernels:
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gains: Gains,
+        gain: float,
         kept: float,
         threshold: float,
         highest: float,
@@ -73,7 +72,7 @@ class ContextKernels:
                 1,
                 found,
                 *(values[name] for name in names),
-                *gains,
+                gain,
                 threshold,
                 highest,
                 scalars,

@@ -276,20 +276,19 @@ def _oscillation(cosines, newest, window, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["window"])
-def follow(found, multiplier, confidence, length, rates, rising, falling, threshold, highest, scalars, window):
+def follow(found, multiplier, confidence, length, rates, gain, threshold, highest, scalars, window):
     """The multiplier of the next step, by how well the gradient agrees with the course; as `follow` there.
 
     Args:
         found: from `compare_samples`.
         multiplier, confidence, length, rates: the memory's.
-        rising, falling: the law's gains, with all their factors in them.
+        gain: the law's, with all its factors in it.
         threshold: confidence at which a step is an edge case.
         highest: the multiplier's bound, of steps of length 1.
         scalars: the multiplier, the alignment and the length, to be filled.
         window: how many steps are remembered.
     """
     alignment = _cosine(found, 0.0)
-    gain = tl.where(alignment < 0, falling, rising)
     growth = tl.exp(tl.minimum(gain * alignment, _MOST_GROWTH))
     growth = tl.where(tl.load(confidence) >= threshold, tl.minimum(growth, 1.0), growth)
     before, rate = tl.load(length), tl.load(rates + window - 1)
