@@ -66,7 +66,7 @@ class CutStep:
         stages = passes.stages(k["early"], k["cautious"], k["row_scaled"], bool(k["driven"] and periods and span))
         self.stages = stages if spacings is None else stages[1:]
         self._settings = settings
-        self._block = int(first["block"])
+        self._block = int(rows["block"].max())
         self._columns = int(first["columns"])
         is_shard = first["whole_numel"] != numel or span > 0
         self._parts = parts(rows["numel"], self._columns if is_shard else 1)
