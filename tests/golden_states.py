@@ -1,6 +1,7 @@
 """Checkpoints of the four optimizers as they were written once, and the weights to which 20 steps led from them.
 
-    python tests/golden_states.py    writes tests/golden/states.pt anew: only when the arithmetic is meant to change
+    python tests/golden_states.py            writes tests/golden/states.pt anew: only when the layout is meant to change
+    python tests/golden_states.py --after    keeps what was saved: only when the arithmetic is meant to change
 
 What is stored must load, and lead to the same bits, for as long as the layout has its number.
 """
@@ -76,9 +77,27 @@ def _noise(count: int, number: int, step: int) -> torch.Tensor:
     return (x % 20_001 - 10_000).to(torch.float32) / 10_000
 
 
+def go_on(name: str, start: int, case: dict[str, Any]) -> list[torch.nn.Parameter]:
+    """The weights to which a saved case leads."""
+    params = parameters()
+    for p, value in zip(params, case["weights"]):
+        p.data.copy_(value)
+    optimizer = optimizer_of(name, params)
+    optimizer.load_state_dict(case["optimizer"])
+    train(optimizer, params, start + 1, STEPS)
+    return params
+
+
 def main() -> None:
     torch.set_num_threads(1)
     cases = {}
+    if "--after" in sys.argv[1:]:
+        cases = torch.load(FILE, weights_only=True)["cases"]
+        for key, case in cases.items():
+            name, start = key.split()
+            case["after"] = [p.detach() for p in go_on(name, int(start), case)]
+        _write(cases)
+        return
     for name in NAMES:
         for start in STARTS:
             params = parameters()
@@ -88,6 +107,10 @@ def main() -> None:
             saved = torch.load(_bytes({"optimizer": optimizer.state_dict(), "weights": [p.detach() for p in params]}))
             train(optimizer, params, start + 1, STEPS)
             cases[f"{name} {start}"] = {**saved, "after": [p.detach() for p in params]}
+    _write(cases)
+
+
+def _write(cases: dict[str, Any]) -> None:
     FILE.parent.mkdir(exist_ok=True)
     torch.save({"machine": machine(), "cases": cases}, FILE)
     print(f"written: {FILE}, {FILE.stat().st_size} bytes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_states import FILE, NAMES, STARTS, STEPS, machine, optimizer_of, parameters, train
+from golden_states import FILE, NAMES, STARTS, go_on, machine, optimizer_of, parameters
 
 from library.cameamp.checkpoint.layout import group_checksum
 
@@ -15,13 +15,7 @@ GOLDEN = torch.load(FILE, weights_only=True)
 @pytest.mark.parametrize("name", NAMES)
 def test_old_states_go_on_as_they_did(name, start):
     case = GOLDEN["cases"][f"{name} {start}"]
-    params = parameters()
-    for p, value in zip(params, case["weights"]):
-        p.data.copy_(value)
-    optimizer = optimizer_of(name, params)
-    optimizer.load_state_dict(case["optimizer"])
-    train(optimizer, params, start + 1, STEPS)
-    for p, expected, before in zip(params, case["after"], case["weights"]):
+    for p, expected, before in zip(go_on(name, start, case), case["after"], case["weights"]):
         assert not torch.equal(expected, before)
         if GOLDEN["machine"] == machine():
             assert torch.equal(p, expected)
