@@ -85,7 +85,7 @@ class CutStep:
             self._make_room()
         rows, momenta, factors = self._tensors
         count = len(self._parts)
-        sums = _no_sums(count, momenta)
+        sums = no_sums(count, momenta)
         columns = numpy.zeros((count, 2, self._columns if stage == passes.COLUMN_NORMS else 0), dtype=_f)
         arguments = (
             rows,
@@ -101,7 +101,7 @@ class CutStep:
             self._unpacked,
         )
         _take_pass(stage, self._parts, arguments, self._block)
-        totals = Totals(_no_sums(len(rows), momenta), numpy.zeros((len(rows), *columns.shape[1:]), dtype=_f))
+        totals = Totals(no_sums(len(rows), momenta), numpy.zeros((len(rows), *columns.shape[1:]), dtype=_f))
         for total, of_parts in zip(totals, (sums, columns)):
             numpy.add.at(total, self._parts[:, 0], of_parts)  # In their order.
         return totals
@@ -142,7 +142,7 @@ def sum_scaled(
         What `passes.measure` finds of each of `parts`, or zeros; and the sums of the pass, (tensors, some).
     """
     cut, count = parts(rows["numel"]), len(rows)
-    sums, totals = _no_sums(len(cut), momenta), _no_sums(count, momenta)
+    sums, totals = no_sums(len(cut), momenta), no_sums(count, momenta)
     nothing = numpy.zeros((count, 0), dtype=_f)
     arguments = (
         rows,
@@ -188,7 +188,8 @@ def _conclude(
         spread(conclude, rows["numel"])
 
 
-def _no_sums(count: int, momenta: numpy.ndarray) -> numpy.ndarray:
+def no_sums(count: int, momenta: numpy.ndarray) -> numpy.ndarray:
+    """Zeros in the columns that `passes` names, for so many tensors or parts with these momenta."""
     return numpy.zeros((count, passes.PRODUCTS + 2 * momenta.shape[1]))
 
 

@@ -23,7 +23,7 @@ from .. import table as fields
 from ..check import TakeStep, difference
 from ..table import MOMENTUM, ROW, Batch, Tables, with_gradients
 from . import passes
-from .cut import CutStep, conclude_scaled, memory, parts, sum_scaled
+from .cut import CutStep, conclude_scaled, memory, no_sums, parts, sum_scaled
 from .momenta import factors_of
 from .settings import Settings
 from .shards import StepOfShards
@@ -220,15 +220,13 @@ class CpuPasses:
     def _measure(self, group: Group, work: _Work, decays: bool, ahead: numpy.ndarray) -> Iterator[FirstPass]:
         """What is found of each stack; of some tensors also what the second pass sums first, in `work.ahead`."""
         rows, cut = work.rows, parts(work.rows["numel"])
-        found = numpy.empty((len(cut), 4))
+        found, is_left = numpy.empty((len(cut), 4)), ~numpy.isin(cut[:, 0], ahead)
         if len(ahead):
             settings = Settings(group, work.batch, torch.tensor(math.inf), decays, None, self._every)
             settings.record["decays"] = decays
             settings.show(self._samples[0], self._samples[2])
-            found_ahead, sums = sum_scaled(passes.MEASURED, rows[ahead], work.momenta[ahead], settings)
-            found[numpy.isin(cut[:, 0], ahead)] = found_ahead
+            found[~is_left], sums = sum_scaled(passes.MEASURED, rows[ahead], work.momenta[ahead], settings)
             work.ahead = dict(zip(ahead.tolist(), sums))
-        is_left = ~numpy.isin(cut[:, 0], ahead)
         left = cut[is_left]
         found_of_left = numpy.empty((len(left), 4))
 
@@ -312,7 +310,7 @@ def _step_cut(work: _Work, large: numpy.ndarray, course: _Course, total: float) 
         return
     rows, momenta, settings, facts = work.rows[large], work.momenta[large], course.settings, course.facts[large]
     is_summed = numpy.array([tensor in work.ahead and _is_exact(work.ahead[tensor], total) for tensor in large])
-    sums = numpy.zeros((len(large), passes.PRODUCTS + 2 * momenta.shape[1]))
+    sums = no_sums(len(large), momenta)
     for place in numpy.flatnonzero(is_summed):
         sums[place] = work.ahead[large[place]]
     _, sums[~is_summed] = sum_scaled(passes.SCALED, rows[~is_summed], momenta[~is_summed], settings)
