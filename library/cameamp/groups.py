@@ -224,7 +224,7 @@ class Group:
                 [state["step"] for state in own],
                 scaled,
                 ["last_polarity" in state or "last_polarity_q" in state for state in own],
-                zip(*([state.get(row.counter, 0) for state in own] for row in self._momenta))
+                zip(*(map(dict.get, own, repeat(row.counter), repeat(0)) for row in self._momenta))
                 if self._momenta
                 else repeat(()),
                 cuts,

@@ -67,6 +67,19 @@ FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
+@dataclass(frozen=True, eq=False)
+class Located:
+    """Where some tensors' states are: the same object as long as they stay there, and never written to.
+
+    Attributes:
+        table: (tensors, FIELDS) int64, without the addresses of gradients and weights.
+        momenta: (tensors, periods, MOMENTUM_FIELDS) int64.
+    """
+
+    table: numpy.ndarray
+    momenta: numpy.ndarray
+
+
 @dataclass(frozen=True)
 class Batch:
     """Tensors that take a step under the same options, at the same step: what one call of a kernel visits.
@@ -74,14 +87,12 @@ class Batch:
     Attributes:
         traits: what they have in common.
         stacks: the stacks that they are in, one after the other.
-        table: (tensors, FIELDS) int64.
-        momenta: (tensors, periods, MOMENTUM_FIELDS) int64.
+        located: where they are.
     """
 
     traits: Traits
     stacks: list[Stack]
-    table: numpy.ndarray
-    momenta: numpy.ndarray
+    located: Located
 
 
 class Tables:
@@ -89,12 +100,12 @@ class Tables:
 
     def __init__(self) -> None:
         # Weak: a stack that is given up must not keep its states alive.
-        self._known: WeakKeyDictionary[Stack, tuple[tuple[int, ...], numpy.ndarray, numpy.ndarray]] = (
-            WeakKeyDictionary()
-        )
+        self._known: WeakKeyDictionary[Stack, tuple[tuple[int, ...], Located]] = WeakKeyDictionary()
+        # What the stacks of a batch come to, by the first of them, beside what each of them had.
+        self._joined: WeakKeyDictionary[Stack, tuple[list[Located], Located]] = WeakKeyDictionary()
 
     def batches(self, stacks: Sequence[Stack], periods: Sequence[int]) -> list[Batch]:
-        """The tensors of some bound stacks, by their traits; without the addresses of gradients and weights.
+        """The tensors of some bound stacks, by their traits.
 
         Args:
             stacks: stacks of one group, bound.
@@ -103,20 +114,30 @@ class Tables:
         alike: dict[Traits, list[Stack]] = {}
         for stack in stacks:
             alike.setdefault(stack.traits, []).append(stack)
-        result = []
-        for traits, own in alike.items():
-            tables, momenta = zip(*(self._rows_of(stack, periods) for stack in own))
-            result.append(Batch(traits, own, numpy.concatenate(tables), numpy.concatenate(momenta)))
-        return result
+        return [Batch(traits, own, self._join(own, periods)) for traits, own in alike.items()]
 
-    def _rows_of(self, stack: Stack, periods: Sequence[int]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def _join(self, stacks: list[Stack], periods: Sequence[int]) -> Located:
+        parts = [self._locate(stack, periods) for stack in stacks]
+        known = self._joined.get(stacks[0])
+        if known is None or known[0] != parts:
+            tables, momenta = zip(*((part.table, part.momenta) for part in parts))
+            known = (parts, Located(numpy.concatenate(tables), numpy.concatenate(momenta)))
+            self._joined[stacks[0]] = known
+        return known[1]
+
+    def _locate(self, stack: Stack, periods: Sequence[int]) -> Located:
         stored = stack.stored
         addresses = tuple([tensor.data_ptr() for state in stored.values() for tensor in state.tensors])
         known = self._known.get(stack)
         if known is None or known[0] != addresses:
-            known = (addresses, _rows_of(stack), _momenta_of(stack, periods))
+            known = (addresses, Located(_rows_of(stack), _momenta_of(stack, periods)))
             self._known[stack] = known
-        return known[1], known[2]
+        return known[1]
+
+
+def as_records(table: numpy.ndarray, kind: numpy.dtype) -> numpy.ndarray:
+    """A table as records, in place of its last dimension."""
+    return numpy.ascontiguousarray(table).view(kind).reshape(table.shape[:-1])
 
 
 def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tensor]], list[Tensor]]:
@@ -131,7 +152,7 @@ def with_gradients(batch: Batch) -> tuple[numpy.ndarray, list[tuple[Tensor, Tens
     """
     params = [p for stack in batch.stacks for p in stack.cut.local(stack.params)]
     grads = [g for stack in batch.stacks for g in stack.cut.local([p.grad for p in stack.params if p.grad is not None])]
-    table = batch.table.copy()
+    table = batch.located.table.copy()
     kept, _ = _enter_addresses(table[:, GRAD : GRAD_KIND + 1], grads)
     _, written_back = _enter_addresses(table[:, WEIGHT : WEIGHT_KIND + 1], params)
     return table, written_back, kept

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_FLOAT, _BYTE = ir.FloatType(), ir.IntType(8)
+_FLOAT = ir.FloatType()
 _EIGHT = ir.VectorType(_FLOAT, 8)
 _FAST = ("reassoc", "contract", "nsz")
 
@@ -49,11 +49,6 @@ def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, number: ir
 
 def _float_at(builder: ir.IRBuilder, address: ir.Value, number: ir.Value) -> ir.Value:
     return builder.load(_pointer(builder, address, number, 4, _FLOAT), align=4)
-
-
-def _code_at(builder: ir.IRBuilder, address: ir.Value, number: ir.Value) -> ir.Value:
-    """A signed byte as a float."""
-    return builder.sitofp(builder.load(_pointer(builder, address, number, 1, _BYTE)), _FLOAT)
 
 
 def _eight_times(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -92,17 +87,17 @@ def _fill_rows(builder: ir.IRBuilder, row: ir.Value, values: Sequence[ir.Value])
 
 
 def _add_products(builder: ir.IRBuilder, row: ir.Value, values: Sequence[ir.Value]) -> None:
-    eights, *lefts, v, w, x, y, right, stride, out = values
-    factors = [
-        _eight_times(builder, builder.fmul(weight, _code_at(builder, left, row)))
-        for weight, left in zip((v, w, x, y), lefts)
-    ]
+    eights, left, left_stride, right, right_stride, out = values
+    factors = []
+    for number in range(4):
+        start = builder.mul(left_stride, ir.Constant(row.type, number))
+        factors.append(_eight_times(builder, _float_at(builder, left, builder.add(start, row))))
     with _eights(builder, eights) as loop:
         column = builder.mul(loop.index, ir.Constant(row.type, 8))
         place = builder.add(builder.mul(builder.mul(row, eights), ir.Constant(row.type, 8)), column)
         total = _load(builder, out, place)
         for number, factor in enumerate(factors):
-            start = builder.add(builder.mul(stride, ir.Constant(row.type, number)), column)
+            start = builder.add(builder.mul(right_stride, ir.Constant(row.type, number)), column)
             product = builder.fmul(factor, _load(builder, right, start), flags=_FAST)
             total = builder.fadd(total, product, flags=_FAST)
         _store(builder, total, out, place)
@@ -125,17 +120,14 @@ def fill_rows(typing_context: Any, rows: Any, eights: Any, factors: Any, common:
 
 @intrinsic
 def add_products(
-    typing_context: Any, rows: Any, eights: Any, p: Any, q: Any, r: Any, s: Any, v: Any, w: Any, x: Any, y: Any,
-    right: Any, stride: Any, out: Any,
-) -> Any:  # fmt: skip
-    """out += the sum of weight * left * right over four pairs of factors.
+    typing_context: Any, rows: Any, eights: Any, left: Any, left_stride: Any, right: Any, right_stride: Any, out: Any
+) -> Any:
+    """out += the sum of left * right over four pairs of factors.
 
     Args:
         rows, eights: rows, and eights in a row.
-        p, q, r, s: addresses of the codes of the left factors.
-        v, w, x, y: their weights.
-        right: address of the first of the right factors, float32.
-        stride: numbers from one of them to the next.
+        left, right: addresses of the first left and the first right factor.
+        left_stride, right_stride: numbers from one of them to the next.
         out: address of the sum.
     """
-    return _over_rows(_add_products, _int, _int, _int, _int, _int, _real, _real, _real, _real, _int, _int, _int)
+    return _over_rows(_add_products, _int, _int, _int, _int, _int, _int)

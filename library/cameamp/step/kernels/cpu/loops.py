@@ -199,7 +199,7 @@ class Given(NamedTuple):
         sg: the scaled gradient, if it is known already.
         drive: what drives the momentum where there is a gradient, likewise.
         norms: early, of each element's column.
-        is_driven: whether both are known.
+        is_known: whether both are known.
     """
 
     g: Any
@@ -210,7 +210,7 @@ class Given(NamedTuple):
     sg: Any
     drive: Any
     norms: Any
-    is_driven: bool
+    is_known: bool
 
 
 @within
@@ -218,7 +218,7 @@ def _updated(given, i, scaling, how):
     """The scaled gradient and the update, and the new states that lead to it."""
     grad = _gradient(given.g, i, scaling)
     exp_avg_sq = _moment(grad, given.exp_avg_sq, i, scaling)
-    if given.is_driven:
+    if given.is_known:
         sg = load(given.sg, i)
         # What never had a gradient must not drift.
         drive = choose(magnitude(sg) > _f(0.0), load(given.drive, i), _f(0.0))
@@ -297,7 +297,7 @@ class Moving(NamedTuple):
 
 
 @jit
-def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, sg_seen, change_seen, ahead):
+def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, change_seen, ahead):
     """Update the states, the mask and the weights of a block.
 
     Args:
@@ -307,7 +307,8 @@ def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, sg_se
         before: signs of the step before.
         rates: factors of the mask.
         moving: how the weights move.
-        sg_seen, change_seen: filled with the scaled gradient and what is taken off the weights, if somebody watches.
+        change_seen: filled with what is taken off the weights if somebody watches, and `given.sg`, unless it is known,
+            with the scaled gradient.
         ahead: how many elements ahead of their use states and weights are fetched from memory; 0 for not at all.
     """
     for i in range(0, len(p), LANES):
@@ -338,7 +339,8 @@ def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, sg_se
         change = rate * (u + moving.decay * weights)
         store(weights - change, p, i)
         if moving.is_watched:
-            store(sg, sg_seen, i)
+            if not given.is_known:
+                store(sg, given.sg, i)
             store(change, change_seen, i)
 
 

@@ -8,11 +8,12 @@ elements: a tensor is one, and of a shard each row is, as `storage/by_row.py` ha
 from __future__ import annotations
 
 import math
+from weakref import WeakKeyDictionary
 
 import numpy
 
 from ....storage import low_rank, nibbles
-from ..table import FLOAT, FOUR_BITS, LOW_RANK
+from ..table import FLOAT, FOUR_BITS, LOW_RANK, MOMENTUM, Located, as_records
 from . import eights, loops
 from .codes import noise, noise_stream
 from .jit import exact, floats, jit, signed_bytes
@@ -33,12 +34,24 @@ FACTOR = numpy.dtype(
 )
 
 
-def factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
-    """The factors of momenta of low rank, (tensors, some) of `FACTOR`: so many for each tensor that fours are whole.
+_known: WeakKeyDictionary[Located, tuple[numpy.ndarray, numpy.ndarray]] = WeakKeyDictionary()
 
-    Args:
-        momenta: (tensors, periods) of `table.MOMENTUM`.
+
+def records_of(located: Located) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """The momenta of some tensors, and the factors of those of low rank; neither is to be written to.
+
+    Returns:
+        (tensors, periods) of `table.MOMENTUM`; and (tensors, some) of `FACTOR`, so many for each tensor that fours are
+        whole.
     """
+    known = _known.get(located)
+    if known is None:
+        momenta = as_records(located.momenta, MOMENTUM)
+        known = _known[located] = momenta, _factors_of(momenta)
+    return known
+
+
+def _factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
     low = momenta["kind"] == LOW_RANK
     ranks = numpy.where(low, momenta["rank"], 0)
     most = int(ranks.sum(axis=1).max(initial=0))
@@ -266,7 +279,7 @@ def finish_scales(momenta, unit, rates, spacings):
 # Low rank -------------------------------------------------------------------------------------------------------
 
 
-# Rows of a folded matrix that are no longer than this have their right factors decoded before they are multiplied.
+# Rows of a folded matrix that are no longer than this have their factors decoded before they are multiplied.
 _NARROW = 64
 
 
@@ -302,14 +315,16 @@ def _add_four_factors(factors, unit, shares, columns, start, room, out):
     g, h = _codes_of(c, unit, right, c.right, 0, columns), _codes_of(d, unit, right, d.right, 0, columns)
     column, done = start % columns, 0
     if columns <= _NARROW and column == 0 and count % columns == 0 and columns % 8 == 0:
-        _to_floats(e, room[:columns])
-        _to_floats(f, room[_NARROW : _NARROW + columns])
-        _to_floats(g, room[2 * _NARROW : 2 * _NARROW + columns])
-        _to_floats(h, room[3 * _NARROW : 3 * _NARROW + columns])
-        eights.add_products(
-            many, columns // 8, p.ctypes.data, q.ctypes.data, r.ctypes.data, s.ctypes.data, v, w, x, y,
-            room.ctypes.data, _NARROW, out.ctypes.data,
-        )  # fmt: skip
+        rights, lefts = room[: 4 * _NARROW], room[4 * _NARROW : 4 * (_NARROW + many)]
+        _to_floats(e, _f(1.0), rights[:columns])
+        _to_floats(f, _f(1.0), rights[_NARROW : _NARROW + columns])
+        _to_floats(g, _f(1.0), rights[2 * _NARROW : 2 * _NARROW + columns])
+        _to_floats(h, _f(1.0), rights[3 * _NARROW : 3 * _NARROW + columns])
+        _to_floats(p, v, lefts[:many])
+        _to_floats(q, w, lefts[many : 2 * many])
+        _to_floats(r, x, lefts[2 * many : 3 * many])
+        _to_floats(s, y, lefts[3 * many :])
+        eights.add_products(many, columns // 8, lefts.ctypes.data, many, rights.ctypes.data, _NARROW, out.ctypes.data)
         return
     for i in range(many):
         length = min(columns - column, count - done)
@@ -329,9 +344,9 @@ def _add_row(e, f, g, h, v, w, x, y, out):
 
 
 @exact
-def _to_floats(codes, out):
+def _to_floats(codes, unit, out):
     for i in range(len(codes)):
-        out[i] = _f(codes[i])
+        out[i] = unit * _f(codes[i])
 
 
 @jit
@@ -350,7 +365,7 @@ def begin_low_rank(momentum, unit, rate, step):
     seen = numpy.zeros((rank, rows), dtype=numpy.float32)
     stream = noise_stream(0, 0)
     for k in range(rank):
-        _to_floats(signed_bytes(_codes_at(momentum, unit), k * length, length), factors[k])
+        _to_floats(signed_bytes(_codes_at(momentum, unit), k * length, length), _f(1.0), factors[k])
         for c in range(columns):
             # Without a little of every direction, one that the factors lack could never come in.
             place = (k * columns + c - step) % (rank * columns)

@@ -163,14 +163,22 @@ def _following(k):
 
 
 @jit
-def _scaled_gradient(row, k, start, count, factor, rooms):
-    """The scaled gradient of a block, in `rooms[SG]`, and its sum of squares; no state changes."""
+def _scaled_gradient(row, k, start, count, factor, out, rooms):
+    """The scaled gradient of a block, in `out`, and its sum of squares; no state changes."""
     g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
     exp_avg_sq = g
     if k.came:
         exp_avg_sq = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
-    square = loops.scale_gradient(g, exp_avg_sq, _scaling(k, factor), rooms[SG])
-    return rooms[SG, :count], square
+    square = loops.scale_gradient(g, exp_avg_sq, _scaling(k, factor), out)
+    return out[:count], square
+
+
+@jit
+def _known_gradient(row, k, start, count, factor, kept, rooms):
+    """The scaled gradient of a block, from `kept` if it is there; see `sum_scaled`."""
+    if kept != 0:
+        return floats(kept, start, count)
+    return _scaled_gradient(row, k, start, count, factor, rooms[SG], rooms)[0]
 
 
 @jit
@@ -194,12 +202,14 @@ def _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms):
 
 
 @jit
-def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, unpacked, rooms):
+def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, unpacked, kept, rooms):
     """What the update of a block is computed from; with `write`, the momenta are updated."""
+    is_known = k.driven or kept != 0
     sg = rooms[SG, :count]
+    if is_known:
+        sg = _known_gradient(row, k, start, count, _f(facts[FACTOR]), kept, rooms)
     drive = sg
     if k.driven:
-        sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
         drive = _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms)
         fill_up(rooms[DRIVE], count)
     g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
@@ -207,7 +217,7 @@ def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, 
     exp_avg = load_state(states[_EXP_AVG], row.block, start, count, k.maps, rooms[_EXP_AVG])
     exp_avg_res = load_state(states[_EXP_AVG_RES], row.block, start, count, k.maps, rooms[_EXP_AVG_RES])
     exp_avg_sq, s, each = g, exp_avg, rooms[NORMS, :count]
-    if k.came:
+    if k.came and (write or not is_known):
         exp_avg_sq = load_state(states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
     if k.early:
         s = load_state(states[_S], row.block, start, count, k.maps, rooms[_S])
@@ -215,7 +225,7 @@ def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, 
             last = count // LANES * LANES
             loops.fill(rooms[NORMS, last : last + LANES], _f(1.0))  # They are divided by.
         _repeat(norms, start, each)
-    return loops.Given(g, exp_avg_sq, exp_avg, exp_avg_res, s, sg, drive, each, k.driven)
+    return loops.Given(g, exp_avg_sq, exp_avg, exp_avg_res, s, sg, drive, each, is_known)
 
 
 @jit
@@ -261,18 +271,22 @@ def _fetch_rest(row, start, end):
 
 
 @jit
-def sum_scaled(row, own, begin, end, k, sums, rooms):
-    """Second pass: the squares of the gradient over the root of the new second moment, and what momenta need."""
+def sum_scaled(row, own, begin, end, k, sums, kept, rooms):
+    """Second pass: the squares of the gradient over the root of the new second moment, and what momenta need.
+
+    The scaled gradient stays at the address `kept` for the other passes, as if its factor were 1; if it is 0, nowhere.
+    """
     ahead = FETCHED_AHEAD if row.block == 0 else 0
     start = begin
     while start < end:
         count = next_count(row, start, end)
         if row.block != 0:
             _fetch_gradient(row, start + count, end)
-        if k.driven:
-            sg, square = _scaled_gradient(row, k, start, count, _f(1.0), rooms)
+        if k.driven or kept != 0:
+            out = floats(kept, start, count) if kept != 0 else rooms[SG, :count]
+            sg, square = _scaled_gradient(row, k, start, count, _f(1.0), out, rooms)
             sums[SQUARE] += square
-            if not row.span:  # Rows are looked at once the factor is known, by `follow_rows`.
+            if k.driven and not row.span:  # Rows are looked at once the factor is known, by `follow_rows`.
                 multiscale.sum_products(
                     own, numpy.int64(0), row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:]
                 )
@@ -300,7 +314,7 @@ def measure_ahead(row, own, begin, end, k, sums, rooms):
         before = sums[SQUARE]
         if k.driven:
             found = loops.measure(g)
-            sum_scaled(row, own, start, start + count, k, sums, rooms)
+            sum_scaled(row, own, start, start + count, k, sums, numpy.int64(0), rooms)
         else:
             old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
             found, square = loops.measure_and_sum(g, old, _scaling(k, _f(1.0)), ahead)
@@ -324,13 +338,13 @@ def conclude_scaled(row, own, k, sums, facts, spacings):
 
 
 @jit
-def sum_columns(row, own, low_ranks, begin, end, k, facts, spacings, of_momentum, of_drive, rooms):
+def sum_columns(row, own, low_ranks, begin, end, k, facts, spacings, of_momentum, of_drive, kept, rooms):
     """Early: the squares of each column of the momentum and of its drive."""
     read_only, nowhere = numpy.bool_(False), numpy.int64(0)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        sg, _ = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+        sg = _known_gradient(row, k, start, count, _f(facts[FACTOR]), kept, rooms)
         drive = _drive(row, own, low_ranks, k, spacings, sg, start, read_only, nowhere, rooms)
         if k.driven:
             loops.keep_where_gradient(drive, sg)
@@ -366,14 +380,14 @@ def conclude_columns(of_momentum, of_drive, out):
 
 
 @jit
-def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
+def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, kept, rooms):
     """Early: what OrthoGrad needs of the update and the weights. Later: how much of the update is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     read_only, nowhere = numpy.bool_(False), numpy.int64(0)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, rooms)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, kept, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         if k.early:
             along, weights, update = loops.products(given, p, scaling, following)
@@ -404,7 +418,7 @@ def conclude_agreement(row, sums, facts):
 
 
 @jit
-def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
+def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, kept, rooms):
     """Early and cautious: how much of the update without its part along the weights is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     along, lengthening = _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING])
@@ -412,7 +426,7 @@ def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, su
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, rooms)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, kept, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         sums[AGREEING] += loops.count_agreement(given, p, scaling, following, along, lengthening)
         start += count
@@ -438,7 +452,7 @@ def scale_rows(row, begin, end, softening, out, rooms):
 
 
 @jit
-def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factors, unpacked, rooms, signs):
+def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factors, unpacked, kept, rooms, signs):
     """The last pass: new states and weights.
 
     Args:
@@ -452,6 +466,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         row_factors: ALLoRA's, of each row.
         unpacked: addresses of a byte an element for signs, and for levels of momenta; 0 if one thread has all that is
             packed together.
+        kept: the address of the scaled gradient, if `sum_scaled` has kept it.
         rooms: memory for blocks.
         signs: memory for the bytes of two blocks.
     """
@@ -470,7 +485,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         if row.block != 0:
             _fetch_rest(row, start + count, end)
         given = _given(
-            row, own, low_ranks, k, facts, spacings, norms, start, count, numpy.bool_(True), unpacked[1], rooms
+            row, own, low_ranks, k, facts, spacings, norms, start, count, numpy.bool_(True), unpacked[1], kept, rooms
         )
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         mask = load_state(states[_MASK], row.block, start, count, k.maps, rooms[_MASK])
@@ -482,8 +497,8 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
             _fill_rows(rates, start, row.columns, row_factors, k.scheduler)
         else:
             loops.fill(rates, k.scheduler)
-        sg, change = rooms[SG], rooms[CHANGE]
-        loops.take_step(p, mask, now, given, before, rates, scaling, following, moving, sg, change, ahead)
+        change = rooms[CHANGE]
+        loops.take_step(p, mask, now, given, before, rates, scaling, following, moving, change, ahead)
         if k.came:
             store_state(given.exp_avg_sq, states[_EXP_AVG_SQ], row.block, start, k.maps, stream)
         store_state(given.exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
@@ -491,7 +506,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         if k.early:
             store_state(given.s, states[_S], row.block, start, k.maps, stream)
         if k.every:
-            loops.sample(sg[:count], row.first + start, k.every, _sample_of(row, k.every, k.grad_sample))
+            loops.sample(given.sg, row.first + start, k.every, _sample_of(row, k.every, k.grad_sample))
             loops.sample(change[:count], row.first + start, k.every, _sample_of(row, k.every, k.change_sample))
         store_weights(p, row.weight, row.weight_kind, start, stream)
         if k.warmup:
@@ -534,7 +549,7 @@ def _fill_rows(out, start, columns, factors, common):
 
 
 @jit
-def follow_low_rank(row, momentum, unit, rate, k, factor, rooms):
+def follow_low_rank(row, momentum, unit, rate, k, factor, kept, rooms):
     """Update one momentum of low rank: one subspace iteration, whose two products see the gradient in two sweeps."""
     factors, probe, left = multiscale.begin_low_rank(momentum, unit, rate, k.step)
     begin = unit * unit_length(row)
@@ -542,26 +557,26 @@ def follow_low_rank(row, momentum, unit, rate, k, factor, rooms):
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
+        sg = _known_gradient(row, k, start, count, factor, kept, rooms)
         multiscale.probe_gradient(momentum, rate, sg, start - begin, probe, left)
         start += count
     right = multiscale.begin_right(momentum, factors, left)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        sg, _ = _scaled_gradient(row, k, start, count, factor, rooms)
+        sg = _known_gradient(row, k, start, count, factor, kept, rooms)
         multiscale.project_gradient(momentum, rate, sg, start - begin, left, right)
         start += count
     multiscale.finish_low_rank(momentum, unit, left, right)
 
 
 @jit
-def follow_low_ranks(row, own, unit, k, facts, rooms):
+def follow_low_ranks(row, own, unit, k, facts, kept, rooms):
     """Update the momenta of low rank that are due."""
     for j in range(len(own)):
         rate = floats(k.rates, j, 1)[0]
         if own[j].kind == LOW_RANK and rate != 0:
-            follow_low_rank(row, own[j], unit, rate, k, _f(facts[FACTOR]), rooms)
+            follow_low_rank(row, own[j], unit, rate, k, _f(facts[FACTOR]), kept, rooms)
 
 
 @jit
@@ -581,17 +596,17 @@ def follow_rows(row, own, begin, end, k, facts, spacings, products, rooms):
         start = first
         while start < last:
             count = next_count(row, start, last)
-            sg, part = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms)
+            sg, part = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms[SG], rooms)
             square += part
             multiscale.sum_products(own, unit, row.span, rates, sg, start - first, products)
             start += count
         multiscale.new_spacings(own, unit, row.span, rates, products, square, 1.0, spacings[unit])
-        follow_low_ranks(row, own, unit, k, facts, rooms)
+        follow_low_ranks(row, own, unit, k, facts, numpy.int64(0), rooms)
 
 
 @entry
 def step_whole(
-    tensors, first, last, table, momenta, factors, settings, facts, spacings, unpacked, memory, signs, widths
+    tensors, first, last, table, momenta, factors, settings, facts, spacings, unpacked, memory, signs, widths, scaled
 ):  # fmt: skip
     """The whole step of some tensors, one after the other, each small enough to stay in a cache meanwhile.
 
@@ -602,9 +617,13 @@ def step_whole(
         memory: (ROOMS, length of the longest block), to compute in.
         signs: (2, length of the longest block), likewise.
         widths: memory for a number for each column twice, and for each row.
+        scaled: memory for the scaled gradient of the largest, and for a block more.
     """
     k, facts, spacings, unpacked = settings[0], plain_doubles(facts), plain_doubles(spacings), plain_numbers(unpacked)
-    rooms, signs, widths = plain_floats(memory), plain_bytes(signs), plain_floats(widths)
+    rooms, signs = plain_floats(memory), plain_bytes(signs)
+    widths, scaled = plain_floats(widths), plain_floats(scaled)
+    # Where it is used in one pass more, making it again costs as much as keeping it.
+    is_kept = k.driven or k.early or k.cautious
     own_sums = numpy.empty(PRODUCTS + 2 * momenta.shape[1], dtype=numpy.float64)
     sums = plain_doubles(own_sums)
     for number in range(first, last):
@@ -612,27 +631,33 @@ def step_whole(
         row, own, low_ranks, its_facts = table[tensor], momenta[tensor], factors[tensor], facts[tensor]
         # Not the literal 0, for which everything would be compiled once more.
         its_spacings, begin, end = spacings[tensor], numpy.int64(0), row.numel
+        kept = numpy.int64(scaled.ctypes.data if is_kept else 0)
         loops.fill(sums, 0.0)
-        sum_scaled(row, own, begin, end, k, sums, rooms)
+        sum_scaled(row, own, begin, end, k, sums, kept, rooms)
         conclude_scaled(row, own, k, sums, its_facts, its_spacings)
+        if is_kept and its_facts[FACTOR] != 1.0:
+            loops.scale(scaled[: row.numel], _f(its_facts[FACTOR]))
         if k.driven:
-            follow_low_ranks(row, own, begin, k, its_facts, rooms)
+            follow_low_ranks(row, own, begin, k, its_facts, kept, rooms)
         norms, of_drive = widths[: row.columns], widths[row.columns : 2 * row.columns]
         if k.early:
             loops.fill(norms, _f(0.0))
             loops.fill(of_drive, _f(0.0))
-            sum_columns(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, of_drive, rooms)
+            sum_columns(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, of_drive, kept, rooms)
             conclude_columns(norms, of_drive, norms)
         if k.early or k.cautious:
-            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, rooms)
+            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, kept, rooms)
             conclude_update(row, k, sums, its_facts)
             if k.early and k.cautious:
-                sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, rooms)
+                sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, kept, rooms)
                 conclude_agreement(row, sums, its_facts)
         row_factors = widths[2 * row.columns : 2 * row.columns + row.rows]
         if k.row_scaled:
             scale_rows(row, begin, row.rows, k.softening, row_factors, rooms)
-        write(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, row_factors, unpacked, rooms, signs)
+        write(
+            row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, row_factors, unpacked, kept, rooms,
+            signs,
+        )  # fmt: skip
         if k.driven:
             multiscale.finish_scales(own, begin, floats(k.rates, 0, len(own)), its_spacings[0])
 
@@ -679,6 +704,7 @@ def step_parts(
     facts, spacings, sums = plain_doubles(facts), plain_doubles(spacings), plain_doubles(sums)
     columns, norms, row_factors = plain_floats(columns), plain_floats(norms), plain_floats(row_factors)
     unpacked, rooms, signs = plain_numbers(unpacked), plain_floats(memory), plain_bytes(signs)
+    nothing = numpy.int64(0)
     for number in range(first, last):
         tensor, begin, end = parts[number, 0], parts[number, 1], parts[number, 2]
         row, own, low_ranks = table[tensor], momenta[tensor], factors[tensor]
@@ -686,16 +712,18 @@ def step_parts(
         if stage == MEASURED:
             measure_ahead(row, own, begin, end, k, total, rooms)
         elif stage == SCALED:
-            sum_scaled(row, own, begin, end, k, total, rooms)
+            sum_scaled(row, own, begin, end, k, total, nothing, rooms)
         elif stage == FOLLOWED:
             follow_rows(row, own, begin, end, k, its_facts, its_spacings, total[PRODUCTS:], rooms)
         elif stage == COLUMN_NORMS:
             of_momentum, of_drive = columns[number, 0], columns[number, 1]
-            sum_columns(row, own, low_ranks, begin, end, k, its_facts, its_spacings, of_momentum, of_drive, rooms)
+            sum_columns(
+                row, own, low_ranks, begin, end, k, its_facts, its_spacings, of_momentum, of_drive, nothing, rooms
+            )
         elif stage == UPDATES:
-            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, rooms)
+            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, nothing, rooms)
         elif stage == AGREEMENTS:
-            sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, rooms)
+            sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, nothing, rooms)
         elif stage == ROW_NORMS:
             # A row is of the part that it begins in.
             begin, end = -(-begin // row.columns), -(-end // row.columns)
@@ -703,7 +731,7 @@ def step_parts(
         else:
             write(
                 row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, row_factors[tensor],
-                unpacked[tensor], rooms, signs,
+                unpacked[tensor], nothing, rooms, signs,
             )  # fmt: skip
 
 
@@ -718,7 +746,7 @@ def conclude(stage, table, momenta, settings, facts, spacings, sums, columns, no
         if stage == SCALED:
             conclude_scaled(row, own, k, total, its_facts, spacings[tensor])
             if k.driven and not row.span:
-                follow_low_ranks(row, own, numpy.int64(0), k, its_facts, rooms)
+                follow_low_ranks(row, own, numpy.int64(0), k, its_facts, numpy.int64(0), rooms)
         elif stage == COLUMN_NORMS:
             conclude_columns(columns[tensor, 0], columns[tensor, 1], norms[tensor])
         elif stage == UPDATES:

@@ -21,10 +21,11 @@ from ...rules import Techniques, Watched, count_questions
 from ...shared import Questions
 from .. import table as fields
 from ..check import TakeStep, difference
-from ..table import MOMENTUM, ROW, Batch, Tables, with_gradients
+from ..table import ROW, Batch, Tables, as_records, with_gradients
 from . import passes
 from .cut import CutStep, conclude_scaled, memory, no_sums, parts, sum_scaled
-from .momenta import factors_of
+from .lanes import LANES
+from .momenta import records_of
 from .settings import Settings
 from .shards import StepOfShards
 from .threads import spread
@@ -71,15 +72,8 @@ class _Work:
         table, written_back, gradients = with_gradients(batch)
         if len(places):
             table[:, fields.SAMPLE] = places[table[:, fields.POSITION]]
-        momenta = _records(batch.momenta, MOMENTUM)
-        return cls(
-            batch,
-            _records(table, ROW),
-            momenta,
-            factors_of(momenta),
-            written_back,
-            gradients,
-        )
+        momenta, factors = records_of(batch.located)
+        return cls(batch, as_records(table, ROW), momenta, factors, written_back, gradients)
 
 
 @dataclass
@@ -285,6 +279,7 @@ def _step_whole(work: _Work, whole: numpy.ndarray, course: _Course) -> None:
 
     def step(first: int, last: int) -> None:
         widths = numpy.empty(width, dtype=_f)
+        longest = int(rows["numel"][whole[first:last]].max())
         passes.step_whole(
             whole,
             first,
@@ -298,6 +293,7 @@ def _step_whole(work: _Work, whole: numpy.ndarray, course: _Course) -> None:
             _PACKED,
             *memory(block),
             widths,
+            numpy.empty(longest + LANES, dtype=_f),
         )
 
     if len(whole):
@@ -342,8 +338,3 @@ def _runs(rows: numpy.ndarray) -> list[list[int]]:
 def _is_exact(ahead: numpy.ndarray, total: float) -> bool:
     """Whether AGR, of this sum, would change what was summed without it by less than rounding does."""
     return float(ahead[passes.EFFECT]) <= _ROUNDING * total * float(ahead[passes.SQUARE])
-
-
-def _records(table: numpy.ndarray, kind: numpy.dtype) -> numpy.ndarray:
-    """A table as records, in place of its last dimension."""
-    return numpy.ascontiguousarray(table).view(kind).reshape(table.shape[:-1])

@@ -225,7 +225,7 @@ class GpuPasses:
         parts = []
         start = 0
         for batch in batches:
-            rows = slice(start, start + len(batch.table))
+            rows = slice(start, start + len(batch.located.table))
             parts += self._parts(group, batch, table, rows, decays)
             start = rows.stop
         return _Begun(
@@ -251,7 +251,7 @@ class GpuPasses:
         numbers = uploaded(numbers_of(traits.step, config, scalars), device)
         own = table[rows]
         entries = numpy.zeros((len(table), len(begun), fields.MOMENTUM_FIELDS), dtype=numpy.int64)
-        entries[rows] = batch.momenta[:, begun]
+        entries[rows] = batch.located.momenta[:, begun]
         momenta = self._kernels.upload((group.number, rows.start), entries, device)
         kinds = own[:, fields.STATES :: 3]
         coded = bool(numpy.isin(kinds, _CODED).any())
