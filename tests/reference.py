@@ -181,7 +181,7 @@ class ReferenceCOptim(ReferenceCameAMP):
         self.highest = 10 * max(max(group["max_lr"], group["lr"]) for group in self.groups) / self.largest
         self.multiplier = min(1.0, 1e-6 / self.largest)
         self.course = None
-        self.length = self.top = 0.0
+        self.length = self.top = self.square = 0.0
         self.steps = 0
 
     def step(self):
@@ -197,11 +197,14 @@ class ReferenceCOptim(ReferenceCameAMP):
         self.top = max(self.top, max(self.scale))
         if self.course is not None:
             alignment = torch.cosine_similarity(self.course, gather("sg"), dim=0, eps=1e-30).item()
-            haste = 1 + 2 * 10 / (10 + self.steps)
-            gain = 30 * self.options["adaptation_rate"] * haste * (max(self.scale) / self.top) ** 3
+            rate = self.options["adaptation_rate"] * (max(self.scale) / self.top) ** 3
+            gain = 30 * rate * (1 + 2 * 10 / (10 + self.steps))
             if max(self.scale) < self.top:
                 gain *= (60 / (60 + self.steps)) ** 2
-            self.multiplier *= math.exp(min(gain * alignment, 0.6))
+            self.square += max(0.1, 1 / self.steps) * (alignment**2 - self.square)
+            pace = 6 * rate * max(1 - self.steps / 40, 0)
+            strength = max(gain, pace / math.sqrt(self.square) if self.square else 0.0)
+            self.multiplier *= math.exp(min(strength * alignment, 0.6))
         if change.any():
             length = change.square().mean().sqrt().item() / used
             self.multiplier *= self.length / length if self.length else 1.0

@@ -13,6 +13,7 @@ import torch
 
 from library.automagic_cameamp import Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit
 from library.cameamp.context.controller import Law
+from library.cameamp.context.driver import Context
 
 STEPS = 300
 
@@ -115,6 +116,25 @@ def test_it_leaves_the_fall_to_the_schedule(schedule):
         middles = [statistics.median(found[start : start + 10]) for start in range(0, len(found) - 9, 10)]
         assert len(middles) >= 5
         assert all(abs(middle / middles[0] - 1) < 0.1 for middle in middles)
+
+
+def test_small_alignments_take_it_as_far():
+    """Where noise hides the most of them: the multiplier has no shorter way to go there."""
+
+    def noisier(step, grad, generator):
+        grad.add_(3 * torch.randn(grad.shape, generator=generator))
+
+    class Unpaced(Context):
+        law = Law(pace=0.0)
+
+    class Slow(Automagic_CameAMP_COptim):
+        _driver_class = Unpaced
+
+    lengths, losses = descend(spoil=noisier)
+    slow, losses_of_slow = descend(Slow, spoil=noisier)
+    assert lengths[40] > 4 * slow[40]
+    assert losses[100] < 0.95 * losses_of_slow[100]
+    assert losses[-1] < 1.05 * losses_of_slow[-1]
 
 
 def test_noise_alone_does_not_lengthen_the_steps():

@@ -103,6 +103,7 @@ LEFT_OUT: dict[str, Variant] = {
 OTHER_LAWS: dict[str, Variant] = {
     "not frozen by the schedule": Variant(law=Law(freezing=0.0)),
     "without haste": Variant(law=Law(haste=0.0)),
+    "without a pace": Variant(law=Law(pace=0.0)),
     "settling in 120 steps in place of 60": Variant(law=Law(settling=120.0)),
     "not settling while a schedule falls": Variant(law=Law(settling=math.inf)),
     "gain 15 in place of 30": Variant(law=Law(gain=15.0)),

@@ -33,11 +33,29 @@ MOST_GROWTH = 0.6
 EDGE_SHARE = 0.5
 
 
-# After how many steps half of the haste is left.
+# After how many steps half of the haste is left, and nothing of the pace.
 HASTY = 10
+PACED = 40
+
+# The least share of the newest alignment in their mean square.
+_NEWEST = 0.1
 
 # What a schedule's factor, 1 at its top, is above while it does not fall: factors are rounded.
 _TOP = 1 - 1e-6
+
+
+class Pull(NamedTuple):
+    """How strongly the multiplier follows the alignment at one step.
+
+    Attributes:
+        gain: change of its logarithm at an alignment of 1.
+        pace: the least that it changes at an alignment of the root mean square of the recent ones.
+        newest: the share of the newest alignment in their mean square.
+    """
+
+    gain: float
+    pace: float
+    newest: float
 
 
 class Law(NamedTuple):
@@ -61,6 +79,9 @@ class Law(NamedTuple):
             multiplier finds the rate at the top and does not undo the schedule's fall.
         haste: how many times the gain is added to it at first, when the multiplier is far from where it belongs.
         settling: after t steps, below the schedule's top, the square of settling / (settling + t) is left of the gain.
+        pace: the least change of the multiplier's logarithm at first, at an alignment of the root mean square of the
+            recent ones, still to be multiplied by the adaptation rate. What noise leaves of the alignments is small
+            where batches are, and the multiplier then has as far to go.
     """
 
     gain: float = 30.0
@@ -68,6 +89,7 @@ class Law(NamedTuple):
     freezing: float = 3.0
     haste: float = 2.0
     settling: float = 60.0
+    pace: float = 6.0
 
     def gain_at(self, steps: int, schedule: float) -> float:
         """The gain after some steps, where a schedule has a factor of 1 at its top."""
@@ -75,6 +97,12 @@ class Law(NamedTuple):
         if schedule <= _TOP:
             gain *= math.pow(self.settling / (self.settling + steps), 2)
         return gain
+
+    def pull_at(self, steps: int, schedule: float, adaptation_rate: float) -> Pull:
+        """What the multiplier follows by after some steps, where a schedule has a factor of 1 at its top."""
+        pace = self.pace * max(1 - steps / PACED, 0.0) * math.pow(schedule, self.freezing)
+        gain = self.gain_at(steps, schedule)
+        return Pull(adaptation_rate * gain, adaptation_rate * pace, max(_NEWEST, 1 / max(steps, 1)))
 
     def kept_at(self, steps: int) -> float:
         """The share of the course that is kept after some steps."""
@@ -107,12 +135,12 @@ class Deciding(Protocol):
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gain: float,
+        pull: Pull,
         kept: float,
         threshold: float,
         highest: float,
     ) -> None:
-        """As `ContextualOptimizationModule.follow`, of a gain that has all its factors in it."""
+        """As `ContextualOptimizationModule.follow`."""
 
 
 class ContextualOptimizationModule:
@@ -223,7 +251,8 @@ class ContextualOptimizationModule:
         """Update the multiplier, for the next step, by how well this step's gradient agrees with the course.
 
             alignment  = cosine of the course and the scaled gradient
-            multiplier = multiplier * exp(gain * alignment) * length before / length
+            strength   = max(gain, pace / root mean square of recent alignments)
+            multiplier = multiplier * exp(strength * alignment) * length before / length
             course     = kept * course + change / its root mean square
 
         The length is the root mean square of the change, in units of the learning rate that the multiplier gave: what
@@ -238,20 +267,22 @@ class ContextualOptimizationModule:
             kernels: as of `update_context`.
         """
         memory, values = self._memory, self._memory.values
-        gain = self._rate * self._law.gain_at(memory.steps, memory.schedule)
+        pull = self._law.pull_at(memory.steps, memory.schedule, self._rate)
         kept = self._law.kept_at(memory.steps)
         memory.steps += 1
         if self._rate == 0:  # No length to keep to either.
             values["length"] = torch.zeros_like(values["length"])
         if kernels is not None:
-            kernels.follow(memory, scaled_grad, change, gain, kept, self._threshold, self._highest)
+            kernels.follow(memory, scaled_grad, change, pull, kept, self._threshold, self._highest)
             return
         course = memory.sample_like("course", change)
         # Replicas have the same gradients: a mean, because a sum would count each as evidence of its own.
         own = torch.stack([*_products(course, scaled_grad), change.square().mean()])
         *products, mean_square = (own if of_all else distributed.average(own)).unbind()
         alignment = _cosine(products, absent=0.0)
-        growth = (gain * alignment).clamp_max(MOST_GROWTH).exp()
+        square = values["alignment_square"].lerp(alignment.square(), pull.newest)
+        strength = torch.where(square > 0, pull.pace * square.rsqrt(), 0.0).clamp_min(pull.gain)
+        growth = (strength * alignment).clamp_max(MOST_GROWTH).exp()
         growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
         size = mean_square.sqrt()
         length = size / values["lr_history"][-1]
@@ -263,7 +294,7 @@ class ContextualOptimizationModule:
         highest = (self._highest / length).clamp_min(FLOOR)
         values["multiplier"] = (values["multiplier"] * growth * ratio).clamp_min(FLOOR).minimum(highest)
         values["length"] = length
-        values["alignment"] = alignment
+        values["alignment"], values["alignment_square"] = alignment, square
         direction = torch.where(size > 0, change / size, 0.0)
         memory.samples["course"] = course.mul_(kept).add_(direction).bfloat16()
 

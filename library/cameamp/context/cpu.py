@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import distributed
 from . import cpu_kernels
-from .controller import report_of
+from .controller import Pull, report_of
 from .memory import FOLLOWED, HISTORIES, Memory
 
 
@@ -48,7 +48,7 @@ class ContextKernels:
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gain: float,
+        pull: Pull,
         kept: float,
         threshold: float,
         highest: float,
@@ -62,7 +62,8 @@ class ContextKernels:
             _number(values["confidence"]),
             _number(values["length"]),
             _number(values["lr_history"][-1]),
-            gain,
+            _number(values["alignment_square"]),
+            *pull,
             threshold,
             highest,
         )

@@ -277,22 +277,25 @@ def _below(ordered, value, equal_too):
 
 
 @entry
-def follow(products, multiplier, confidence, length, rate, gain, threshold, highest):
+def follow(products, multiplier, confidence, length, rate, square, gain, pace, share, threshold, highest):
     """The multiplier of the next step, by how well the gradient agrees with the course.
 
     Args:
         products: from `compare_samples`.
         multiplier, confidence, length: the memory's.
         rate: the learning rate that the multiplier gave.
-        gain: the law's, with all its factors in it.
+        square: the mean square of alignments.
+        gain, pace, share: as of `controller.Pull`.
         threshold: confidence at which a step is an edge case.
         highest: the multiplier's bound, of steps of length 1.
 
     Returns:
-        The multiplier, the alignment and the length.
+        The multiplier, the alignment, the length and the mean square.
     """
     alignment = _cosine(products, _f(0.0))
-    growth = math.exp(min(gain * alignment, controller.MOST_GROWTH))
+    square += _f(share) * (alignment * alignment - square)
+    strength = max(pace / math.sqrt(square), gain) if square > 0 else gain
+    growth = math.exp(min(strength * alignment, controller.MOST_GROWTH))
     if confidence >= threshold:
         growth = min(growth, 1.0)
     newest = _f(math.sqrt(products[MEAN_SQUARE])) / rate
@@ -300,4 +303,4 @@ def follow(products, multiplier, confidence, length, rate, gain, threshold, high
     ratio = length / newest if known and length > 0 else _f(1.0)
     newest = newest if known else length
     most = max(highest / newest, controller.FLOOR) if newest > 0 else math.inf
-    return _f(min(max(multiplier * growth * ratio, controller.FLOOR), most)), alignment, newest
+    return _f(min(max(multiplier * growth * ratio, controller.FLOOR), most)), alignment, newest, square

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import distributed
 from ..step.kernels.gpu.launching import Launcher, on
 from . import gpu_kernels
+from .controller import Pull
 from .memory import FOLLOWED, HISTORIES, Memory
 
 _SAMPLE_CHUNK, _SAMPLE_WARPS = 4096, 16
@@ -56,7 +57,7 @@ class ContextKernels:
         memory: Memory,
         scaled_grad: Tensor,
         change: Tensor,
-        gain: float,
+        pull: Pull,
         kept: float,
         threshold: float,
         highest: float,
@@ -64,15 +65,15 @@ class ContextKernels:
         """As of `Deciding`."""
         values = memory.values
         found = self._compare(memory, "course", scaled_grad, change, kept, None, None)
-        scalars = torch.empty(3, dtype=torch.float32, device=change.device)
-        names = ("multiplier", "confidence", "length", "lr_history")
+        scalars = torch.empty(len(FOLLOWED), dtype=torch.float32, device=change.device)
+        names = ("multiplier", "confidence", "length", "lr_history", "alignment_square")
         with on(change.device):
             self._launcher.launch(
                 gpu_kernels.follow,
                 1,
                 found,
                 *(values[name] for name in names),
-                gain,
+                *pull,
                 threshold,
                 highest,
                 scalars,

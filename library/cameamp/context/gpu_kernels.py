@@ -276,20 +276,25 @@ def _oscillation(cosines, newest, window, WIDTH: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["window"])
-def follow(found, multiplier, confidence, length, rates, gain, threshold, highest, scalars, window):
+def follow(
+    found, multiplier, confidence, length, rates, square, gain, pace, share, threshold, highest, scalars, window
+):  # fmt: skip
     """The multiplier of the next step, by how well the gradient agrees with the course; as `follow` there.
 
     Args:
         found: from `compare_samples`.
-        multiplier, confidence, length, rates: the memory's.
-        gain: the law's, with all its factors in it.
+        multiplier, confidence, length, rates, square: the memory's; the last is the mean square of alignments.
+        gain, pace, share: as of `controller.Pull`.
         threshold: confidence at which a step is an edge case.
         highest: the multiplier's bound, of steps of length 1.
-        scalars: the multiplier, the alignment and the length, to be filled.
+        scalars: the multiplier, the alignment, the length and the mean square, to be filled.
         window: how many steps are remembered.
     """
     alignment = _cosine(found, 0.0)
-    growth = tl.exp(tl.minimum(gain * alignment, _MOST_GROWTH))
+    mean = tl.load(square)
+    mean += share * (alignment * alignment - mean)
+    strength = tl.maximum(tl.where(mean > 0, pace / tl.sqrt_rn(tl.where(mean > 0, mean, 1.0)), 0.0), gain)
+    growth = tl.exp(tl.minimum(strength * alignment, _MOST_GROWTH))
     growth = tl.where(tl.load(confidence) >= threshold, tl.minimum(growth, 1.0), growth)
     before, rate = tl.load(length), tl.load(rates + window - 1)
     newest = tl.sqrt_rn(tl.load(found + _MEAN_SQUARE)) / rate
@@ -300,3 +305,4 @@ def follow(found, multiplier, confidence, length, rates, gain, threshold, highes
     tl.store(scalars, tl.minimum(tl.maximum(tl.load(multiplier) * growth * ratio, _FLOOR), most))
     tl.store(scalars + 1, alignment)
     tl.store(scalars + 2, newest)
+    tl.store(scalars + 3, mean)

@@ -15,10 +15,12 @@ from ..devices import moved
 HISTORIES = ("loss_history", "gradient_history", "lr_history")
 SAMPLES = ("last_gradient", "course")
 # What kernels find after a step, in their order.
-FOLLOWED = ("multiplier", "alignment", "length")
-_SCALARS = ("confidence", "alignment", "length")
+FOLLOWED = ("multiplier", "alignment", "length", "alignment_square")
+_SCALARS = ("confidence", "alignment", "length", "alignment_square")
 # Numbers, because the learning rates of the groups are: no device has to be asked for them.
 _NUMBERS = ("top", "steps")
+# What contexts did not have at first.
+_ADDED = {"alignment_square"}
 # What contexts had whose multiplier followed another law.
 _OF_AN_OLDER_LAW = ("last_change", "alignment_sum", "alignment_variance")
 
@@ -110,7 +112,7 @@ class Memory:
         self.reset()
         context = saved["c_optim_context"]
         for name in _SCALARS:
-            self.values[name] = context[name].clone()
+            self.values[name] = context[name].clone() if name in context else context["alignment"].square()
         for name in HISTORIES:
             newest = context[name][-self.window :]
             self.values[name][self.window - len(newest) :] = newest
@@ -149,6 +151,8 @@ def check(saved: Mapping[str, Any]) -> None:
     if not isinstance(context, Mapping):
         raise ValueError(f"c_optim_context is {type(context).__name__}, not a dictionary")
     for name in (*HISTORIES, *_SCALARS, *_NUMBERS):
+        if name in _ADDED - context.keys():
+            continue
         value = context.get(name)
         dimensions = 1 if name in HISTORIES else 0
         if not isinstance(value, Tensor) or value.ndim != dimensions or value.dtype != torch.float32:
