@@ -236,8 +236,8 @@ def test_contents():
     assert isinstance(group["contextual_lr_multiplier"], float)
     assert group["edge_case_count"] == 0
     assert set(group["c_optim_context"]) == {
-        "loss_history", "gradient_history", "lr_history", "confidence", "alignment", "alignment_square", "length", "top",
-        "steps", "last_gradient", "course",
+        "loss_history", "gradient_history", "lr_history", "confidence", "alignment", "alignment_square", "length",
+        "top", "steps", "last_gradient", "course",
     }  # fmt: skip
     state = saved["state"][2]
     assert {name for name in state if name.startswith("momentum")} == {
