@@ -42,17 +42,16 @@ def entry(function: _Function) -> _Function:
     return _compiled(function, fastmath=FAST)
 
 
-# Without what Python would need to call them, which takes as long to compile as they themselves; and not kept on disk,
-# since whoever calls them is kept with them in it.
-_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "cache": False}
+# Without what Python would need to call them: that takes as long to compile as they themselves.
+_INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def _compiled(function: _Function, **options: Any) -> _Function:
-    wanted: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": True} | options
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
-        compiled = numba.njit(**wanted)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # There is no folder that a result could be kept in.
-        return numba.njit(**wanted | {"cache": False})(function)  # type: ignore[no-any-return]
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
     with suppress(AttributeError):
         # numba keeps a result until its own file changes; a kernel is also made of the files that it calls.
         compiled._cache._cache_file._source_stamp = _sources()
