@@ -138,17 +138,15 @@ class Stack:
         Args:
             state: the optimizer's state.
             bindings: for each state, how to hold it; the same object as at the last `bind`.
-            thorough: look at every tensor and its address. Else only at the first tensor of each state, with which the
-                others are replaced, and at the addresses of one state of every parameter, and of one parameter for
-                every state: trainers that give states other memory give it to all of a parameter's.
+            thorough: look at the address of every tensor. Else only of one state of every parameter, and of one
+                parameter for every state: trainers that give states other memory give it to all of a parameter's.
         """
         if bindings is not self._bindings or self._bound_on != self.device:
             return False
         own = [state[p] for p in self.params]
         if thorough:
             return all(self._holds(own, key) for key in self._slices)
-        first_keys = [binding.keys[0] for binding in bindings.values()]
-        kept = all(all(map(is_, map(dict.get, own, repeat(key)), self._slices[key])) for key in first_keys)
+        kept = all(all(map(is_, map(dict.get, own, repeat(key)), slices)) for key, slices in self._slices.items())
         return kept and _addresses(self.cut, self._looked_at) == self._expected_at
 
     def bind(self, state: Mapping[Tensor, ParameterState], bindings: Mapping[str, Binding], lr: float) -> None:
