@@ -203,7 +203,8 @@ class ReferenceCOptim(ReferenceCameAMP):
                 gain *= (60 / (60 + self.steps)) ** 2
             self.square += max(0.1, 1 / self.steps) * (alignment**2 - self.square)
             pace = 6 * rate * max(1 - self.steps / 40, 0)
-            strength = max(gain, pace / math.sqrt(self.square) if self.square else 0.0)
+            paced = self.square and (alignment > 0 or used > 1.001e-6)
+            strength = max(gain, pace / math.sqrt(self.square) if paced else 0.0)
             self.multiplier *= math.exp(min(strength * alignment, 0.6))
         if change.any():
             length = change.square().mean().sqrt().item() / used

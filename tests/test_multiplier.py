@@ -153,6 +153,20 @@ def test_noise_alone_does_not_lengthen_the_steps():
     assert statistics.mean(growths) < math.log(1.5)
 
 
+def test_chance_does_not_take_it_far_below_its_start():
+    """The pace counts a typical alignment in full, also where all of them are chance."""
+    lowest = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        p = torch.nn.Parameter(0.1 * torch.randn(64, 128, generator=generator))
+        optimizer = Automagic_CameAMP_COptim([p], warmup_steps=100, full_finetune=True, fused=False)
+        for _ in range(40):
+            p.grad = torch.randn(64, 128, generator=generator)
+            optimizer.step()
+        lowest.append(optimizer.c_optim.compute_contextual_lr_multiplier())
+    assert min(lowest) > 0.5
+
+
 def test_bad_data_does_not_ruin_a_run():
     def noise(step, grad, generator):
         if step % 50 == 10:  # 2 % of the batches

@@ -26,6 +26,10 @@ _Decision = TypeVar("_Decision")
 SAFE_LR = 1e-6
 FLOOR = 1e-9
 
+# The pace takes no rate down but from above this, and so none further than where the multiplier starts. (A thousandth
+# more: the multiplier times a learning rate is rounded.)
+PACED_DOWN_FROM = 1.001 * SAFE_LR
+
 # How far the multiplier may grow in one step, as a logarithm: the law sees what a rate does some steps later.
 MOST_GROWTH = 0.6
 
@@ -256,7 +260,8 @@ class ContextualOptimizationModule:
             course     = kept * course + change / its root mean square
 
         The length is the root mean square of the change, in units of the learning rate that the multiplier gave: what
-        the multiplier finds is thereby the length of the steps, whatever the rules make of their unit. In the course
+        the multiplier finds is thereby the length of the steps, whatever the rules make of their unit. The pace
+        makes the most of chance where there is nothing else, and so it takes no rate below the first. In the course
         all steps count alike: a sum of the changes themselves would not forget the long steps of a rate that was too
         high, and would bring it down for hundreds of steps after them.
 
@@ -281,11 +286,13 @@ class ContextualOptimizationModule:
         *products, mean_square = (own if of_all else distributed.average(own)).unbind()
         alignment = _cosine(products, absent=0.0)
         square = values["alignment_square"].lerp(alignment.square(), pull.newest)
-        strength = torch.where(square > 0, pull.pace * square.rsqrt(), 0.0).clamp_min(pull.gain)
+        rate = values["lr_history"][-1]
+        paced = (square > 0) & ((alignment > 0) | (rate > PACED_DOWN_FROM))
+        strength = torch.where(paced, pull.pace * square.rsqrt(), 0.0).clamp_min(pull.gain)
         growth = (strength * alignment).clamp_max(MOST_GROWTH).exp()
         growth = torch.where(self._is_edge_case(), growth.clamp_max(1.0), growth)
         size = mean_square.sqrt()
-        length = size / values["lr_history"][-1]
+        length = size / rate
         before = values["length"]
         known = (length > 0) & (length < torch.inf)  # and not where the learning rate is 0, as a schedule may begin
         ratio = torch.where(known & (before > 0), before / length, 1.0)

@@ -294,7 +294,8 @@ def follow(products, multiplier, confidence, length, rate, square, gain, pace, s
     """
     alignment = _cosine(products, _f(0.0))
     square += _f(share) * (alignment * alignment - square)
-    strength = max(pace / math.sqrt(square), gain) if square > 0 else gain
+    paced = square > 0 and (alignment > 0 or rate > controller.PACED_DOWN_FROM)
+    strength = max(pace / math.sqrt(square), gain) if paced else gain
     growth = math.exp(min(strength * alignment, controller.MOST_GROWTH))
     if confidence >= threshold:
         growth = min(growth, 1.0)

@@ -27,6 +27,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 _EDGE_SHARE, _FLOOR = tl.constexpr(controller.EDGE_SHARE), tl.constexpr(controller.FLOOR)
 _MOST_GROWTH = tl.constexpr(controller.MOST_GROWTH)
+_PACED_DOWN_FROM = tl.constexpr(controller.PACED_DOWN_FROM)
 _SMALLEST = tl.constexpr(1e-30)
 
 
@@ -293,10 +294,11 @@ def follow(
     alignment = _cosine(found, 0.0)
     mean = tl.load(square)
     mean += share * (alignment * alignment - mean)
-    strength = tl.maximum(tl.where(mean > 0, pace / tl.sqrt_rn(tl.where(mean > 0, mean, 1.0)), 0.0), gain)
+    before, rate = tl.load(length), tl.load(rates + window - 1)
+    paced = (mean > 0) & ((alignment > 0) | (rate > _PACED_DOWN_FROM))
+    strength = tl.maximum(tl.where(paced, pace / tl.sqrt_rn(tl.where(paced, mean, 1.0)), 0.0), gain)
     growth = tl.exp(tl.minimum(strength * alignment, _MOST_GROWTH))
     growth = tl.where(tl.load(confidence) >= threshold, tl.minimum(growth, 1.0), growth)
-    before, rate = tl.load(length), tl.load(rates + window - 1)
     newest = tl.sqrt_rn(tl.load(found + _MEAN_SQUARE)) / rate
     known = (newest > 0) & (newest < float("inf"))
     ratio = tl.where(known & (before > 0), before / tl.where(known, newest, 1.0), 1.0)
