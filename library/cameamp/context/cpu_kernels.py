@@ -6,7 +6,7 @@ import math
 
 import numpy
 
-from ..step.kernels.cpu.jit import as_bits, as_float, entry, exact, halves, jit, plain_floats
+from ..step.kernels.cpu.jit import as_bits, as_float, entry, exact, halves, inlined, jit, plain_floats
 from . import controller, detection
 
 # What is known of two samples, after three numbers that are averaged over ranks with it.
@@ -163,7 +163,7 @@ def _confidence(losses, cosines):
     return _f(math.exp(max(tests, 1) * math.log1p(-least))) if least < _f(1.0) else _f(0.0)
 
 
-@exact
+@inlined
 def _known(window):
     """The entries that are finite, in their order."""
     known = numpy.empty(len(window), dtype=numpy.float32)
@@ -183,7 +183,7 @@ def _p_value(t, freedom):
     return p if p == p else _f(1.0)
 
 
-@exact
+@inlined
 def _spike(losses, known):
     """As `detection.spike`: the newest loss against the median of the others and their median deviation from it."""
     newest = losses[-1]
@@ -208,7 +208,7 @@ def _spike(losses, known):
     return _p_value((last - median) / error, detection.MAD_EFFICIENCY * count)
 
 
-@exact
+@inlined
 def _rising(known):
     """As `detection.rising`: Spearman's rank correlation of the losses with time."""
     count = len(known)
@@ -227,7 +227,7 @@ def _rising(known):
     return _p_value(r * math.sqrt((count - 2) / max(1 - r * r, 1e-7)), count - 2.0)
 
 
-@exact
+@inlined
 def _oscillating(cosines):
     """As `detection.oscillating`: a t-test that the mean of the recent cosines is below 0."""
     total, count = 0.0, 0

@@ -128,12 +128,12 @@ def store_weights(weights, address, kind, start, stream):
         stream: from `noise_stream`.
     """
     if kind == BFLOAT16:
-        _round(weights, start, stream, 8, -118, _LARGEST_BFLOAT16)
+        _round(weights, start, stream, numpy.int32(8), numpy.int32(-118), _LARGEST_BFLOAT16)
         _to_bfloat16(weights, halves(address, start, len(weights)))
     elif kind == FLOAT32:
         put_back(weights, address, start)
     else:
-        _round(weights, start, stream, 11, -13, _LARGEST_FLOAT16)
+        _round(weights, start, stream, numpy.int32(11), numpy.int32(-13), _LARGEST_FLOAT16)
         _to_float16(weights, halves(address, start, len(weights)))
 
 
@@ -142,7 +142,7 @@ def _round(x, start, stream, significand, smallest_exponent, largest):
     """Round x to so many bits, up or down with the probabilities that keep the mean."""
     for i in range(len(x)):
         exponent = numpy.int32((as_bits(x[i]) >> _u(23)) & _u(0xFF)) - numpy.int32(126)
-        last = max(exponent, numpy.int32(smallest_exponent)) - numpy.int32(significand)
+        last = max(exponent, smallest_exponent) - significand
         place = as_float(_u(last + numpy.int32(127)) << _u(23))
         y = numpy.floor(x[i] / place + noise(stream, start + i)) * place
         x[i] = min(max(y, -largest), largest)

@@ -32,6 +32,15 @@ def within(function: _Function) -> _Function:
     return _compiled(function, fastmath=FAST, forceinline=True, **_INNER)
 
 
+def inlined(function: _Function) -> _Function:
+    """Put in place of every call before anything is compiled, with the exactness of the function that calls.
+
+    What a function calls is compiled with it once more: a large one that is called in one place is better a part of the
+    caller. But a loop over arrays stays a function of few of them, so that LLVM can tell that they do not overlap.
+    """
+    return numba.njit(inline="always")(function)  # type: ignore[return-value]
+
+
 def exact(function: _Function) -> _Function:
     """Compile for other kernels what rounds every operation as written, so that it gives the same bits everywhere."""
     return _compiled(function, fastmath=set(), **_INNER)

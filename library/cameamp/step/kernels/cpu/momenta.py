@@ -16,7 +16,7 @@ from ....storage import low_rank, nibbles
 from ..table import FLOAT, FOUR_BITS, LOW_RANK, MOMENTUM, Located, as_records
 from . import eights, loops
 from .codes import noise, noise_stream
-from .jit import exact, floats, jit, signed_bytes
+from .jit import exact, floats, inlined, jit, signed_bytes
 
 _f = numpy.float32
 
@@ -135,7 +135,7 @@ def new_spacings(momenta, unit, numel, rates, sums, square, factor, out):
             out[j] = max(math.sqrt(max(norm, 0.0)), _SMALLEST_NORM) * _SPACING / math.sqrt(numel)
 
 
-@jit
+@inlined
 def drive(
     momenta, factors, unit, numel, rates, shares, spacings, turning_point, sg, start, write, unpacked, room, out
 ):  # fmt: skip
@@ -181,7 +181,7 @@ def drive(
             _add_four_factors(factors[first : first + 4], unit, shares, columns, start, room, out)
 
 
-@jit
+@inlined
 def _add_full(momentum, unit, rate, share, sg, start, write, values, out):
     m = floats(_codes_at(momentum, unit), start, len(sg))
     loops.copy(m, values)
@@ -192,7 +192,7 @@ def _add_full(momentum, unit, rate, share, sg, start, write, values, out):
     loops.add_scaled(values, share, out)
 
 
-@jit
+@inlined
 def _add_four_bits(momentum, unit, numel, rate, share, spacing, turning_point, sg, start, write, unpacked, out):
     """out += share * m of a block; with `write`, the new levels are written."""
     scale = floats(_scale_at(momentum, unit), 0, 1)[0]
@@ -297,7 +297,7 @@ def _codes_of(factor, unit, first, address, start, count):
     return signed_bytes(address + unit * factor.code_step if factor.momentum >= 0 else first, start, count)
 
 
-@jit
+@inlined
 def _add_four_factors(factors, unit, shares, columns, start, room, out):
     """out += the sum of weight * left * right over four factors, of the elements from `start` on."""
     a, b, c, d = factors[0], factors[1], factors[2], factors[3]
@@ -349,7 +349,7 @@ def _to_floats(codes, unit, out):
         out[i] = unit * _f(codes[i])
 
 
-@jit
+@inlined
 def begin_low_rank(momentum, unit, rate, step):
     """What an iteration of one momentum needs before it sees the gradient.
 
@@ -377,7 +377,7 @@ def begin_low_rank(momentum, unit, rate, step):
     return factors, probe, seen
 
 
-@jit
+@inlined
 def probe_gradient(momentum, rate, sg, start, probe, seen):
     """seen += rate * (the gradient's block) probe^T."""
     columns = momentum.folded_columns
@@ -391,7 +391,7 @@ def probe_gradient(momentum, rate, sg, start, probe, seen):
         done += many
 
 
-@jit
+@inlined
 def begin_right(momentum, factors, left):
     """Make `left` orthonormal; returns the right factor that it has with the old product."""
     rows, rank = momentum.folded_rows, momentum.rank
@@ -403,7 +403,7 @@ def begin_right(momentum, factors, left):
     return right
 
 
-@jit
+@inlined
 def project_gradient(momentum, rate, sg, start, left, right):
     """right += rate * left (the gradient's block)."""
     columns = momentum.folded_columns
@@ -417,7 +417,7 @@ def project_gradient(momentum, rate, sg, start, left, right):
         done += many
 
 
-@jit
+@inlined
 def finish_low_rank(momentum, unit, left, right):
     """Write the new factors down."""
     rows, columns, rank = momentum.folded_rows, momentum.folded_columns, momentum.rank
@@ -439,7 +439,7 @@ def _code_factor(factor, codes):
     return step
 
 
-@jit
+@inlined
 def _orthonormalize(x):
     """As `storage.low_rank`: rows that lie in the span of the rows before them become 0."""
     for k in range(len(x)):

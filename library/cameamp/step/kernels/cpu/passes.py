@@ -30,7 +30,18 @@ from .codes import (
     store_state,
     store_weights,
 )
-from .jit import bytes_at, entry, floats, jit, plain_bytes, plain_doubles, plain_floats, plain_numbers, prefetch
+from .jit import (
+    bytes_at,
+    entry,
+    floats,
+    inlined,
+    jit,
+    plain_bytes,
+    plain_doubles,
+    plain_floats,
+    plain_numbers,
+    prefetch,
+)
 from .lanes import LANES
 
 _f = numpy.float32
@@ -95,7 +106,7 @@ def measure(parts, first, last, table, with_deviations, every, found, sample, me
             _note(loops.measure(g), g, row, begin, start, with_deviations, every, found[number], sample)
 
 
-@jit
+@inlined
 def _note(block, g, row, begin, start, with_deviations, every, found, sample):
     """Add what is found of a block, from `start` on, to what is found of a part that begins at `begin`."""
     before, count = start - begin, len(g)
@@ -228,7 +239,7 @@ def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, 
     return loops.Given(g, exp_avg_sq, exp_avg, exp_avg_res, s, sg, drive, each, is_known)
 
 
-@jit
+@inlined
 def _repeat(columns, start, out):
     """A row of one value a column, as many times over as a block has rows, from where the block starts in its row."""
     width = len(columns)
@@ -246,7 +257,7 @@ def _repeat(columns, start, out):
         done += many
 
 
-@jit
+@inlined
 def _fetch_gradient(row, start, end):
     """Begin to fetch what a block's scaled gradient is made of, while another block is worked on."""
     count = min(block_length(row), end - start)
@@ -255,7 +266,7 @@ def _fetch_gradient(row, start, end):
         fetch_state(row.states[_EXP_AVG_SQ], start, count)
 
 
-@jit
+@inlined
 def _fetch_rest(row, start, end):
     """Likewise the weights and the other states."""
     count = min(block_length(row), end - start)
@@ -270,7 +281,7 @@ def _fetch_rest(row, start, end):
 # The passes over a part -----------------------------------------------------------------------------------------
 
 
-@jit
+@inlined
 def sum_scaled(row, own, begin, end, k, sums, kept, rooms):
     """Second pass: the squares of the gradient over the root of the new second moment, and what momenta need.
 
@@ -297,7 +308,7 @@ def sum_scaled(row, own, begin, end, k, sums, kept, rooms):
         start += count
 
 
-@jit
+@inlined
 def measure_ahead(row, own, begin, end, k, sums, rooms):
     """First pass and second in one, so that memory is read once: as if AGR left gradients as they are.
 
@@ -324,7 +335,7 @@ def measure_ahead(row, own, begin, end, k, sums, rooms):
         start += count
 
 
-@jit
+@inlined
 def conclude_scaled(row, own, k, sums, facts, spacings):
     """CAME's bound on the root mean square: the factor of the scaled gradient."""
     square = sums[SQUARE]
@@ -337,7 +348,7 @@ def conclude_scaled(row, own, k, sums, facts, spacings):
         )
 
 
-@jit
+@inlined
 def sum_columns(row, own, low_ranks, begin, end, k, facts, spacings, of_momentum, of_drive, kept, rooms):
     """Early: the squares of each column of the momentum and of its drive."""
     read_only, nowhere = numpy.bool_(False), numpy.int64(0)
@@ -379,7 +390,7 @@ def conclude_columns(of_momentum, of_drive, out):
         out[i] = first * max(_f(math.sqrt(of_drive[i])), _SMALLEST_COLUMN_NORM)
 
 
-@jit
+@inlined
 def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, kept, rooms):
     """Early: what OrthoGrad needs of the update and the weights. Later: how much of the update is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
@@ -399,7 +410,7 @@ def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums,
         start += count
 
 
-@jit
+@inlined
 def conclude_update(row, k, sums, facts):
     """OrthoGrad's two factors: of the weights in what is taken off, and of what is left."""
     facts[SHARE_ALONG], facts[LENGTHENING] = 0.0, 1.0
@@ -411,13 +422,13 @@ def conclude_update(row, k, sums, facts):
     conclude_agreement(row, sums, facts)
 
 
-@jit
+@inlined
 def conclude_agreement(row, sums, facts):
     """Cautious: the factor of the elements that are kept."""
     facts[CAUTIOUS] = row.whole_numel / (sums[AGREEING] + 1.0)
 
 
-@jit
+@inlined
 def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, kept, rooms):
     """Early and cautious: how much of the update without its part along the weights is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
@@ -432,7 +443,7 @@ def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, su
         start += count
 
 
-@jit
+@inlined
 def scale_rows(row, begin, end, softening, out, rooms):
     """ALLoRA: the factor of each row from one on, up to another; some whole rows at a time if they are short."""
     columns = row.columns
@@ -451,7 +462,7 @@ def scale_rows(row, begin, end, softening, out, rooms):
     loops.row_factors(out[begin:end], softening)
 
 
-@jit
+@inlined
 def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factors, unpacked, kept, rooms, signs):
     """The last pass: new states and weights.
 
@@ -516,7 +527,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         start += count
 
 
-@jit
+@inlined
 def _store_signs(row, start, now, unpacked):
     """Write the signs of a block, where several threads share a tensor a byte each."""
     if unpacked != 0:
@@ -531,7 +542,7 @@ def _sample_of(row, every, address):
     return floats(address, row.sample, -(-(row.first + row.numel) // every))
 
 
-@jit
+@inlined
 def _fill_rows(out, start, columns, factors, common):
     """A block filled with the factor of each row, times a common one; it may begin and end within a row."""
     count = len(out)
@@ -570,7 +581,7 @@ def follow_low_rank(row, momentum, unit, rate, k, factor, kept, rooms):
     multiscale.finish_low_rank(momentum, unit, left, right)
 
 
-@jit
+@inlined
 def follow_low_ranks(row, own, unit, k, facts, kept, rooms):
     """Update the momenta of low rank that are due."""
     for j in range(len(own)):
@@ -579,7 +590,7 @@ def follow_low_ranks(row, own, unit, k, facts, kept, rooms):
             follow_low_rank(row, own[j], unit, rate, k, _f(facts[FACTOR]), kept, rooms)
 
 
-@jit
+@inlined
 def follow_rows(row, own, begin, end, k, facts, spacings, products, rooms):
     """What `conclude_scaled` and `follow_low_ranks` do for a tensor, for some rows that are coded by themselves.
 
@@ -757,7 +768,7 @@ def conclude(stage, table, momenta, settings, facts, spacings, sums, columns, no
             _pack(row, own, k, spacings[tensor], unpacked[tensor])
 
 
-@jit
+@inlined
 def _pack(row, own, k, spacings, unpacked):
     """Write down what could not be written part by part."""
     if k.warmup and unpacked[0] != 0:
