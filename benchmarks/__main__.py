@@ -19,6 +19,7 @@ NAMES = (
     "step_profile",
     "storage_time",
     "two_cores",
+    "first_use",
     "kernels",
     "gpu",
     "lora_bytes",
