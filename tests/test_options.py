@@ -22,7 +22,7 @@ def test_the_shipped_file():
     run = parse(["--config_file", str(ROOT / "configs" / "embedded_lora.toml")])
     assert run.options.max_train_steps == 600
     assert run.options.save_state is True
-    assert run.optimizer_config.warmup_steps == 300
+    assert run.optimizer_config.warmup_steps == 75
     assert run.optimizer_config.lr == run.options.learning_rate
 
 

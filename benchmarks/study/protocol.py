@@ -95,10 +95,12 @@ CONTENDERS: dict[str, Contender] = {
     "contextual from 1e-3": _ours(lr=1e-3),
     "contextual, max_lr 1e-2": _ours(max_lr=1e-2),
     "contextual, max_lr 1e-1": _ours(max_lr=1e-1),
+    "contextual, warmup_steps 100": _ours(warmup_steps=100),
     "contextual, warmup_steps 500": _ours(warmup_steps=500),
     "contextual, 2 % of batches are noise": _ours("noise"),
     "contextual, loss tenfold for 20 steps": _ours("tenfold"),
     "base": Contender(PLAIN, {}, (3e-4, 1e-3)),
+    "base at 1e-3, warmup_steps 200": Contender(PLAIN, {"lr": 1e-3, "warmup_steps": 200}),
     **{name: Contender(name, {}, grid) for name, grid in _GRIDS.items() if name != REFERENCE},
     **{f"contextual, {name}": Contender(CONTEXTUAL, variant=variant) for name, variant in VARIANTS.items()},
 }
@@ -227,7 +229,8 @@ def _key(name: str, contender: Contender, case: Case, lr: float | None, seed: in
 def _trained(contender: Contender, case: Case, lr: float | None, seed: int) -> dict[str, Any]:
     options = dict(contender.options)
     if contender.optimizer in FAMILY:
-        options.setdefault("warmup_steps", min(500, case.steps // 2))
+        # As the README advises.
+        options.setdefault("warmup_steps", min(500, case.steps // (8 if contender.optimizer == PLAIN else 2)))
     rate = options.pop("lr", 1e-6) if lr is None else lr
     if contender.optimizer in FAMILY and rate > 1e-3:
         options["max_lr"] = rate
