@@ -288,7 +288,10 @@ def test_options_that_the_host_would_drop_are_told(text, message, tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(("error: unet_lr", f"error: {path}"))
     assert message in done.stderr
-    # Of other optimizers we know nothing.
+
+
+def test_options_of_other_optimizers_are_nothing_that_we_know(tmp_path):
+    path = tmp_path / "run.toml"
     path.write_text('optimizer_type = "AdamW"\nwarmup_steps = 7\nmax_train_steps = 1\n', "utf-8")
     assert run("--config_file", str(path)).returncode == 0
 
