@@ -137,34 +137,28 @@ def test_small_alignments_take_it_as_far():
     assert losses[-1] < 1.05 * losses_of_slow[-1]
 
 
+def on_noise(seed, shape, steps):
+    """The multiplier after each of some steps of independent gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.nn.Parameter(0.1 * torch.randn(shape, generator=generator))
+    optimizer = Automagic_CameAMP_COptim([p], warmup_steps=100, full_finetune=True, fused=False)
+    multipliers = []
+    for _ in range(steps):
+        p.grad = torch.randn(shape, generator=generator)
+        optimizer.step()
+        multipliers.append(optimizer.c_optim.compute_contextual_lr_multiplier())
+    return multipliers
+
+
 def test_noise_alone_does_not_lengthen_the_steps():
     """Where noise hides whether steps are too long, as in batches of one image, longer ones are a risk for nothing."""
-    growths = []
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        p = torch.nn.Parameter(0.1 * torch.randn(128, 128, generator=generator))
-        optimizer = Automagic_CameAMP_COptim([p], warmup_steps=100, full_finetune=True, fused=False)
-        multipliers = []
-        for _ in range(400):
-            p.grad = torch.randn(128, 128, generator=generator)
-            optimizer.step()
-            multipliers.append(optimizer.c_optim.compute_contextual_lr_multiplier())
-        growths.append(math.log(multipliers[-1] / multipliers[100]))
-    assert statistics.mean(growths) < math.log(1.5)
+    runs = [on_noise(seed, (128, 128), 400) for seed in range(3)]
+    assert statistics.mean(math.log(multipliers[-1] / multipliers[100]) for multipliers in runs) < math.log(1.5)
 
 
 def test_chance_does_not_take_it_far_below_its_start():
     """The pace counts a typical alignment in full, also where all of them are chance."""
-    lowest = []
-    for seed in range(6):
-        generator = torch.Generator().manual_seed(seed)
-        p = torch.nn.Parameter(0.1 * torch.randn(64, 128, generator=generator))
-        optimizer = Automagic_CameAMP_COptim([p], warmup_steps=100, full_finetune=True, fused=False)
-        for _ in range(40):
-            p.grad = torch.randn(64, 128, generator=generator)
-            optimizer.step()
-        lowest.append(optimizer.c_optim.compute_contextual_lr_multiplier())
-    assert min(lowest) > 0.5
+    assert min(on_noise(seed, (64, 128), 40)[-1] for seed in range(6)) > 0.5
 
 
 def test_bad_data_does_not_ruin_a_run():
