@@ -22,6 +22,7 @@ from library.cameamp.storage.linear import Linear
 
 numpy = pytest.importorskip("numpy")
 codes = pytest.importorskip("library.cameamp.step.kernels.cpu.codes", reason="needs numba")
+from library.cameamp.step.kernels.cpu import momenta  # noqa: E402
 from library.cameamp.step.kernels.cpu import step as cpu  # noqa: E402
 from library.cameamp.step.kernels.cpu.jit import entry  # noqa: E402
 from library.cameamp.step.kernels.cpu.settings import _maps  # noqa: E402
@@ -56,6 +57,16 @@ def stream_of(position, step):
     return codes.noise_stream(position, step)
 
 
+@entry
+def update_levels(codes, sg, factor, high, kept, share, unit, offset, out):
+    momenta._update_levels(codes, sg, factor, high, kept, share, unit, offset, out)
+
+
+@entry
+def sum_levels(codes, raw, high, sums):
+    momenta._sum_levels(codes, raw, high, sums)
+
+
 def state_of(stored, kind):
     return numpy.array([kind, *(tensor.data_ptr() for tensor in stored.tensors)], dtype=numpy.int64)
 
@@ -70,6 +81,26 @@ def near_midpoints(signed):
     padded = torch.ones(-(-len(values) // 63) * 64).view(-1, 64)
     padded[:, :63].view(-1, 63)[:] = torch.nn.functional.pad(values, (0, -len(values) % 63), value=0.5).view(-1, 63)
     return padded.flatten()
+
+
+@pytest.mark.parametrize("high", [False, True], ids=["low", "high"])
+@pytest.mark.parametrize("count", [225, 64, 15])  # whole sixteens and a rest, no rest, and nothing else
+def test_four_bit_levels_of_a_byte_change_one_at_a_time(count, high):
+    levels = numpy.arange(-7, 8, dtype=numpy.float32)
+    low, upper = (pair.ravel()[:count] for pair in numpy.meshgrid(levels, levels))
+    before = (low + 16 * upper).astype(numpy.int8)
+    sg = numpy.random.default_rng(count).normal(0, 2, count).astype(numpy.float32)
+    sg[:2] = numpy.nan, 1e30
+    own, other = (upper, low) if high else (low, upper)
+    sum_levels(before[2:], sg[2:], numpy.bool_(high), sums := numpy.zeros(2))
+    assert sums == pytest.approx([own[2:] @ sg[2:].astype(float), own[2:] @ own[2:]], rel=1e-6)
+
+    codes, out, half, one = before.copy(), numpy.ones(count, dtype=numpy.float32), *numpy.float32([0.5, 1.0])
+    update_levels(codes, sg, half, numpy.bool_(high), one, half, one, numpy.float32(7.5), out)
+    values = 0.5 * sg + own
+    assert numpy.allclose(out[1:], 1 + 0.5 * values[1:], rtol=1e-6)
+    new = numpy.clip(numpy.floor(numpy.nan_to_num(values, nan=-numpy.inf) + 0.5), -7, 7)
+    assert numpy.array_equal(codes, (new * 16 + other if high else new + 16 * other).astype(numpy.int8))
 
 
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "root"])

@@ -259,9 +259,21 @@ def load(x: Any, i: int) -> Any:
 
 
 @within
+def load_at(address: int, i: int) -> Any:
+    """The same of an array at an address."""
+    return _load(address + 4 * i)
+
+
+@within
 def store(value: Any, x: Any, i: int) -> None:
     """Write sixteen elements of a float32 array."""
     _store(x.ctypes.data + 4 * i, value)
+
+
+@within
+def store_at(value: Any, address: int, i: int) -> None:
+    """The same of an array at an address."""
+    _store(address + 4 * i, value)
 
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
@@ -287,12 +299,12 @@ def _store_truths(typing_context: Any, address: Any, x: Any) -> Any:
 
 
 @within
-def load_truths(x: Any, i: int) -> Any:
-    """Sixteen elements of an array of bytes, each of which is true unless it is 0."""
-    return _load_truths(x.ctypes.data + i)
+def load_truths(address: int, i: int) -> Any:
+    """Sixteen elements of an array of bytes at an address, each of which is true unless it is 0."""
+    return _load_truths(address + i)
 
 
 @within
-def store_truths(truths: Any, x: Any, i: int) -> None:
+def store_truths(truths: Any, address: int, i: int) -> None:
     """Write sixteen bytes, 1 for true and 0 for false."""
-    _store_truths(x.ctypes.data + i, truths)
+    _store_truths(address + i, truths)

@@ -21,9 +21,11 @@ from .lanes import (
     larger,
     largest_of,
     load,
+    load_at,
     load_truths,
     magnitude,
     store,
+    store_at,
     store_truths,
     sum_of,
     zeros,
@@ -196,10 +198,10 @@ class Given(NamedTuple):
     Attributes:
         g: the gradient.
         exp_avg_sq, exp_avg, exp_avg_res, s: the states.
-        sg: the scaled gradient, if it is known already.
-        drive: what drives the momentum where there is a gradient, likewise.
+        sg: the scaled gradient, if it is known already, as if its factor were 1.
+        drive: what drives the momentum where there is a gradient, if that is not the scaled gradient.
         norms: early, of each element's column.
-        is_known: whether both are known.
+        is_known, is_driven: whether there are these two.
     """
 
     g: Any
@@ -211,6 +213,7 @@ class Given(NamedTuple):
     drive: Any
     norms: Any
     is_known: bool
+    is_driven: bool
 
 
 @within
@@ -218,13 +221,11 @@ def _updated(given, i, scaling, how):
     """The scaled gradient and the update, and the new states that lead to it."""
     grad = _gradient(given.g, i, scaling)
     exp_avg_sq = _moment(grad, given.exp_avg_sq, i, scaling)
-    if given.is_known:
-        sg = load(given.sg, i)
+    sg = scaling.factor * load(given.sg, i) if given.is_known else _scaled(grad, exp_avg_sq, scaling)
+    drive = sg
+    if given.is_driven:
         # What never had a gradient must not drift.
         drive = choose(magnitude(sg) > _f(0.0), load(given.drive, i), _f(0.0))
-    else:
-        sg = _scaled(grad, exp_avg_sq, scaling)
-        drive = sg
     exp_avg = load(given.exp_avg, i)
     s = exp_avg
     if how.early:
@@ -266,6 +267,52 @@ def count_agreement(given, p, scaling, how, along, lengthening):
     return sum_of(count)
 
 
+class Advanced(NamedTuple):
+    """What the update of a block is summed to: `products`, and how many of its elements agree with the gradient."""
+
+    up: float
+    pp: float
+    uu: float
+    agreeing: float
+
+
+@within
+def advance(given, p, scaling, how, update, ahead):
+    """Update the states of a block that lead to its update, and write that down; `ahead` as of `take_step`."""
+    up, pp, uu, agreeing = double_zeros(), double_zeros(), double_zeros(), zeros()
+    for i in range(0, len(p), LANES):
+        if ahead:
+            fetch(given.exp_avg, i + ahead)
+            fetch(given.exp_avg_res, i + ahead)
+            fetch(p, i + ahead)
+        grad, _, u, exp_avg_sq, exp_avg, exp_avg_res, s = _updated(given, i, scaling, how)
+        if scaling.came:
+            store(exp_avg_sq, given.exp_avg_sq, i)
+        store(exp_avg, given.exp_avg, i)
+        store(exp_avg_res, given.exp_avg_res, i)
+        if how.early:
+            store(s, given.s, i)
+        store(u, update, i)
+        if how.early:
+            wide_u, wide_p = doubled(u), doubled(load(p, i))
+            up = up + wide_u * wide_p
+            pp = pp + wide_p * wide_p
+            uu = uu + wide_u * wide_u
+        else:
+            agreeing = agreeing + choose(rules.agrees(u, grad), _f(1.0), _f(0.0))
+    return Advanced(sum_of(up), sum_of(pp), sum_of(uu), sum_of(agreeing))
+
+
+@jit
+def count_agreeing(g, p, update, scaling, along, lengthening):
+    """As `count_agreement`, of an update that is written down."""
+    count = zeros()
+    for i in range(0, len(p), LANES):
+        u = rules.across(load(update, i), load(p, i), along, lengthening)
+        count = count + choose(rules.agrees(u, _gradient(g, i, scaling)), _f(1.0), _f(0.0))
+    return sum_of(count)
+
+
 # The step -------------------------------------------------------------------------------------------------------
 
 
@@ -296,21 +343,56 @@ class Moving(NamedTuple):
     is_watched: bool
 
 
-@jit
-def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, change_seen, ahead):
+class Places(NamedTuple):
+    """Addresses of what is moved with the weights. Arrays would be counted by numba wherever a function takes them.
+
+    Attributes:
+        p, lr_mask: of the weights and the mask.
+        now: of bytes that are filled with the signs of the gradient, if the mask is adjusted.
+        before: of those of the step before.
+        rates: of factors of the mask, which become what is taken off the weights if somebody watches.
+    """
+
+    p: int
+    lr_mask: int
+    now: int
+    before: int
+    rates: int
+
+
+@within
+def _move(u, grad, places, i, moving):
+    """Adjust the mask, and take an update off the weights."""
+    mask, weights = load_at(places.lr_mask, i), load_at(places.p, i)
+    if moving.warmup:
+        signs = grad > _f(0.0)
+        store_truths(signs, places.now, i)
+        if moving.has_polarity:
+            agrees = alike(signs, load_truths(places.before, i))
+            mask = rules.bumped(mask, agrees, moving.bump, moving.low, moving.high)
+            store_at(mask, places.lr_mask, i)
+    u = rules.across(u, weights, moving.along, moving.lengthening)
+    if moving.is_cautious:
+        u = choose(rules.agrees(u, grad), moving.kept * u, _f(0.0))
+    rate = mask * moving.multiplier * load_at(places.rates, i)
+    change = rate * (u + moving.decay * weights)
+    store_at(weights - change, places.p, i)
+    if moving.is_watched:
+        store_at(change, places.rates, i)
+
+
+@within
+def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, ahead):
     """Update the states, the mask and the weights of a block.
 
     Args:
-        p, lr_mask: the weights and the mask; updated, as are the states in `given`.
-        now: filled with the signs of the gradient, if the mask is adjusted.
-        given, scaling, how: as of `_updated`.
-        before: signs of the step before.
-        rates: factors of the mask.
+        p, lr_mask, now, before, rates: see `Places`.
+        given, scaling, how: as of `_updated`. The states are updated, and `given.sg`, unless it is known, is filled
+            with the scaled gradient if somebody watches.
         moving: how the weights move.
-        change_seen: filled with what is taken off the weights if somebody watches, and `given.sg`, unless it is known,
-            with the scaled gradient.
         ahead: how many elements ahead of their use states and weights are fetched from memory; 0 for not at all.
     """
+    places = Places(p.ctypes.data, lr_mask.ctypes.data, now.ctypes.data, before.ctypes.data, rates.ctypes.data)
     for i in range(0, len(p), LANES):
         if ahead:
             fetch(given.exp_avg, i + ahead)
@@ -324,24 +406,19 @@ def take_step(p, lr_mask, now, given, before, rates, scaling, how, moving, chang
         store(exp_avg_res, given.exp_avg_res, i)
         if how.early:
             store(s, given.s, i)
-        mask, weights = load(lr_mask, i), load(p, i)
-        if moving.warmup:
-            signs = grad > _f(0.0)
-            store_truths(signs, now, i)
-            if moving.has_polarity:
-                agrees = alike(signs, load_truths(before, i))
-                mask = rules.bumped(mask, agrees, moving.bump, moving.low, moving.high)
-                store(mask, lr_mask, i)
-        u = rules.across(u, weights, moving.along, moving.lengthening)
-        if moving.is_cautious:
-            u = choose(rules.agrees(u, sg), moving.kept * u, _f(0.0))
-        rate = mask * moving.multiplier * load(rates, i)
-        change = rate * (u + moving.decay * weights)
-        store(weights - change, p, i)
-        if moving.is_watched:
-            if not given.is_known:
-                store(sg, given.sg, i)
-            store(change, change_seen, i)
+        if moving.is_watched and not given.is_known:
+            store(sg, given.sg, i)
+        _move(u, grad, places, i, moving)
+
+
+@within
+def move(p, lr_mask, now, g, update, before, rates, scaling, moving, ahead):
+    """The rest of `take_step`, of an update that `advance` has written down."""
+    places = Places(p.ctypes.data, lr_mask.ctypes.data, now.ctypes.data, before.ctypes.data, rates.ctypes.data)
+    for i in range(0, len(p), LANES):
+        if ahead:
+            fetch(lr_mask, i + ahead)
+        _move(load(update, i), _gradient(g, i, scaling), places, i, moving)
 
 
 @jit
@@ -450,10 +527,10 @@ def keep_where_gradient(x, sg):
 
 
 @jit
-def sample(x, start, every, out):
-    """Every n-th element of a tensor, of which x is the part from `start` on."""
+def sample(x, factor, start, every, out):
+    """Every n-th element of a tensor, of which factor * x is the part from `start` on."""
     for place in range(-(-start // every), -(-(start + len(x)) // every)):
-        out[place] = x[place * every - start]
+        out[place] = factor * x[place * every - start]
 
 
 @jit

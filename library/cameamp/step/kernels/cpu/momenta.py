@@ -17,10 +17,14 @@ from ..table import FLOAT, FOUR_BITS, LOW_RANK, MOMENTUM, Located, as_records
 from . import eights, loops
 from .codes import noise, noise_stream
 from .jit import exact, floats, inlined, jit, signed_bytes
+from .lanes import LANES, larger, load, smaller, store, sum_of, zeros
+from .levels import read_levels, write_levels
 
 _f = numpy.float32
 
 _LARGEST_LEVEL = _f(nibbles.LARGEST)
+# Within the last of the places that levels are numbered by, from 0 on.
+_LAST_PLACE = _f(2 * nibbles.LARGEST + 0.5)
 _BASE = nibbles.BASE
 _SPACING = nibbles.SPACING
 _SMALLEST_NORM = nibbles.SMALLEST_NORM
@@ -116,8 +120,14 @@ def sum_products(momenta, unit, numel, rates, raw, start, sums):
 
 @jit
 def _sum_levels(codes, raw, high, sums):
-    product, square = _f(0.0), _f(0.0)
-    for i in range(len(raw)):
+    whole = len(raw) // LANES * LANES
+    products, squares = zeros(), zeros()
+    for i in range(0, whole, LANES):
+        levels = read_levels(codes, i, high)
+        products = products + load(raw, i) * levels
+        squares = squares + levels * levels
+    product, square = sum_of(products), sum_of(squares)
+    for i in range(whole, len(raw)):
         level = _f(_level_in(codes[i], high))
         product += raw[i] * level
         square += level * level
@@ -137,7 +147,7 @@ def new_spacings(momenta, unit, numel, rates, sums, square, factor, out):
 
 @inlined
 def drive(
-    momenta, factors, unit, numel, rates, shares, spacings, turning_point, sg, start, write, unpacked, room, out
+    momenta, factors, unit, numel, rates, shares, spacings, turning_point, sg, factor, start, write, unpacked, room, out
 ):  # fmt: skip
     """The weighted mean of the momenta, which drives in place of sg where there is a gradient.
 
@@ -151,7 +161,8 @@ def drive(
         rates, shares: of each momentum at this step; see `techniques.multiscale.Scale`.
         spacings: from `new_spacings`.
         turning_point: of the rounding to levels.
-        sg: the block's scaled gradient.
+        sg: the block's scaled gradient, as if its factor were 1.
+        factor: its factor.
         start: its first element, of the unit.
         unpacked: where new levels go, a byte an element of each four-bit momentum, if several threads share the tensor;
             else 0.
@@ -166,12 +177,13 @@ def drive(
             continue
         kind = momenta[j].kind
         if kind == FLOAT:
-            _add_full(momenta[j], unit, rates[j], shares[j], sg, start, write, room[: len(sg)], out)
+            _add_full(momenta[j], unit, rates[j], shares[j], sg, factor, start, write, room[: len(sg)], out)
         elif kind == FOUR_BITS:
             spacing = _f(spacings[j])
             _add_four_bits(
-                momenta[j], unit, numel, rates[j], shares[j], spacing, turning_point, sg, start, write, levels, out
-            )
+                momenta[j], unit, numel, rates[j], shares[j], spacing, turning_point, sg, factor, start, write, levels,
+                out,
+            )  # fmt: skip
             if levels != 0 and rates[j] != 0:
                 levels += numel
         else:
@@ -182,18 +194,20 @@ def drive(
 
 
 @inlined
-def _add_full(momentum, unit, rate, share, sg, start, write, values, out):
+def _add_full(momentum, unit, rate, share, sg, factor, start, write, values, out):
     m = floats(_codes_at(momentum, unit), start, len(sg))
     loops.copy(m, values)
     loops.scale(values, _f(1.0) - rate)
-    loops.add_scaled(sg, rate, values)
+    loops.add_scaled(sg, rate * factor, values)
     if write and rate != 0:
         loops.copy(values, m)
     loops.add_scaled(values, share, out)
 
 
 @inlined
-def _add_four_bits(momentum, unit, numel, rate, share, spacing, turning_point, sg, start, write, unpacked, out):
+def _add_four_bits(
+    momentum, unit, numel, rate, share, spacing, turning_point, sg, factor, start, write, unpacked, out
+):  # fmt: skip
     """out += share * m of a block; with `write`, the new levels are written."""
     scale = floats(_scale_at(momentum, unit), 0, 1)[0]
     offset = _LARGEST_LEVEL + _f(1.0) - turning_point
@@ -208,12 +222,12 @@ def _add_four_bits(momentum, unit, numel, rate, share, spacing, turning_point, s
         kept = (_f(1.0) - rate) / rate * scale
         if write and unpacked == 0:
             inverse = _f(1.0) / spacing
-            _update_levels(codes, sg[first:end], high, kept, rate * share, inverse, offset, out[first:end])
+            _update_levels(codes, sg[first:end], factor, high, kept, rate * share, inverse, offset, out[first:end])
             continue
         if write:
             levels = signed_bytes(unpacked, start + first, end - first)
-            _quantize(codes, sg[first:end], high, kept, _f(1.0) / spacing, offset, levels)
-        _add_moved(codes, sg[first:end], high, kept, rate * share, out[first:end])
+            _quantize(codes, sg[first:end], factor, high, kept, _f(1.0) / spacing, offset, levels)
+        _add_moved(codes, sg[first:end], factor, high, kept, rate * share, out[first:end])
 
 
 @jit
@@ -223,37 +237,43 @@ def _add_levels(codes, high, share, out):
 
 
 @jit
-def _add_moved(codes, sg, high, kept, share, out):
+def _add_moved(codes, sg, factor, high, kept, share, out):
     for i in range(len(sg)):
-        out[i] += share * (sg[i] + kept * _f(_level_in(codes[i], high)))
+        out[i] += share * (factor * sg[i] + kept * _f(_level_in(codes[i], high)))
 
 
 @jit
-def _update_levels(codes, sg, high, kept, share, unit, offset, out):
-    for i in range(len(sg)):
-        value = sg[i] + kept * _f(_level_in(codes[i], high))
+def _update_levels(codes, sg, factor, high, kept, share, unit, offset, out):
+    whole = len(sg) // LANES * LANES
+    for i in range(0, whole, LANES):
+        values = factor * load(sg, i) + kept * read_levels(codes, i, high)
+        store(load(out, i) + share * values, out, i)
+        write_levels(smaller(larger(values * unit + offset, _f(0.0)), _LAST_PLACE), codes, i, high)
+    for i in range(whole, len(sg)):
+        value = factor * sg[i] + kept * _f(_level_in(codes[i], high))
         out[i] += share * value
         level, other = _level(value, unit, offset), _level_in(codes[i], not high)
         codes[i] = numpy.int8(other + _BASE * level if high else level + _BASE * other)
 
 
 @jit
-def _quantize(codes, sg, high, kept, unit, offset, levels):
+def _quantize(codes, sg, factor, high, kept, unit, offset, levels):
     for i in range(len(sg)):
-        levels[i] = numpy.int8(_level(sg[i] + kept * _f(_level_in(codes[i], high)), unit, offset))
+        levels[i] = numpy.int8(_level(factor * sg[i] + kept * _f(_level_in(codes[i], high)), unit, offset))
 
 
 @jit
 def _level_in(code, high):
     """One of the two levels in a byte."""
-    of_high = (numpy.int32(code) + numpy.int32(8)) >> numpy.int32(4)
-    return of_high if high else numpy.int32(code) - numpy.int32(_BASE) * of_high
+    # numba makes the sum of two int32 an int64, in which a loop takes half as many elements at a time.
+    of_high = numpy.int32(numpy.int32(numpy.int32(code) + numpy.int32(8)) >> numpy.int32(4))
+    return of_high if high else numpy.int32(numpy.int32(code) - numpy.int32(_BASE) * of_high)
 
 
 @jit
 def _level(value, unit, offset):
     """The level of a value: at the turning point between two, rounding turns from down to up."""
-    level = min(max(value * unit + offset, _f(0.0)), _f(2.0) * _LARGEST_LEVEL + _f(0.5))
+    level = min(max(value * unit + offset, _f(0.0)), _LAST_PLACE)
     return numpy.int32(level) - numpy.int32(_LARGEST_LEVEL)
 
 

@@ -1,8 +1,9 @@
-"""The passes of a step over parts of tensors. Every pass but the last only reads; the last one writes.
+"""The passes of a step over parts of tensors. Of tensors that are cut, every pass but the last one only reads.
 
 What a pass sums over a tensor goes to `sums`, a row for each part of it, and is added up in their order, so that a
 result does not depend on how many threads there are. What follows from the sums goes to `facts`, a row for each
-tensor. The states are read, and decoded, anew in each pass: that is cheaper than to keep what lies in between.
+tensor. The states of such tensors are read, and decoded, anew in each pass: that is cheaper than to keep what lies in
+between. A tensor that one thread steps is small enough to keep its scaled gradient, and its update after that.
 
 Of a shard, the sums of all processes are added up before anything is concluded from them.
 """
@@ -57,7 +58,7 @@ _POLARITY = STATE_NUMBERS["last_polarity"]
 SHORT = 4096
 
 # Such arrays: decoded states have the numbers of `table.STATE_NUMBERS`; then follow others.
-G, SG, DRIVE, NORMS, RATES, WEIGHTS_ROOM, CHANGE, ROOMS = range(len(STATE_NUMBERS), len(STATE_NUMBERS) + 8)
+G, SG, DRIVE, NORMS, RATES, WEIGHTS_ROOM, ROOMS = range(len(STATE_NUMBERS), len(STATE_NUMBERS) + 7)
 
 # How many elements ahead states and weights are fetched from memory that are read where they are.
 FETCHED_AHEAD = 512
@@ -185,18 +186,16 @@ def _scaled_gradient(row, k, start, count, factor, out, rooms):
 
 
 @jit
-def _known_gradient(row, k, start, count, factor, kept, rooms):
-    """The scaled gradient of a block, from `kept` if it is there; see `sum_scaled`."""
+def _known_gradient(row, k, start, count, kept, rooms):
+    """The scaled gradient of a block, as if its factor were 1; from `kept` if it is there, see `sum_scaled`."""
     if kept != 0:
         return floats(kept, start, count)
-    return _scaled_gradient(row, k, start, count, factor, rooms[SG], rooms)[0]
+    return _scaled_gradient(row, k, start, count, _f(1.0), rooms[SG], rooms)[0]
 
 
 @jit
-def _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms):
-    """What drives the momentum."""
-    if not k.driven:
-        return sg
+def _drive(row, own, low_ranks, k, factor, spacings, sg, start, write, unpacked, rooms):
+    """The weighted mean of the momenta, which drives in place of the scaled gradient, factor * sg."""
     drive = rooms[DRIVE, : len(sg)]
     rates, shares = floats(k.rates, 0, len(own)), floats(k.shares, 0, len(own))
     length = unit_length(row)
@@ -205,8 +204,8 @@ def _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms):
         unit, place = (start + done) // length, (start + done) % length
         many = min(length - place, len(sg) - done)
         multiscale.drive(
-            own, low_ranks, unit, length, rates, shares, spacings[unit], k.turning_point, sg[done : done + many], place,
-            write, unpacked, rooms[RATES], drive[done : done + many],
+            own, low_ranks, unit, length, rates, shares, spacings[unit], k.turning_point, sg[done : done + many],
+            factor, place, write, unpacked, rooms[RATES], drive[done : done + many],
         )  # fmt: skip
         done += many
     return drive
@@ -218,10 +217,10 @@ def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, 
     is_known = k.driven or kept != 0
     sg = rooms[SG, :count]
     if is_known:
-        sg = _known_gradient(row, k, start, count, _f(facts[FACTOR]), kept, rooms)
+        sg = _known_gradient(row, k, start, count, kept, rooms)
     drive = sg
     if k.driven:
-        drive = _drive(row, own, low_ranks, k, spacings, sg, start, write, unpacked, rooms)
+        drive = _drive(row, own, low_ranks, k, _f(facts[FACTOR]), spacings, sg, start, write, unpacked, rooms)
         fill_up(rooms[DRIVE], count)
     g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
     states = row.states
@@ -236,7 +235,7 @@ def _given(row, own, low_ranks, k, facts, spacings, norms, start, count, write, 
             last = count // LANES * LANES
             loops.fill(rooms[NORMS, last : last + LANES], _f(1.0))  # They are divided by.
         _repeat(norms, start, each)
-    return loops.Given(g, exp_avg_sq, exp_avg, exp_avg_res, s, sg, drive, each, is_known)
+    return loops.Given(g, exp_avg_sq, exp_avg, exp_avg_res, s, sg, drive, each, is_known, k.driven)
 
 
 @inlined
@@ -351,18 +350,21 @@ def conclude_scaled(row, own, k, sums, facts, spacings):
 @inlined
 def sum_columns(row, own, low_ranks, begin, end, k, facts, spacings, of_momentum, of_drive, kept, rooms):
     """Early: the squares of each column of the momentum and of its drive."""
-    read_only, nowhere = numpy.bool_(False), numpy.int64(0)
+    read_only, nowhere, factor = numpy.bool_(False), numpy.int64(0), _f(facts[FACTOR])
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        sg = _known_gradient(row, k, start, count, _f(facts[FACTOR]), kept, rooms)
-        drive = _drive(row, own, low_ranks, k, spacings, sg, start, read_only, nowhere, rooms)
+        sg = _known_gradient(row, k, start, count, kept, rooms)
+        drive = sg
         if k.driven:
+            drive = _drive(row, own, low_ranks, k, factor, spacings, sg, start, read_only, nowhere, rooms)
             loops.keep_where_gradient(drive, sg)
         exp_avg = load_state(row.states[_EXP_AVG], row.block, start, count, k.maps, rooms[_EXP_AVG])
         _add_to_columns(exp_avg, start, of_momentum)
         _add_to_columns(drive, start, of_drive)
         start += count
+    if not k.driven and factor != 1:
+        loops.scale(of_drive, factor * factor)
 
 
 @jit
@@ -411,6 +413,43 @@ def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums,
 
 
 @inlined
+def advance(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, kept, rooms):
+    """`sum_update` of a whole tensor, with all new states written but the mask; `kept` becomes the update."""
+    stream = numpy.uint32(noise_stream(row.position, k.step) + numpy.uint32(row.first))
+    scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
+    writes, nowhere = numpy.bool_(True), numpy.int64(0)
+    ahead = FETCHED_AHEAD if row.block == 0 else 0
+    start = begin
+    while start < end:
+        count = next_count(row, start, end)
+        if row.block != 0:
+            _fetch_rest(row, start + count, end)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, writes, nowhere, kept, rooms)
+        if k.every:
+            _show_gradient(row, k, given.sg, scaling.factor, start)
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
+        found = loops.advance(given, p, scaling, following, given.sg, ahead)
+        _store_advanced(row, k, given, start, stream)
+        sums[ALONG] += found.up
+        sums[WEIGHTS] += found.pp
+        sums[UPDATE] += found.uu
+        sums[AGREEING] += found.agreeing
+        start += count
+
+
+@jit
+def _store_advanced(row, k, given, start, stream):
+    """Write down the new states of a block that lead to its update."""
+    states = row.states
+    if k.came:
+        store_state(given.exp_avg_sq, states[_EXP_AVG_SQ], row.block, start, k.maps, stream)
+    store_state(given.exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
+    store_state(given.exp_avg_res, states[_EXP_AVG_RES], row.block, start, k.maps, stream)
+    if k.early:
+        store_state(given.s, states[_S], row.block, start, k.maps, stream)
+
+
+@inlined
 def conclude_update(row, k, sums, facts):
     """OrthoGrad's two factors: of the weights in what is taken off, and of what is left."""
     facts[SHARE_ALONG], facts[LENGTHENING] = 0.0, 1.0
@@ -440,6 +479,19 @@ def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, su
         given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, kept, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         sums[AGREEING] += loops.count_agreement(given, p, scaling, following, along, lengthening)
+        start += count
+
+
+@inlined
+def count_agreeing(row, end, k, facts, sums, kept, rooms):
+    """`sum_agreement` of a whole tensor, whose update `advance` has left in `kept`."""
+    scaling, along, lengthening = _scaling(k, _f(1.0)), _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING])
+    start = numpy.int64(0)
+    while start < end:
+        count = next_count(row, start, end)
+        g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
+        p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
+        sums[AGREEING] += loops.count_agreeing(g, p, floats(kept, start, count), scaling, along, lengthening)
         start += count
 
 
@@ -477,7 +529,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         row_factors: ALLoRA's, of each row.
         unpacked: addresses of a byte an element for signs, and for levels of momenta; 0 if one thread has all that is
             packed together.
-        kept: the address of the scaled gradient, if `sum_scaled` has kept it.
+        kept: the address of the scaled gradient, if `sum_scaled` has kept it; or of the update, if `advance` has.
         rooms: memory for blocks.
         signs: memory for the bytes of two blocks.
     """
@@ -485,6 +537,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
     states = row.states
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     decay = k.weight_decay * _f(facts[STRENGTH]) if k.decays else _f(0.0)
+    is_advanced, writes = _is_advanced(k, kept), numpy.bool_(True)
     moving = loops.Moving(
         _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING]), k.cautious, _f(facts[CAUTIOUS]), decay, k.warmup,
         k.has_polarity, k.lr_bump, k.min_lr, k.max_lr, k.multiplier, k.every != 0,
@@ -493,38 +546,56 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        if row.block != 0:
+        if row.block != 0 and not is_advanced:
             _fetch_rest(row, start + count, end)
-        given = _given(
-            row, own, low_ranks, k, facts, spacings, norms, start, count, numpy.bool_(True), unpacked[1], kept, rooms
-        )
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         mask = load_state(states[_MASK], row.block, start, count, k.maps, rooms[_MASK])
         now, before = signs[0][:count], signs[1][:count]
         if k.warmup and k.has_polarity:
             before = load_signs(states[_POLARITY], unit_length(row), start, count, signs[1])
         rates = rooms[RATES, :count]
-        if k.row_scaled:
-            _fill_rows(rates, start, row.columns, row_factors, k.scheduler)
+        if is_advanced:
+            _fill_rates(rates, row, k, start, row_factors)
+            g, update = load_floats(row.grad, row.grad_kind, start, count, rooms[G]), floats(kept, start, count)
+            loops.move(p, mask, now, g, update, before, rates, scaling, moving, ahead)
         else:
-            loops.fill(rates, k.scheduler)
-        change = rooms[CHANGE]
-        loops.take_step(p, mask, now, given, before, rates, scaling, following, moving, change, ahead)
-        if k.came:
-            store_state(given.exp_avg_sq, states[_EXP_AVG_SQ], row.block, start, k.maps, stream)
-        store_state(given.exp_avg, states[_EXP_AVG], row.block, start, k.maps, stream)
-        store_state(given.exp_avg_res, states[_EXP_AVG_RES], row.block, start, k.maps, stream)
-        if k.early:
-            store_state(given.s, states[_S], row.block, start, k.maps, stream)
+            given = _given(
+                row, own, low_ranks, k, facts, spacings, norms, start, count, writes, unpacked[1], kept, rooms
+            )
+            _fill_rates(rates, row, k, start, row_factors)  # Not before: the momenta use this memory.
+            loops.take_step(p, mask, now, given, before, rates, scaling, following, moving, ahead)
+            _store_advanced(row, k, given, start, stream)
+            if k.every:
+                _show_gradient(row, k, given.sg, scaling.factor if given.is_known else _f(1.0), start)
         if k.every:
-            loops.sample(given.sg, row.first + start, k.every, _sample_of(row, k.every, k.grad_sample))
-            loops.sample(change[:count], row.first + start, k.every, _sample_of(row, k.every, k.change_sample))
+            loops.sample(rates, _f(1.0), row.first + start, k.every, _sample_of(row, k.every, k.change_sample))
         store_weights(p, row.weight, row.weight_kind, start, stream)
         if k.warmup:
             _store_signs(row, start, now, unpacked[0])
             if k.has_polarity:
                 store_state(mask, states[_MASK], row.block, start, k.maps, stream)
         start += count
+
+
+@jit
+def _is_advanced(k, kept):
+    """Whether `kept` is the update, and the states that lead to it are written."""
+    return kept != 0 and (k.early or k.cautious)
+
+
+@jit
+def _show_gradient(row, k, sg, factor, start):
+    """Give the context what it sees of a block's scaled gradient, factor * sg."""
+    loops.sample(sg, factor, row.first + start, k.every, _sample_of(row, k.every, k.grad_sample))
+
+
+@inlined
+def _fill_rates(rates, row, k, start, row_factors):
+    """A block filled with what the mask of each element is multiplied by."""
+    if k.row_scaled:
+        _fill_rows(rates, start, row.columns, row_factors, k.scheduler)
+    else:
+        loops.fill(rates, k.scheduler)
 
 
 @inlined
@@ -568,15 +639,15 @@ def follow_low_rank(row, momentum, unit, rate, k, factor, kept, rooms):
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        sg = _known_gradient(row, k, start, count, factor, kept, rooms)
-        multiscale.probe_gradient(momentum, rate, sg, start - begin, probe, left)
+        sg = _known_gradient(row, k, start, count, kept, rooms)
+        multiscale.probe_gradient(momentum, rate * factor, sg, start - begin, probe, left)
         start += count
     right = multiscale.begin_right(momentum, factors, left)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        sg = _known_gradient(row, k, start, count, factor, kept, rooms)
-        multiscale.project_gradient(momentum, rate, sg, start - begin, left, right)
+        sg = _known_gradient(row, k, start, count, kept, rooms)
+        multiscale.project_gradient(momentum, rate * factor, sg, start - begin, left, right)
         start += count
     multiscale.finish_low_rank(momentum, unit, left, right)
 
@@ -646,8 +717,6 @@ def step_whole(
         loops.fill(sums, 0.0)
         sum_scaled(row, own, begin, end, k, sums, kept, rooms)
         conclude_scaled(row, own, k, sums, its_facts, its_spacings)
-        if is_kept and its_facts[FACTOR] != 1.0:
-            loops.scale(scaled[: row.numel], _f(its_facts[FACTOR]))
         if k.driven:
             follow_low_ranks(row, own, begin, k, its_facts, kept, rooms)
         norms, of_drive = widths[: row.columns], widths[row.columns : 2 * row.columns]
@@ -656,11 +725,11 @@ def step_whole(
             loops.fill(of_drive, _f(0.0))
             sum_columns(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, of_drive, kept, rooms)
             conclude_columns(norms, of_drive, norms)
-        if k.early or k.cautious:
-            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, kept, rooms)
+        if _is_advanced(k, kept):
+            advance(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, kept, rooms)
             conclude_update(row, k, sums, its_facts)
             if k.early and k.cautious:
-                sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, norms, sums, kept, rooms)
+                count_agreeing(row, end, k, its_facts, sums, kept, rooms)
                 conclude_agreement(row, sums, its_facts)
         row_factors = widths[2 * row.columns : 2 * row.columns + row.rows]
         if k.row_scaled:
