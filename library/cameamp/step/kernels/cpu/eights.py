@@ -86,23 +86,6 @@ def _fill_rows(builder: ir.IRBuilder, row: ir.Value, values: Sequence[ir.Value])
         _store(builder, value, out, place)
 
 
-def _add_products(builder: ir.IRBuilder, row: ir.Value, values: Sequence[ir.Value]) -> None:
-    eights, left, left_stride, right, right_stride, out = values
-    factors = []
-    for number in range(4):
-        start = builder.mul(left_stride, ir.Constant(row.type, number))
-        factors.append(_eight_times(builder, _float_at(builder, left, builder.add(start, row))))
-    with _eights(builder, eights) as loop:
-        column = builder.mul(loop.index, ir.Constant(row.type, 8))
-        place = builder.add(builder.mul(builder.mul(row, eights), ir.Constant(row.type, 8)), column)
-        total = _load(builder, out, place)
-        for number, factor in enumerate(factors):
-            start = builder.add(builder.mul(right_stride, ir.Constant(row.type, number)), column)
-            product = builder.fmul(factor, _load(builder, right, start), flags=_FAST)
-            total = builder.fadd(total, product, flags=_FAST)
-        _store(builder, total, out, place)
-
-
 _int, _real = types.int64, types.float32
 
 
@@ -116,18 +99,3 @@ def row_squares(typing_context: Any, rows: Any, eights: Any, x: Any, out: Any) -
 def fill_rows(typing_context: Any, rows: Any, eights: Any, factors: Any, common: Any, out: Any) -> Any:
     """Each row filled with its factor times a common one; `factors` and `out` are addresses."""
     return _over_rows(_fill_rows, _int, _int, _real, _int)
-
-
-@intrinsic
-def add_products(
-    typing_context: Any, rows: Any, eights: Any, left: Any, left_stride: Any, right: Any, right_stride: Any, out: Any
-) -> Any:
-    """out += the sum of left * right over four pairs of factors.
-
-    Args:
-        rows, eights: rows, and eights in a row.
-        left, right: addresses of the first left and the first right factor.
-        left_stride, right_stride: numbers from one of them to the next.
-        out: address of the sum.
-    """
-    return _over_rows(_add_products, _int, _int, _int, _int, _int, _int)

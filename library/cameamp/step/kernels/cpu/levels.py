@@ -1,4 +1,4 @@
-"""Sixteen levels of four bits as one value, from neighbouring bytes that hold two each; see `storage/nibbles.py`."""
+"""Codes of momenta, sixteen as one value: bytes, and the two levels of four bits in one (`storage/nibbles.py`)."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def _write(high: bool) -> Any:
         return types.void(types.int64, FLOATS), generate
 
     return intrinsic(function)
+
+
+@intrinsic
+def bytes_as_floats(typing_context: Any, address: Any) -> Any:
+    """Sixteen signed bytes at an address."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        codes = builder.load(builder.inttoptr(values[0], _BYTES.as_pointer()), align=1)
+        return builder.sitofp(builder.sext(codes, _WHOLE), FLOATS.vector)
+
+    return FLOATS(types.int64), generate
 
 
 _read_low, _read_high = _read(False), _read(True)

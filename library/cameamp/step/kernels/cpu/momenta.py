@@ -14,11 +14,11 @@ import numpy
 
 from ....storage import low_rank, nibbles
 from ..table import FLOAT, FOUR_BITS, LOW_RANK, MOMENTUM, Located, as_records
-from . import eights, loops
+from . import loops
 from .codes import noise, noise_stream
 from .jit import exact, floats, inlined, jit, signed_bytes
 from .lanes import LANES, larger, load, smaller, store, sum_of, zeros
-from .levels import read_levels, write_levels
+from .levels import bytes_as_floats, read_levels, write_levels
 
 _f = numpy.float32
 
@@ -299,10 +299,6 @@ def finish_scales(momenta, unit, rates, spacings):
 # Low rank -------------------------------------------------------------------------------------------------------
 
 
-# Rows of a folded matrix that are no longer than this have their factors decoded before they are multiplied.
-_NARROW = 64
-
-
 @jit
 def _weight(factor, unit, shares):
     """What a factor's product is multiplied by."""
@@ -334,17 +330,13 @@ def _add_four_factors(factors, unit, shares, columns, start, room, out):
     e, f = signed_bytes(right, 0, columns), _codes_of(b, unit, right, b.right, 0, columns)
     g, h = _codes_of(c, unit, right, c.right, 0, columns), _codes_of(d, unit, right, d.right, 0, columns)
     column, done = start % columns, 0
-    if columns <= _NARROW and column == 0 and count % columns == 0 and columns % 8 == 0:
-        rights, lefts = room[: 4 * _NARROW], room[4 * _NARROW : 4 * (_NARROW + many)]
-        _to_floats(e, _f(1.0), rights[:columns])
-        _to_floats(f, _f(1.0), rights[_NARROW : _NARROW + columns])
-        _to_floats(g, _f(1.0), rights[2 * _NARROW : 2 * _NARROW + columns])
-        _to_floats(h, _f(1.0), rights[3 * _NARROW : 3 * _NARROW + columns])
+    if columns % LANES == 0 and column % LANES == 0 and count % LANES == 0 and 4 * many <= len(room):
+        lefts = room[: 4 * many]
         _to_floats(p, v, lefts[:many])
         _to_floats(q, w, lefts[many : 2 * many])
         _to_floats(r, x, lefts[2 * many : 3 * many])
         _to_floats(s, y, lefts[3 * many :])
-        eights.add_products(many, columns // 8, lefts.ctypes.data, many, rights.ctypes.data, _NARROW, out.ctypes.data)
+        _add_columns(e.ctypes.data, f.ctypes.data, g.ctypes.data, h.ctypes.data, columns, column, lefts, out)
         return
     for i in range(many):
         length = min(columns - column, count - done)
@@ -355,6 +347,27 @@ def _add_four_factors(factors, unit, shares, columns, start, room, out):
         )  # fmt: skip
         done += length
         column = 0
+
+
+@jit
+def _add_columns(e, f, g, h, columns, column, lefts, out):
+    """out += the products, whose left factors are there as floats and whose right ones are at these addresses.
+
+    Sixteen columns at a time go down all rows. The first element of `out` is of a column.
+    """
+    many = len(lefts) // 4
+    for first in range(0, columns, LANES):
+        a, b, c, d = (
+            bytes_as_floats(e + first),
+            bytes_as_floats(f + first),
+            bytes_as_floats(g + first),
+            bytes_as_floats(h + first),
+        )
+        row = 0 if first >= column else 1
+        for place in range(first - column + row * columns, len(out), columns):
+            total = load(out, place) + a * lefts[row] + b * lefts[many + row]
+            store(total + c * lefts[2 * many + row] + d * lefts[3 * many + row], out, place)
+            row += 1
 
 
 @jit
