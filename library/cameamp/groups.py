@@ -212,8 +212,9 @@ class Group:
             for row, period in zip(self._momenta, self.periods):
                 counter, is_due = row.counter, multiscale.is_due(period, step + 1)
                 for state in alike:
-                    if is_due or counter not in state:
-                        state[counter] = state.get(counter, 0) + is_due
+                    count = state.setdefault(counter, 0)
+                    if is_due:
+                        state[counter] = count + 1
 
     def stacks(self, params: Sequence[Tensor], states: States) -> list[Stack]:
         """The stacks of some of its parameters, which have taken a step."""

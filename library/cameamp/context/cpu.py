@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import distributed
 from . import cpu_kernels
-from .controller import Pull, report_of
+from .controller import Pull
 from .memory import FOLLOWED, HISTORIES, Memory
 
 
@@ -31,15 +31,17 @@ class ContextKernels:
         """As of `Deciding`."""
         values = memory.values
         newest, products = _compare(memory, "last_gradient", gradient, gradient, 0.0)
-        found = distributed.average(torch.cat([report_of(loss, unusable, gradient.device), products[:3]]))
-        histories = {name: torch.cat([values[name][1:], values[name][:1]]) for name in HISTORIES}
-        new = cpu_kernels.update_context(
-            found.numpy(), _number(values["multiplier"]), lr, start, threshold, *(h.numpy() for h in histories.values())
+        report = [0.0 if loss is None else loss.item(), loss is not None, 0 if unusable is None else unusable.item()]
+        found = numpy.concatenate([numpy.array(report, dtype=numpy.float32), products[:3]])
+        histories = [_with_room(values[name].numpy()) for name in HISTORIES]
+        multiplier, confidence, is_edge_case, used = cpu_kernels.update_context(
+            _average(found), _number(values["multiplier"]), lr, start, threshold, *histories
         )
-        multiplier, confidence, used = _scalars([new[0], new[1], new[3]])
         memory.samples["last_gradient"] = newest
+        multiplier, confidence, used = _scalars([multiplier, confidence, used])
+        values.update(zip(HISTORIES, map(torch.from_numpy, histories)))
         values.update(
-            histories, multiplier=multiplier, confidence=confidence, edge_cases=values["edge_cases"] + bool(new[2])
+            multiplier=multiplier, confidence=confidence, edge_cases=values["edge_cases"] + bool(is_edge_case)
         )
         return used
 
@@ -57,7 +59,7 @@ class ContextKernels:
         values = memory.values
         newest, products = _compare(memory, "course", scaled_grad, change, kept)
         new = cpu_kernels.follow(
-            distributed.average(products).numpy(),
+            _average(products),
             _number(values["multiplier"]),
             _number(values["confidence"]),
             _number(values["length"]),
@@ -71,16 +73,29 @@ class ContextKernels:
         values.update(zip(FOLLOWED, _scalars(new)))
 
 
-def _compare(memory: Memory, name: str, sample: Tensor, added: Tensor, kept: float) -> tuple[Tensor, Tensor]:
+def _compare(memory: Memory, name: str, sample: Tensor, added: Tensor, kept: float) -> tuple[Tensor, numpy.ndarray]:
     """What is to be remembered next, and what the last sample has to do with another one."""
     last = memory.samples[name]
     if last is not None and last.shape != sample.shape:
         last = None
     newest = torch.empty(added.shape, dtype=torch.bfloat16, device="cpu")
-    products = torch.empty(4, dtype=torch.float32, device="cpu")
+    products = numpy.empty(4, dtype=numpy.float32)
     address = 0 if last is None else last.data_ptr()
-    cpu_kernels.compare_samples(address, sample.numpy(), added.numpy(), kept, newest.data_ptr(), products.numpy())
+    cpu_kernels.compare_samples(address, sample.numpy(), added.numpy(), kept, newest.data_ptr(), products)
     return newest, products
+
+
+def _average(values: numpy.ndarray) -> numpy.ndarray:
+    """As `distributed.average`."""
+    mean: numpy.ndarray = distributed.average(torch.from_numpy(values)).numpy()
+    return mean
+
+
+def _with_room(history: numpy.ndarray) -> numpy.ndarray:
+    """A history without its oldest value, and with room for a new one."""
+    moved = numpy.empty_like(history)
+    moved[:-1] = history[1:]
+    return moved
 
 
 def _number(value: Tensor) -> Any:
@@ -88,4 +103,4 @@ def _number(value: Tensor) -> Any:
 
 
 def _scalars(numbers: Sequence[float]) -> tuple[Tensor, ...]:
-    return torch.tensor(numbers, dtype=torch.float32, device="cpu").unbind()
+    return torch.from_numpy(numpy.array(numbers, dtype=numpy.float32)).unbind()
