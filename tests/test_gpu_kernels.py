@@ -1,10 +1,14 @@
-"""The kernels of GPUs, run by Triton's interpreter on tensors of the CPU: the numbers are those of the rules."""
+"""The kernels of GPUs, run by Triton's interpreter on tensors of the CPU: the numbers are those of the rules.
+
+All of it takes minutes. Without TRITON_TESTS=all only a part runs: every phase, 8 bits, the context, and the launches.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import os
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -38,6 +42,10 @@ from library.cameamp.step.kernels.gpu.passes import GpuKernels, maps_of_codes_on
 from library.cameamp.step.kernels.gpu.rules import Rules, numbers_of
 from library.cameamp.step.rules import StepScalars
 from library.cameamp.storage import blockwise
+
+_SLOW = pytest.mark.skipif(
+    os.environ.get("TRITON_TESTS") != "all", reason="the interpreter is slow: TRITON_TESTS=all runs this, too"
+)
 
 STEPS, WARMUP = 9, 8  # early until the fourth step, after the warm-up at the ninth
 MATRICES = [(8, 40), (48, 8), (8, 40), (48, 8), (9,)]
@@ -110,11 +118,12 @@ def assert_same(one, other, codes_apart=0):
 # Against the reference ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shapes", [LORA[:4], MIXED], ids=["lora", "mixed"])
+@pytest.mark.parametrize("shapes", [LORA[:4], pytest.param(MIXED, marks=_SLOW)], ids=["lora", "mixed"])
 def test_reference_in_all_phases(shapes, kernels):
     compare(shapes, steps=12, lora=shapes is not MIXED, warmup_steps=WARMUP)
 
 
+@_SLOW
 def test_reference_with_groups_schedule_and_skipped_steps(kernels):
     own = ({"lr": 1e-4}, {"lr": 1e-5, "weight_decay": 0.0, "betas": (0.9, 0.95, 0.99)})
     compare(
@@ -139,12 +148,15 @@ OPTIONS = {
 }
 
 
+@_SLOW
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options):
     assert_same(trained(GpuKernels(), **options), trained(None, **options))
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, "cautious": True}], ids=["plain", "cautious"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=_SLOW), {"dtype": torch.bfloat16, "cautious": True}], ids=["plain", "cautious"]
+)
 def test_8_bits(options):
     """A number between two codes may get the one or the other, where rounding differs; nothing else differs."""
     options = {"optimizer_class": EIGHT_BITS, "shapes": CODED, "steps": 3, **options}
@@ -153,12 +165,14 @@ def test_8_bits(options):
     assert_same(trained(GpuKernels(), **options), trained(None, **options), codes_apart=2)
 
 
+@_SLOW
 @pytest.mark.parametrize("scales", [(1, 2), (1, 2, 3, 4), ()], ids=["four bits", "low rank too", "none"])
 def test_momenta(scales):
     options = {"optimizer_class": COPTIM, "shapes": CODED, "momentum_scales": scales, "steps": 4, "warmup_steps": 6}
     assert_same(trained(GpuKernels(), **options), trained(None, **options), codes_apart=2)
 
 
+@_SLOW
 def test_momenta_in_8_bits():
     options = {"optimizer_class": COPTIM_EIGHT_BITS, "shapes": CODED, "momentum_scales": (2, 3), "steps": 3}
     assert_same(trained(GpuKernels(), **options), trained(None, **options), codes_apart=2)
@@ -173,6 +187,7 @@ def test_unusable_gradients_are_counted_and_never_seen():
     assert ours[0].nonfinite_elements() == rules[0].nonfinite_elements() == 12
 
 
+@_SLOW
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tensors_that_are_not_contiguous(dtype):
     def transpose(step, params):
@@ -186,6 +201,7 @@ def test_tensors_that_are_not_contiguous(dtype):
     )
 
 
+@_SLOW
 def test_from_rules_to_kernels_and_back_at_any_step():
     used = GpuKernels()
     generator = torch.Generator().manual_seed(0)
@@ -201,6 +217,7 @@ def test_from_rules_to_kernels_and_back_at_any_step():
     assert_same((optimizer, params), expected, codes_apart=2)
 
 
+@_SLOW
 @pytest.mark.parametrize("optimizer_class", [BASE_CLASS, COPTIM_EIGHT_BITS])
 def test_kernels_prove_themselves_and_wrong_ones_do_not(optimizer_class, caplog):
     """At the first step, on copies of real tensors; where they fail, the rules take the step."""
@@ -301,7 +318,7 @@ def launches(optimizer_class, steps, limit=1_000_000, loss=None, **options):
 
 
 @pytest.mark.parametrize("warmup", [1000, 3, 0], ids=["early", "late warm-up", "after"])
-@pytest.mark.parametrize("optimizer_class", [BASE_CLASS, EIGHT_BITS])
+@pytest.mark.parametrize("optimizer_class", [BASE_CLASS, pytest.param(EIGHT_BITS, marks=_SLOW)])
 def test_launches_of_the_base(optimizer_class, warmup):
     most = 16 if optimizer_class is BASE_CLASS else 32
     counts = launches(optimizer_class, steps=3, warmup_steps=warmup)
@@ -314,7 +331,7 @@ def test_launches_do_not_depend_on_the_number_of_tensors():
 
 
 @pytest.mark.parametrize("warmup", [1000, 2, 0], ids=["early", "late warm-up", "after"])
-@pytest.mark.parametrize("optimizer_class", [COPTIM, COPTIM_EIGHT_BITS])
+@pytest.mark.parametrize("optimizer_class", [COPTIM, pytest.param(COPTIM_EIGHT_BITS, marks=_SLOW)])
 def test_launches_of_a_context(optimizer_class, warmup):
     """Also when momenta of all periods are due, at the sixth step."""
     counts = launches(optimizer_class, steps=6, warmup_steps=warmup * 4, momentum_scales=(1, 2, 3, 6), loss=1.0)
@@ -342,6 +359,7 @@ def course(kernels, steps=60, window=24):
     return module, used
 
 
+@_SLOW
 def test_the_context_decides_the_same():
     (ours, used), (expected, wanted) = course(ContextKernels(Launcher())), course(None)
     assert ours.edge_case_count == expected.edge_case_count > 3
@@ -356,6 +374,7 @@ def test_the_context_decides_the_same():
         assert torch.allclose(memories[0][name].float(), value.float(), rtol=1e-4, atol=1e-5, equal_nan=True), name
 
 
+@_SLOW
 @pytest.mark.parametrize("window", [2, 11, 100])
 def test_confidence_is_that_of_the_tests(window):
     kernels = ContextKernels(Launcher())
@@ -378,6 +397,7 @@ def test_confidence_is_that_of_the_tests(window):
 # The benchmark --------------------------------------------------------------------------------------------------
 
 
+@_SLOW
 def test_the_benchmark_measures_everything_it_promises(monkeypatch, capsys):
     for name, value in {"_SHAPES": [(8, 12), (7,)], "_STEPS": 3, "_UNMEASURED": 1}.items():
         monkeypatch.setattr(gpu, name, value)

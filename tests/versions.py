@@ -27,7 +27,7 @@ def requirements(oldest: bool) -> list[str]:
     lines = [line for name in NEEDED_BY_TESTS for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
     # The code runs without the tools that check it.
     wanted = [line for line in lines if line and not line.startswith(("#", "ruff", "mypy"))]
-    return [re.sub(r">=(\S+)", r"==\1" if oldest else "", line) for line in wanted]
+    return [re.sub(r">=([\w.]+)", r"==\1" if oldest else "", line) for line in wanted]
 
 
 def run(folder: Path, name: str) -> int:
