@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import distributed
 from . import cpu_kernels
-from .controller import Pull
+from .controller import Pull, report_of
 from .memory import FOLLOWED, HISTORIES, Memory
 
 
@@ -31,8 +31,7 @@ class ContextKernels:
         """As of `Deciding`."""
         values = memory.values
         newest, products = _compare(memory, "last_gradient", gradient, gradient, 0.0)
-        report = [0.0 if loss is None else loss.item(), loss is not None, 0 if unusable is None else unusable.item()]
-        found = numpy.concatenate([numpy.array(report, dtype=numpy.float32), products[:3]])
+        found = numpy.concatenate([report_of(loss, unusable, gradient.device).numpy(), products[:3]])
         histories = [_with_room(values[name].numpy()) for name in HISTORIES]
         multiplier, confidence, is_edge_case, used = cpu_kernels.update_context(
             _average(found), _number(values["multiplier"]), lr, start, threshold, *histories
