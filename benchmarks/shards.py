@@ -5,8 +5,7 @@ the states holds, and how long the messages of a step are. The steps are those o
 message every process sends and receives about twice its length. For comparison: what a process reads and writes to take
 its step by kernels, pass after pass, and the gradients that FSDP2 itself sends over the network for it.
 
-And by how much more the states of models that fit one card take if they are sharded, on all processes together: every
-row of a shard is coded by itself.
+And by how much the states of models that fit one card are more than a process's share of what one process has.
 """
 
 from __future__ import annotations
@@ -23,13 +22,24 @@ from library.cameamp.context.sampling import Sampler
 from library.cameamp.phase import Phase
 from library.cameamp.states import TABLE, State, momentum
 from library.cameamp.storage import matrix_shape
+from library.cameamp.storage.low_rank_shards import LowRankOfShard
+from library.cameamp.storage.shards import NibblesOfShard
+from library.cameamp.techniques.multiscale import is_due
 
 from .contenders import FAMILY
 from .models import load
 from .table import Table
 
 PROCESSES = (8, 64, 512)
+FEW = (2, 8)
 _EARLY, _AFTER = Phase(early=True, warmup=True), Phase(early=False, warmup=False)
+
+# Of the contextual optimizers with the momentum that is updated at every step, and with all, which is rare.
+_STEPS = (
+    ("plain", "Automagic_CameAMP", 1),
+    ("contextual, 1 momentum", "Automagic_CameAMP_COptim", 1),
+    ("contextual, all momenta", "Automagic_CameAMP_COptim", 50),
+)
 
 Shapes = list[tuple[int, ...]]
 
@@ -68,14 +78,20 @@ SMALLER: dict[str, Callable[[], Shapes]] = {
 
 
 def state_bytes(shapes: Shapes, processes: int, name: str, phase: Phase) -> int:
-    """What the states take on the process that holds most of them."""
+    """What the states take on the process that holds most of them; of one process, they are not sharded."""
     optimizer_class = getattr(family, name)
     config, rows = OptimizerConfig(), _rows(name, phase)
     total = 0
     for shape in map(torch.Size, shapes):
-        part = torch.Size((-(-shape[0] // processes), *shape[1:]))
-        total += sum(optimizer_class._precision.format(row, shape, config, by_row=True).bytes(part) for row in rows)
+        most = -(-shape[0] // processes) if processes > 1 else None
+        part = shape if most is None else torch.Size((most, *shape[1:]))
+        total += sum(optimizer_class._precision.format(row, shape, config, most).bytes(part) for row in rows)
     return total
+
+
+def over_share(shapes: Shapes, processes: int, name: str, phase: Phase) -> float:
+    """By how much the process that holds most of the states has more than its share of those of one process."""
+    return state_bytes(shapes, processes, name, phase) * processes / state_bytes(shapes, 1, name, phase) - 1
 
 
 def _rows(name: str, phase: Phase) -> list[State]:
@@ -85,26 +101,42 @@ def _rows(name: str, phase: Phase) -> list[State]:
     return rows + [momentum(period) for period in config.momentum_scales if contextual(name)]
 
 
-def message_bytes(shapes: Shapes, stacks: int, early: bool, with_context: bool) -> list[int]:
+def message_bytes(shapes: Shapes, stacks: int, early: bool, name: str, step: int = 1) -> list[int]:
     """The lengths of the messages of a step.
 
     Args:
         shapes: of the tensors, of one group.
         stacks: how many stacks they are in.
         early: whether the step is of the early phase; else it is of one after the warm-up.
-        with_context: whether the optimizer is contextual.
+        name: the optimizer.
+        step: of the contextual ones, which decides which momenta are updated.
     """
     tensors = len(shapes)
     # The sums of magnitudes and, where weights decay, of their squares; how many are not 0.
     numbers = tensors * (2 if early else 1) + stacks
-    if with_context:
+    if contextual(name):
         # Of each process the loss, and what it adds to three samples: two of the step before.
         numbers += 3 + 3 * Sampler([torch.Size(shape).numel() for shape in shapes]).size
-    lengths = [8 * numbers, 8 * tensors]
+    lengths = [8 * numbers, 8 * (tensors + _numbers_of_momenta(shapes, name, step))]
     if early:
         columns = sum(matrix_shape(torch.Size(shape))[1] for shape in shapes)
         lengths += [4 * 2 * columns, 8 * 3 * tensors]
     return lengths
+
+
+def _numbers_of_momenta(shapes: Shapes, name: str, step: int) -> int:
+    """How many numbers the processes add up to update the momenta that are due at a step."""
+    config, precision = OptimizerConfig(), getattr(family, name)._precision
+    due = [momentum(period) for period in config.momentum_scales if contextual(name) and is_due(period, step)]
+    count = 0
+    for shape in map(torch.Size, shapes):
+        for row in due:
+            code = precision.format(row, shape, config, most_rows=shape[0])
+            if isinstance(code, LowRankOfShard):
+                count += code.rank * (code.rank + 2 * code.columns)
+            elif isinstance(code, NibblesOfShard):
+                count += 3
+    return count
 
 
 def contextual(name: str) -> bool:
@@ -130,15 +162,14 @@ def run(args: argparse.Namespace) -> None:
         for name in FAMILY:
             for processes in args.processes:
                 warmup, after = (state_bytes(shapes, processes, name, phase) for phase in (_EARLY, _AFTER))
-                share = state_bytes(shapes, 1, name, _EARLY) / processes
-                states.row(name, processes, warmup / 1e9, warmup / share - 1, after / 1e9)
+                states.row(name, processes, warmup / 1e9, over_share(shapes, processes, name, _EARLY), after / 1e9)
         print()
-        table = Table("{:<34}{:>10}{:>14.2f}{:>26}", "messages of a step", "messages", "MB in all", "MB each")
-        for with_context in (False, True):
+        table = Table("{:<46}{:>10}{:>12.2f}{:>28}", "messages of a step", "messages", "MB in all", "MB each")
+        for kind, name, step in _STEPS:
             for early in (True, False):
-                lengths = message_bytes(shapes, _stacks(shapes), early, with_context)
-                kind = ("contextual" if with_context else "plain") + (", early" if early else ", after the warm-up")
-                table.row(kind, len(lengths), sum(lengths) / 1e6, " ".join(f"{n / 1e6:.2f}" for n in lengths))
+                lengths = message_bytes(shapes, _stacks(shapes), early, name, step)
+                title = kind + (", early" if early else ", after the warm-up")
+                table.row(title, len(lengths), sum(lengths) / 1e6, " ".join(f"{n / 1e6:.2f}" for n in lengths))
         print()
         work = Table(
             "{:>10}{:>30.2f}{:>12.2f}{:>28.2f}",
@@ -150,28 +181,12 @@ def run(args: argparse.Namespace) -> None:
             early, later = part * 4 * (7 + 6 + (1 + 2 + 3 + 6)), part * 4 * (6 + 4 + (1 + 2))
             work.row(processes, early / 1e9, later / 1e9, 4 * elements * (processes - 1) / processes / 1e9)
         print()
-    _print_cost_of_rows()
-
-
-def cost_of_rows(shapes: Shapes, name: str, phase: Phase) -> float:
-    """By how much the states are more if every row is coded by itself, as a share."""
-    precision, rows = getattr(family, name)._precision, _rows(name, phase)
-    config = OptimizerConfig()
-    of_rows, whole = (
-        sum(
-            precision.format(row, shape, config, by_row=by_row).bytes(shape)
-            for shape in map(torch.Size, shapes)
-            for row in rows
-        )
-        for by_row in (True, False)
-    )
-    return of_rows / whole - 1
-
-
-def _print_cost_of_rows() -> None:
-    table = Table("{:<30}" + "{:>16.2%}" * len(SMALLER), "states, coded by row, more by", *SMALLER)
-    for name in FAMILY:
-        table.row(name, *(cost_of_rows(shapes_of(), name, _AFTER) for shapes_of in SMALLER.values()))
+    for title, phase in (("in the warm-up", _EARLY), ("after it", _AFTER)):
+        over = Table("{:<30}{:>10}" + "{:>16.2%}" * len(SMALLER), f"over share, {title}", "processes", *SMALLER)
+        for name in FAMILY:
+            for processes in FEW:
+                over.row(name, processes, *(over_share(of(), processes, name, phase) for of in SMALLER.values()))
+        print()
 
 
 def _linear(out: int, into: int) -> Shapes:

@@ -63,8 +63,8 @@ def update_levels(codes, sg, factor, high, kept, share, unit, offset, out):
 
 
 @entry
-def sum_levels(codes, raw, high, sums):
-    momenta._sum_levels(codes, raw, high, sums)
+def sum_levels(codes, raw, high, scale, sums):
+    momenta._sum_levels(codes, raw, high, scale, sums)
 
 
 def state_of(stored, kind):
@@ -92,7 +92,7 @@ def test_four_bit_levels_of_a_byte_change_one_at_a_time(count, high):
     sg = numpy.random.default_rng(count).normal(0, 2, count).astype(numpy.float32)
     sg[:2] = numpy.nan, 1e30
     own, other = (upper, low) if high else (low, upper)
-    sum_levels(before[2:], sg[2:], numpy.bool_(high), sums := numpy.zeros(2))
+    sum_levels(before[2:], sg[2:], numpy.bool_(high), 1.0, sums := numpy.zeros(2))
     assert sums == pytest.approx([own[2:] @ sg[2:].astype(float), own[2:] @ own[2:]], rel=1e-6)
 
     codes, out, half, one = before.copy(), numpy.ones(count, dtype=numpy.float32), *numpy.float32([0.5, 1.0])

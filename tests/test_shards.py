@@ -173,6 +173,22 @@ def test_threads_change_no_bit(mesh, cls):
     assert all(torch.equal(p, q) for p, q in zip(*results))
 
 
+def test_states_that_can_no_longer_be_coded_go_on_in_32_bits(mesh):
+    params = shards(mesh)
+    optimizer = optimizer_of(Automagic_CameAMP_COptim8bit, params, True)
+    train(mesh, optimizer, params, 0, 2)
+    (group,) = optimizer._groups
+    before = {p: optimizer.get_lr_mask(p).to_local() for p in params}
+    coded = [p for p in params if "exp_avg_q" in optimizer.state[p]]
+    group.leave_uncoded(coded, optimizer.state, "a test")
+    assert all(torch.equal(optimizer.get_lr_mask(p).to_local(), before[p]) for p in params)
+    train(mesh, optimizer, params, 2, 4)
+    for p in coded:
+        assert not any(key.endswith("_q") for key in optimizer.state[p])
+        assert optimizer.state[p]["exp_avg"].shape == p.shape
+        assert p.to_local().numel() == 0 or optimizer.state[p]["exp_avg"].to_local().any()
+
+
 def test_a_checkpoint_of_an_optimizer_that_was_saved_before_is_whole(mesh):
     """torch keeps what is in the live state, so pieces of a context are there after a checkpoint."""
     params = shards(mesh)

@@ -20,7 +20,7 @@ from .sharding import WHOLE, Cut
 from .stacks.layout import Layout, Singles
 from .stacks.stack import Binding, ParameterState, Stack, Traits
 from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
-from .storage import Format
+from .storage import Format, Spread
 from .storage.full import Full
 from .storage.trial import can_store
 from .techniques import allora, multiscale
@@ -189,7 +189,8 @@ class Group:
         """How a state of one of its parameters is stored."""
         if p in self.uncoded:
             return state.full
-        return self.precision.format(state, p.shape, self.config, by_row=self._parameters.cut(p) is not WHOLE)
+        cut = self._parameters.cut(p)
+        return self.precision.format(state, p.shape, self.config, None if cut is WHOLE else cut.most_rows(p.shape))
 
     def phase(self, stack: Stack) -> Phase:
         """The phase of a stack's step."""
@@ -274,20 +275,15 @@ class Group:
             for row in (*TABLE, *self._momenta):
                 code = self.format(row, p)
                 if row.name not in states[p] and all(key in states[p] for key in code.keys(row.name)):
-                    states[p][row.name] = to_full(row, states[p], code, p.shape)
+                    states[p][row.name] = _decoded(row, code, p, self._parameters.cut(p), states[p])
         self.uncoded.update(params)
 
     def lr_mask(self, p: Tensor, states: States) -> Tensor:
         """The mask of one of its parameters, a copy, cut as it is; before its first step, what that will start from."""
-        state, cut = states.get(p, {}), self._parameters.cut(p)
-        code = self.format(LR_MASK, p)
-        shape = torch.Size((cut.rows(p.shape)[1], *p.shape[1:])) if p.ndim else p.shape
+        state = states.get(p, {})
         if "step" in state:
-            here = {key: cut.local([state[key]])[0] for key in code.keys(LR_MASK.name)}
-            mask = to_full(LR_MASK, here, code, shape)
-        else:
-            mask = torch.full(shape, self.starting_lr, dtype=torch.float32, device=p.device)
-        return cut.wrapped([mask], p.shape[0] if p.ndim else 1)[0]
+            return _decoded(LR_MASK, self.format(LR_MASK, p), p, self._parameters.cut(p), state)
+        return torch.full_like(p.detach(), self.starting_lr, dtype=torch.float32)
 
     def mask_and_row_scaling(self, stack: Stack, states: States) -> tuple[Tensor, Tensor | None]:
         """The masks of a stack, (tensors, rows, columns), and ALLoRA's factors, (tensors, rows, 1), if it applies."""
@@ -313,6 +309,13 @@ class Group:
                 found[row.name] = Binding(code, code.keys(row.name), row.starts_at_lr)
             self._bindings[kind] = found
         return self._bindings[kind]
+
+
+def _decoded(row: State, code: Format, p: Tensor, cut: Cut, state: ParameterState) -> Tensor:
+    """A state of a parameter in float32 (or bool), a copy, cut as the parameter is."""
+    here = {key: cut.local([state[key]])[0] for key in code.keys(row.name)}
+    shape = torch.Size((cut.rows(p.shape)[1], *p.shape[1:])) if p.ndim else p.shape
+    return cut.wrapped([to_full(row, here, code, shape)], Spread.BY_ROW, p.shape[0] if p.ndim else 1)[0]
 
 
 class _Places:

@@ -13,6 +13,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, distributed
 
+from .storage import Spread
+
 _ALLOWED = "one process, DDP, and FSDP2 (fully_shard) that shards rows, Shard(0), over one dimension of its mesh"
 
 
@@ -28,8 +30,8 @@ class Cut(Protocol):
     def local(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The parts of tensors that this process holds, in the same memory. What is no DTensor is such a part."""
 
-    def wrapped(self, parts: Sequence[Tensor], rows: int | None) -> tuple[Tensor, ...]:
-        """The tensors of `rows` rows whose parts are given; None for rows: they are the same in all shards."""
+    def wrapped(self, parts: Sequence[Tensor], spread: Spread, rows: int) -> tuple[Tensor, ...]:
+        """The tensors of a parameter of `rows` rows whose parts are given."""
 
 
 class Whole:
@@ -44,7 +46,7 @@ class Whole:
     def local(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors
 
-    def wrapped(self, parts: Sequence[Tensor], rows: int | None) -> tuple[Tensor, ...]:
+    def wrapped(self, parts: Sequence[Tensor], spread: Spread, rows: int) -> tuple[Tensor, ...]:
         return tuple(parts)
 
 
@@ -69,19 +71,26 @@ class Shard:
         return first, min(most, shape[0] - first)
 
     def most_rows(self, shape: torch.Size) -> int:
-        return -(-shape[0] // int(self.mesh.size(self.mesh.ndim - 1)))
+        return -(-shape[0] // self._processes())
+
+    def _processes(self) -> int:
+        """How many share a tensor."""
+        return int(self.mesh.size(self.mesh.ndim - 1))
 
     def local(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():  # Or it would be an operation to differentiate.
             return [cast(Any, tensor).to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
-    def wrapped(self, parts: Sequence[Tensor], rows: int | None) -> tuple[Tensor, ...]:
+    def wrapped(self, parts: Sequence[Tensor], spread: Spread, rows: int) -> tuple[Tensor, ...]:
         from torch.distributed.tensor import DTensor, Replicate
 
-        placements = (Replicate(),) * self.mesh.ndim if rows is None else self.placements
+        placements = (Replicate(),) * self.mesh.ndim if spread is Spread.SAME else self.placements
         made = []
         for part in parts:
-            shape = part.shape if rows is None else torch.Size((rows, *part.shape[1:]))
+            shape = part.shape
+            if spread is not Spread.SAME:
+                first = rows if spread is Spread.BY_ROW else len(part) * self._processes()
+                shape = torch.Size((first, *shape[1:]))
             stride = torch.empty(shape, device="meta").stride()
             made.append(DTensor.from_local(part, self.mesh, placements, run_check=False, shape=shape, stride=stride))
         return tuple(made)

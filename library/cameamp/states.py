@@ -21,11 +21,15 @@ from .rounding import Dither
 from .storage import Format, matrix_shape
 from .storage.averages import average_formats
 from .storage.bits import Bits
-from .storage.blockwise import SMALLEST_BLOCK, Blockwise, block_of, block_of_row
+from .storage.blockwise import SMALLEST_BLOCK, Blockwise, block_of, block_of_shard
 from .storage.by_row import ByRow
 from .storage.factored import Factored
 from .storage.full import Full
 from .storage.linear import Linear
+from .storage.low_rank import LowRank
+from .storage.low_rank_shards import LowRankByRow, LowRankOfShard
+from .storage.nibbles import Nibbles
+from .storage.shards import BitsOfShard, BlockwiseOfShard, NibblesOfShard
 
 # The 8-bit optimizers do not code smaller parameters: there is nothing to save.
 SMALLEST_CODED = 256
@@ -53,7 +57,7 @@ class State:
         always_coded: whether the 32-bit optimizers code it too.
         factors: whether the option `factored` stores it as means of rows and columns.
         counter: the key under which its updates are counted; "" if the parameter's step is that count.
-        code_of_row: how a row is stored if each is coded by itself; None for as `code` would.
+        code_of_rows: how it is stored in 8 bits where rows must stay apart; None for as `code` would.
     """
 
     name: str
@@ -68,7 +72,7 @@ class State:
     always_coded: bool = False
     factors: bool = False
     counter: str = ""
-    code_of_row: _Code | None = None
+    code_of_rows: _Code | None = None
 
     @property
     def when(self) -> str:
@@ -86,14 +90,23 @@ class State:
         """Its format when it is not coded."""
         return Full(self.dtype)
 
-    def code_of_rows(self, config: OptimizerConfig, shape: torch.Size) -> Format | None:
-        """How it is stored in 8 bits if each row is coded by itself; None if rows are too short."""
-        _, columns = matrix_shape(shape)
-        block = block_of_row(columns, config.blocksize)
-        if block is None:
+    def code_of_shard(self, config: OptimizerConfig, shape: torch.Size, most_rows: int) -> Format | None:
+        """How the shards of a parameter of `shape` store it in 8 bits, if the largest has so many rows; None if not."""
+        rows, columns = matrix_shape(shape)
+        block = block_of_shard(columns, config.blocksize)
+        if block is None and not self.always_coded:
             return None
-        code = (self.code_of_row or self.code)(config, torch.Size((columns,)), block)
-        return code if isinstance(code, Linear) else ByRow(code)
+        code = (self.code_of_rows or self.code)(config, shape, block or 0)
+        match code:
+            case Blockwise():
+                return BlockwiseOfShard(code.signed, code.root, code.block, most_rows)
+            case Bits():
+                return BitsOfShard(most_rows)
+            case Nibbles():
+                return NibblesOfShard(most_rows, shape.numel())
+            case LowRank():
+                return LowRankOfShard(code.rows // rows, code.columns, code.rank, most_rows)
+        return code
 
     def format_of(
         self, saved: Mapping[str, Any], shape: torch.Size, config: OptimizerConfig, whole: torch.Size | None = None
@@ -132,10 +145,18 @@ class State:
 
     def _code_of(self, saved: Mapping[str, Any], config: OptimizerConfig, shape: torch.Size) -> Format:
         """Its code, for a parameter of `shape`; by row if the saved tensors have rows in front."""
-        plain, of_rows = self.code(config, shape, SMALLEST_BLOCK), self.code_of_rows(config, shape)
+        if f"{self.name}_q_right" in saved:
+            return LowRankByRow(1, shape[1:].numel(), 1)
+        plain = self.code(config, shape, SMALLEST_BLOCK)
         *_, (suffix, part) = plain.parts(shape).items()
         value = saved.get(self.name + suffix)
-        return of_rows if of_rows and isinstance(value, Tensor) and value.ndim > len(part.shape) else plain
+        if not isinstance(value, Tensor) or value.ndim <= len(part.shape):
+            return plain
+        columns = torch.Size((matrix_shape(shape)[1],))
+        # Momenta that are not of low rank have four bits; those of older checkpoints were of low rank in each row.
+        codes = saved.get(f"{self.name}_q")
+        is_four_bits = self.always_coded and isinstance(codes, Tensor) and codes.ndim == 2
+        return ByRow(Nibbles() if is_four_bits else self.code(config, columns, SMALLEST_BLOCK))
 
 
 def _signed(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
@@ -156,6 +177,10 @@ def _one_bit(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
 
 def _average(period: int, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
     return average_formats(config.momentum_scales, shape)[period]
+
+
+def _average_of_rows(period: int, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return average_formats(config.momentum_scales, shape, rows_stay=True)[period]
 
 
 TABLE = (
@@ -187,7 +212,7 @@ def momentum(period: int) -> State:
         partial(_average, period),
         always_coded=True,
         counter=f"momentum_count_{period}",
-        code_of_row=partial(_average, period),
+        code_of_rows=partial(_average_of_rows, period),
     )
 
 
@@ -219,23 +244,23 @@ class Precision:
     codes_all: bool = False
     codes_none: bool = False
 
-    def format(self, state: State, shape: torch.Size, config: OptimizerConfig, by_row: bool = False) -> Format:
+    def format(self, state: State, shape: torch.Size, config: OptimizerConfig, most_rows: int | None = None) -> Format:
         """The format of a state of a parameter of `shape` under a group's options.
 
         Args:
             state: the state.
             shape: the parameter's.
             config: the group's options.
-            by_row: whether each row is to be coded by itself, as those of shards are.
+            most_rows: of a parameter that is sharded, how many of its rows the process with most of them has.
         """
-        if config.factored and state.factors and len(shape) > 1 and not by_row:
+        if config.factored and state.factors and len(shape) > 1 and most_rows is None:
             return Factored()
         count = shape.numel()
         smallest = SMALLEST_CODED if self.codes_all else SMALLEST_CODED_MOMENTUM
         if self.codes_none or count < smallest or not (self.codes_all or state.always_coded):
             return state.full
-        if by_row:
-            return state.code_of_rows(config, shape) or state.full
+        if most_rows is not None:
+            return state.code_of_shard(config, shape, most_rows) or state.full
         block = block_of(count, config.blocksize)
         if block is None and not state.always_coded:
             return state.full

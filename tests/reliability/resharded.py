@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import library.automagic_cameamp as family
+from library.cameamp.phase import Phase
+from library.cameamp.states import DERIVED, to_full
 
 from .sharded import exact, shard_all, whole
 
@@ -93,18 +95,54 @@ class _InFloat64(nn.Module):
 
 
 def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """All of the weights, of the states, and of the context, by name."""
+    """All of the weights, of the states as they are saved, and of the context, by name."""
     found: dict[str, Any] = {}
-    for name, p in model.named_parameters():
+    states = optimizer.state_dict()["state"]
+    for number, (name, p) in enumerate(model.named_parameters()):
         found[name] = whole(p)
-        for key, value in optimizer.state[p].items():
-            if not key.startswith("c_optim"):
+        for key, value in states[number].items():
+            if not key.startswith("c_optim") and key not in DERIVED:
                 found[f"{name} {key}"] = whole(value) if isinstance(value, Tensor) else value
     if hasattr(optimizer, "c_optim"):
         optimizer.state_dict()  # The context takes in the last step with the first message of the next one, or here.
         context = optimizer.c_optim.state_dict()
         found |= {f"context {key}": value for key, value in context.pop("c_optim_context").items()} | context
     return found
+
+
+def differing(expected: Mapping[str, Any], found: Mapping[str, Any], optimizer: str) -> list[str]:
+    """The names of what `everything` found on one number of processes and not on another; codes by their numbers.
+
+    Shards of another size share codes among other rows, so that they are made anew: to within a code of the numbers.
+    """
+    assert found.keys() == expected.keys()
+    names = [key for key in expected if not is_code(key) and not same(expected[key], found[key])]
+    numbers, others = (_decoded(each, optimizer) for each in (expected, found))
+    for key, value in numbers.items():
+        error = torch.linalg.vector_norm(others[key].double() - value.double())
+        exact = key.endswith(("lr_mask", "last_polarity"))
+        if not error <= (0.0 if exact else 0.02) * torch.linalg.vector_norm(value.double()):
+            names.append(key)
+    return names
+
+
+def is_code(key: str) -> bool:
+    """Whether a key of `everything` is of a state's codes, or of what belongs to them."""
+    return key.endswith(("_q", "_q_scale", "_q_right"))
+
+
+def _decoded(found: Mapping[str, Any], optimizer: str) -> dict[str, Tensor]:
+    """The coded states of what `everything` found, by the parameter's name and the state's."""
+    model = model_of()
+    (group,) = getattr(family, optimizer)(model.parameters())._groups
+    numbers: dict[str, Tensor] = {}
+    for name, p in model.named_parameters():
+        own = {key.removeprefix(f"{name} "): value for key, value in found.items() if key.startswith(f"{name} ")}
+        for row in group.states(Phase(early=True, warmup=True)):
+            written = row.format_of(own, p.shape, group.config)
+            if written is not None and row.name not in own:
+                numbers[f"{name} {row.name}"] = to_full(row, own, written, p.shape)
+    return numbers
 
 
 def save(rank: int, folder: str, cases: Sequence[tuple[str, int]], flat: bool, steps: int) -> dict[str, Any]:

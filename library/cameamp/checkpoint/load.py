@@ -22,6 +22,8 @@ from ..rounding import Dither
 from ..sharding import WHOLE, Processes, cut_of, is_sharded, processes_of
 from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full
 from ..storage import Format
+from ..storage.low_rank_shards import LowRankOfShard
+from ..storage.shards import ShardFormat, saved_format
 from ..storage.trial import can_store
 from . import older_layout, sharded
 from .layout import CHECKSUMS, OWN_ENTRIES, VERSION, group_checksum
@@ -419,14 +421,14 @@ class _Part:
         saved: its saved state, of DTensors the parts that are here.
         shape: the shape of the rows of the parameter that are here.
         saved_shape: the shape of those that `saved` has.
-        first_element: the first element that is here.
+        first_row, first_element: the first row, and element, that is here.
     """
 
     def __init__(self, p: Tensor, saved: Mapping[str, Any]) -> None:
         self.p = p
         self._cut = cut = cut_of(p)
-        self._first, self._rows = cut.rows(p.shape)
-        self.first_element = self._first * p.shape[1:].numel()
+        self.first_row, self._rows = cut.rows(p.shape)
+        self.first_element = self.first_row * p.shape[1:].numel()
         self.shape = torch.Size((self._rows, *p.shape[1:])) if p.ndim else p.shape
         parts = any(isinstance(value, Tensor) and is_sharded(value) for value in saved.values())
         if parts and cut is WHOLE:
@@ -443,14 +445,14 @@ class _Part:
 
     def own_rows(self, value: Tensor) -> Tensor:
         """Of a state of `saved_shape`, the rows that are here."""
-        return value if self.is_as_saved else value[self._first : self._first + self._rows]
+        return value if self.is_as_saved else value[self.first_row : self.first_row + self._rows]
 
     def wrapped(self, tensors: Mapping[str, Tensor], own: Format) -> dict[str, Tensor]:
         """Tensors in the optimizer's own format as its state holds them."""
         rows = self.p.shape[0] if self.p.ndim else 1
         kinds = own.parts(self.shape).values()
         return {
-            key: self._cut.wrapped([tensor], rows if kind.by_row else None)[0]
+            key: self._cut.wrapped([tensor], kind.spread, rows)[0]
             for (key, tensor), kind in zip(tensors.items(), kinds)
         }
 
@@ -559,7 +561,7 @@ class _Reader:
 
     def _tensors(
         self, row: State, part: _Part, written: Format, position: int, step: int
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[dict[str, Any], bool]:
         """One state as the optimizer stores it, by key, and whether it was written in another kind of format."""
         p, saved = part.p, part.saved
         own, config = self._format(row, p), self._group.config
@@ -570,13 +572,30 @@ class _Reader:
                 value.clamp_(config.min_lr, config.max_lr)
             elif written == own:
                 value = None
-        if written == own and value is None and part.is_as_saved:
+        if written == saved_format(own, part.shape) and value is None and part.is_as_saved:
             tensors = {key: saved[key].detach().to(p.device, copy=True) for key in own.keys(row.name)}
-            return part.wrapped(tensors, own), False
+            live = _live(tensors, own, part.shape)
+            if live is not None:
+                return part.wrapped(live, own), False
         value = (to_full(row, saved, written, part.saved_shape) if value is None else value).to(p.device)
-        converted = type(written) is not type(own) or bool(row.counter)
         dither = Dither(torch.tensor([position], dtype=torch.int32, device=p.device), step + 1, part.first_element)
+        if isinstance(own, LowRankOfShard):
+            return self._low_rank(row, part, value, own, dither), True
+        converted = type(written) is not type(saved_format(own, part.shape)) or bool(row.counter)
         return part.wrapped(in_format(row.name, part.own_rows(value), own, part.shape, dither), own), converted
+
+    def _low_rank(self, row: State, part: _Part, value: Tensor, own: LowRankOfShard, dither: Dither) -> dict[str, Any]:
+        """A momentum that was saved in another form as one of low rank; if only its rows are here, a fresh one.
+
+        Of some rows each, processes do not know the right factor that they would agree on.
+        """
+        keys = own.keys(row.name)
+        if part.saved_shape == part.p.shape:
+            found = own.of_whole(value.unsqueeze(0), part.first_row, part.shape, dither)
+            return dict(part.wrapped({key: tensor[0] for key, tensor in zip(keys, found)}, own))
+        self._changes.fresh[row.name] += 1
+        new = own.new(1, part.shape, part.p.device).tensors
+        return {**part.wrapped({key: tensor[0] for key, tensor in zip(keys, new)}, own), row.counter: 0}
 
     def _format(self, row: State, p: Tensor) -> Format:
         return row.full if p in self.uncoded else self._group.format(row, p)
@@ -587,6 +606,14 @@ class _Reader:
         self._changes.converted += converted
         self._changes.freed.update(row.name for row in owed if not row.counter and row.name not in names)
         self._changes.fresh.update(row.name for row in wanted if not row.counter and row.name not in owed_names)
+
+
+def _live(tensors: dict[str, Tensor], own: Format, shape: torch.Size) -> dict[str, Tensor] | None:
+    """What a checkpoint has of a state, as the optimizer holds it; None if its codes must be made anew."""
+    if not isinstance(own, ShardFormat):
+        return tensors
+    found = own.from_rows([tensor.unsqueeze(0) for tensor in tensors.values()], shape)
+    return None if found is None else {key: tensor[0] for key, tensor in zip(tensors, found)}
 
 
 def _config_as_saved(

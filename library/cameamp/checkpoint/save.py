@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checksum import checksum
+from ..checksum import checksum, tensor_sums
 from ..context.driver import Driver
 from ..groups import Group, States
-from ..sharding import Processes, processes_of
+from ..sharding import WHOLE, Processes, processes_of
+from ..stacks.stack import Stack
+from ..storage import Spread
 from . import sharded
 from .layout import VERSION, sealed
 
@@ -32,7 +34,8 @@ def complete(
     parameters = [p for group in groups for p in group.params]
     processes = processes_of(parameters)
     derived = _derived_values(groups, states, processes)
-    checksums = _state_checksums(groups, states, processes)
+    codes = sharded.saved_codes(groups, states)
+    checksums = _state_checksums(groups, states, codes, processes)
     context = driver.saved()
     more: dict[Tensor, dict[str, Any]] = {}
     if processes.shards:
@@ -55,7 +58,7 @@ def complete(
     return {
         **saved,
         "state": {
-            key: {**state, **derived.get(p, {}), **more.get(p, {})}
+            key: {**state, **codes.get(p, {}), **derived.get(p, {}), **more.get(p, {})}
             for key, state in saved["state"].items()
             for p in [parameters[key]]
         },
@@ -71,14 +74,16 @@ def _names(group: Group, names: Mapping[Tensor, str]) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
-def _state_checksums(groups: Sequence[Group], states: States, processes: Processes) -> dict[Tensor, int]:
+def _state_checksums(
+    groups: Sequence[Group], states: States, codes: Mapping[Tensor, Mapping[str, Tensor]], processes: Processes
+) -> dict[Tensor, int]:
     """For each parameter with a state, the checksum of it; one read-back from the device in all."""
     sums: list[Tensor] = []
     owners: list[tuple[Tensor, str]] = []
     for group in groups:
         for stack in group.stacks_with_states(states):
             group.bind(stack, states, reading=True)
-            for key, values in stack.tensor_sums(processes).items():
+            for key, values in _tensor_sums(stack, processes).items():
                 sums.append(values)
                 owners += [(p, key) for p in stack.params]
     if not sums:
@@ -88,7 +93,19 @@ def _state_checksums(groups: Sequence[Group], states: States, processes: Process
     known: dict[Tensor, dict[str, int]] = defaultdict(dict)
     for (p, key), total in zip(owners, totals):
         known[p][key] = total
-    return {p: checksum(sharded.without_context(states[p]), totals_of_p) for p, totals_of_p in known.items()}
+    saved = {p: {**sharded.without_context(states[p]), **codes.get(p, {})} for p in known}
+    return {p: checksum(saved[p], totals_of_p) for p, totals_of_p in known.items()}
+
+
+def _tensor_sums(stack: Stack, processes: Processes) -> dict[str, Tensor]:
+    """For each state key of a stack, what this process adds to the checksums of its tensors, (tensors,) int64."""
+    found = {}
+    for key, (tensor, spread, _) in stack.saved().items():
+        cut = WHOLE if spread is Spread.SAME else stack.cut
+        first = 0 if cut is WHOLE else stack.first_row * tensor.shape[2:].numel()
+        sums = tensor_sums(tensor, first)
+        found[key] = sums if processes.speaks(cut) else torch.zeros_like(sums)
+    return found
 
 
 @torch.no_grad()
@@ -102,7 +119,7 @@ def _derived_values(groups: Sequence[Group], states: States, processes: Processe
             masks, rows = group.mask_and_row_scaling(stack, states)
             shares = masks.sum(dim=(1, 2)).div_(stack.whole_rows * stack.columns)
             means += (shares if processes.speaks(stack.cut) else torch.zeros_like(shares)).unbind()
-            parts = () if rows is None else stack.cut.wrapped(rows.unbind(), stack.whole_rows)
+            parts = () if rows is None else stack.cut.wrapped(rows.unbind(), Spread.BY_ROW, stack.whole_rows)
             for index, p in enumerate(stack.params):
                 derived[p] = {"lr_max": largest} if rows is None else {"lr_max": largest, "row_scaling": parts[index]}
     if means:

@@ -1,8 +1,8 @@
 """What a checkpoint of sharded parameters has of its own, for torch.distributed.checkpoint.
 
-That reads only what a new optimizer has already, and in its flat layout only what is in `optimizer.state`. So there is
-the context, in pieces, with the first parameter that has a state; and all parameters have the states of the warm-up,
-also after it.
+That reads only what a new optimizer has already, of the same shapes, and in its flat layout only what is in
+`optimizer.state`. So there is the context, in pieces, with the first parameter that has a state; all parameters have
+the states of the warm-up, also after it; and codes are there row by row.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..context.memory import SAVED as CONTEXT
 from ..groups import Group, States
 from ..phase import Phase
 from ..sharding import WHOLE, Processes, Shard, cut_of
+from ..storage.shards import saved_format
 
 _PREFIX = "c_optim_"
 _NUMBERS = CONTEXT[1:]
@@ -74,18 +75,33 @@ def additions(groups: Sequence[Group], states: States, context: Mapping[str, Any
     return added
 
 
+def saved_codes(groups: Sequence[Group], states: States) -> dict[Tensor, dict[str, Tensor]]:
+    """For each parameter with a state: the tensors of it that are saved in another form than they are held in."""
+    found: dict[Tensor, dict[str, Tensor]] = {}
+    for group in groups:
+        for stack in group.stacks_with_states(states):
+            if stack.cut is not WHOLE:
+                group.bind(stack, states, reading=True)
+                made = {key: saved for key, saved in stack.saved().items() if saved.is_made}
+                for key, (tensor, spread, _) in made.items():
+                    for p, part in zip(stack.params, stack.cut.wrapped(tensor.unbind(), spread, stack.whole_rows)):
+                        found.setdefault(p, {})[key] = part
+    return found
+
+
 def _states_of_the_warm_up(group: Group, p: Tensor, own: Mapping[str, Any]) -> dict[str, Any]:
     """Zeros for the states of the warm-up that a parameter does not have."""
     found: dict[str, Any] = {}
     cut = cut_of(p)
     _, rows = cut.rows(p.shape)
     for row in group.states(Phase(early=True, warmup=True)):
-        code = group.format(row, p)
-        for key, part in zip(code.keys(row.name), code.parts(torch.Size((rows, *p.shape[1:]))).values()):
+        shape = torch.Size((rows, *p.shape[1:]))
+        code = saved_format(group.format(row, p), shape)
+        for key, part in zip(code.keys(row.name), code.parts(shape).values()):
             if row.warmup_only and key not in own:
                 # Zeros that take memory: what is saved here may also be what a checkpoint is read into.
                 zeros = torch.full(part.shape, part.zero, dtype=part.dtype, device=p.device)
-                (found[key],) = cut.wrapped([zeros], p.shape[0] if part.by_row else None)
+                (found[key],) = cut.wrapped([zeros], part.spread, p.shape[0])
     return found
 
 

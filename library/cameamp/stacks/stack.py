@@ -12,19 +12,20 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import repeat
 from operator import is_
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checksum import tensor_sums
 from ..devices import moved
 from ..rounding import Dither
-from ..sharding import WHOLE, Cut, Processes
+from ..sharding import WHOLE, Cut
 from ..states import in_format, momentum_name
-from ..storage import Format, Stored, StoredAverage, matrix_shape
-from ..storage.averages import Update, lerp_and_sum
+from ..storage import Format, Spread, Stored, matrix_shape
+from ..storage.shards import ShardFormat, saved_format
 from ..techniques.multiscale import Scale
+from ..techniques.sums import OF_WHOLE_TENSORS, Sums
+from .momenta import update_momenta
 
 # What `optimizer.state[p]` is.
 ParameterState = dict[str, Any]
@@ -63,6 +64,20 @@ class Binding(NamedTuple):
     starts_at_lr: bool
 
 
+class SavedTensor(NamedTuple):
+    """One of a stack's tensors in the form that a checkpoint has.
+
+    Attributes:
+        tensor: (tensors, ...), as far as it is here.
+        spread: how the processes share each.
+        is_made: whether the stack itself has another form.
+    """
+
+    tensor: Tensor
+    spread: Spread
+    is_made: bool
+
+
 @cache
 def stacked_shape(shape: torch.Size) -> torch.Size:
     """The shape in which a parameter is stacked: a kernel of 1x1 as the matrix that it is, with others of its size."""
@@ -89,6 +104,7 @@ class Stack:
         cut: the traits' own.
         whole_rows: how many rows the parameters have as matrices, whose first dimension is rows.
         first_row, rows: which of them are here.
+        most_rows: how many the process with most of them has.
         first_element: the first element that is here.
         columns: the other dimensions flattened.
         stored: their states by name, while they are bound.
@@ -101,6 +117,7 @@ class Stack:
         self.cut = traits.cut
         self.whole_rows, self.columns = matrix_shape(params[0].shape)
         self.first_row, self.rows = self.cut.rows(params[0].shape)
+        self.most_rows = self.cut.most_rows(params[0].shape)
         self.first_element = self.first_row * self.columns
         self._shape = _with_rows(self.rows, stacked_shape(params[0].shape))
         self.stored: dict[str, Stored] = {}
@@ -108,7 +125,6 @@ class Stack:
         self._tensors: dict[str, Tensor] = {}
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         self._addresses: dict[str, list[int]] = {}
-        self._same_in_all_shards: set[str] = set()
         # What the last `bind` was asked for and where, and some of the slices, with their addresses.
         self._bindings: Mapping[str, Binding] | None = None
         self._bound_on: torch.device | None = None
@@ -191,23 +207,31 @@ class Stack:
         self.stored[name].write(stack, self.dither())
 
     def update_momenta(
-        self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
+        self,
+        scales: Sequence[Scale],
+        target: Tensor,
+        out: Tensor,
+        scratch: Tensor | None = None,
+        sums: Sums = OF_WHOLE_TENSORS,
     ) -> None:
         """Take each momentum m to (1 - rate) m + rate * target, and put the sum of share * m into `out`."""
-        _update_momenta(self.stored, scales, target, self.dither(), out, scratch)
+        update_momenta(self.stored, scales, target, self.dither(), out, scratch, sums)
 
     def rehearsal(self) -> Rehearsal:
         """The stack for a step that is tried and not taken."""
         return Rehearsal(self, self.stored)
 
-    def tensor_sums(self, processes: Processes) -> dict[str, Tensor]:
-        """For each bound state key, what this process adds to the checksums of its tensors, (tensors,) int64."""
-        found = {}
-        for key, tensor in self._tensors.items():
-            cut = WHOLE if key in self._same_in_all_shards else self.cut
-            first = 0 if cut is WHOLE else self.first_row * tensor.shape[2:].numel()
-            sums = tensor_sums(tensor, first)
-            found[key] = sums if processes.speaks(cut) else torch.zeros_like(sums)
+    def saved(self) -> dict[str, SavedTensor]:
+        """The bound tensors in the form that a checkpoint has, by key."""
+        found: dict[str, SavedTensor] = {}
+        for binding in (self._bindings or {}).values():
+            tensors: Sequence[Tensor] = [self._tensors[key] for key in binding.keys]
+            is_made = isinstance(binding.format, ShardFormat)
+            if isinstance(binding.format, ShardFormat):
+                tensors = binding.format.by_row(tensors, self._shape)
+            kinds = saved_format(binding.format, self._shape).parts(self._shape).values()
+            for key, tensor, kind in zip(binding.keys, tensors, kinds):
+                found[key] = SavedTensor(tensor, kind.spread, is_made)
         return found
 
     def dither(self) -> Dither:
@@ -298,9 +322,7 @@ class Stack:
             slices = tensor.unbind()
             if tensor.shape[1:] == self._shape:  # One value or code per element: give it its parameter's shape.
                 slices = tuple(part.view(_with_rows(self.rows, p.shape)) for part, p in zip(slices, self.params))
-            if not kind.by_row:
-                self._same_in_all_shards.add(key)
-            slices = self.cut.wrapped(slices, self.whole_rows if kind.by_row else None)
+            slices = self.cut.wrapped(slices, kind.spread, self.whole_rows)
             self._tensors[key], self._slices[key] = tensor, slices
             self._addresses[key] = _addresses(self.cut, slices)
             for state_of_p, part in zip(own, slices):
@@ -340,25 +362,16 @@ class Rehearsal:
         """Nothing is stored."""
 
     def update_momenta(
-        self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
+        self,
+        scales: Sequence[Scale],
+        target: Tensor,
+        out: Tensor,
+        scratch: Tensor | None = None,
+        sums: Sums = OF_WHOLE_TENSORS,
     ) -> None:
         """What updating the momenta would put into `out`."""
         copies = {}
         for name in map(momentum_name, (scale.period for scale in scales)):
             copies[name] = copy.copy(self._stored[name])
             copies[name].tensors = tuple(tensor.clone() for tensor in self._stored[name].tensors)
-        _update_momenta(copies, scales, target, self._stack.dither(), out, scratch)
-
-
-def _update_momenta(
-    stored: Mapping[str, Stored],
-    scales: Sequence[Scale],
-    target: Tensor,
-    dither: Dither,
-    out: Tensor,
-    scratch: Tensor | None,
-) -> None:
-    updates = [
-        Update(cast(StoredAverage, stored[momentum_name(scale.period)]), scale.rate, scale.share) for scale in scales
-    ]
-    lerp_and_sum(updates, target, dither, out, scratch)
+        update_momenta(copies, scales, target, self._stack.dither(), out, scratch, sums)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..groups import MAGNITUDES, Group, States
 from ..rounding import stochastic_round
 from ..sharding import ALONE, WHOLE, Processes
+from ..stacks.momenta import due
 from ..stacks.stack import Stack
 from ..stacks.workspace import Work, Workspace
 from ..techniques.sums import OF_WHOLE_TENSORS, Sums
@@ -146,8 +147,11 @@ class Passes:
         found = {}
         for stack, decay in zip(measured.stacks, sums.decay_strengths):
             if stack.cut is not WHOLE:
-                count = count_questions(group.config, group.phase(stack).early, stack.whole_rows * stack.columns)
-                found[stack] = shared.of_rehearsals(stack, count, partial(rehearse, stack, decay))
+                group.bind(stack, self._states)
+                scales = self._scalars(group, stack).scales
+                early, numel = group.phase(stack).early, stack.whole_rows * stack.columns
+                count = count_questions(group.config, early, numel, bool(due(stack.stored, scales)))
+                found[stack] = shared.of_rehearsals(stack, scales, count, partial(rehearse, stack, decay))
         return found
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
@@ -187,7 +191,9 @@ class Passes:
         arguments = self._arguments(group, stack, work, magnitude_sum, decay, multiplier)
         if held is None:
             measure.drop_unusable_(g, work.scratch)
-        sums = OF_WHOLE_TENSORS if answers is None else shared.SumsOfShards(stack, answers)
+        sums = OF_WHOLE_TENSORS
+        if answers is not None:
+            sums = shared.SumsOfShards(stack, self._scalars(group, stack).scales, answers)
         p, watched = take_step_(g, stack, *arguments, sums)
         del g, held, work, arguments
         dtype = stack.params[0].dtype
@@ -206,10 +212,12 @@ class Passes:
         multiplier: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Work, StepScalars, StackOptions]:
         """Those of `take_step_` between the states and the sums."""
-        scalars = StepScalars.at(stack.traits.step, group.config, group.scheduler_factor, stack.traits.momentum_counts)
         total = magnitude_sum.to(stack.device)
         factor = None if multiplier is None else multiplier.to(stack.device)
-        return total, decay, factor, work, scalars, self._options(group, stack)
+        return total, decay, factor, work, self._scalars(group, stack), self._options(group, stack)
+
+    def _scalars(self, group: Group, stack: Stack) -> StepScalars:
+        return StepScalars.at(stack.traits.step, group.config, group.scheduler_factor, stack.traits.momentum_counts)
 
     def _options(self, group: Group, stack: Stack) -> StackOptions:
         return StackOptions(

@@ -170,7 +170,7 @@ def take_step_(
     return move_(
         sg,
         direction,
-        multiscale.multi_scale_momentum(sg, direction, states, scalars.scales, work.drive, work.scratch),
+        multiscale.multi_scale_momentum(sg, direction, states, scalars.scales, work.drive, work.scratch, sums),
         states,
         decay_strengths,
         multiplier,
@@ -181,9 +181,17 @@ def take_step_(
     )
 
 
-def count_questions(config: OptimizerConfig, early: bool, numel: int) -> int:
-    """How many times `take_step_` asks for sums over whole tensors, of so many elements."""
-    return config.came + early * (1 + (numel > 1)) + config.cautious
+def count_questions(config: OptimizerConfig, early: bool, numel: int, updates_momenta: bool) -> int:
+    """How many times `take_step_` asks for sums over whole tensors, of so many elements.
+
+    Args:
+        config: the group's options.
+        early: whether the step is of the early phase.
+        numel: elements of a whole tensor.
+        updates_momenta: whether it updates momenta that take sums over whole tensors; with CAME they are asked for
+            together with its norms.
+    """
+    return (config.came or updates_momenta) + early * (1 + (numel > 1)) + config.cautious
 
 
 def scale_gradient_(

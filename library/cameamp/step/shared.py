@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from ..sharding import Processes
+from ..stacks.momenta import summands
 from ..stacks.stack import Stack
+from ..techniques.multiscale import Scale
 from ..techniques.sums import Sums
 from .measure import Magnitudes
 
@@ -59,29 +61,45 @@ class SumsOfShards(Sums):
 
     Args:
         stack: the stack.
+        scales: its multi-scale momenta at this step.
         answers: the sums that answer the first questions.
     """
 
-    def __init__(self, stack: Stack, answers: Iterable[Answer]) -> None:
+    def __init__(self, stack: Stack, scales: Sequence[Scale], answers: Iterable[Answer]) -> None:
+        self._stack = stack
+        self._scales = scales
         self._numel = stack.whole_rows * stack.columns
         self._answers: Iterator[Answer] = iter(answers)
+        self._of_momenta: Answer | None = None
+        self._factor: Tensor | None = None
 
     def numel(self, stack: Tensor) -> int:
         return self._numel
 
     def norms(self, stack: Tensor) -> Tensor:
-        (squares,) = self._total(stack.square().sum(dim=(1, 2), dtype=torch.float64))
+        squares, *self._of_momenta = self._total(
+            lambda: [stack.square().sum(dim=(1, 2), dtype=torch.float64), *self._summands(stack)]
+        )
         return squares.sqrt().to(stack.dtype)
 
+    def scaled_by(self, factor: Tensor) -> None:
+        self._factor = factor
+
+    def of_momenta(self, target: Tensor) -> tuple[Answer, Tensor | None]:
+        if self._of_momenta is None:
+            self._of_momenta = self._total(lambda: self._summands(target))
+        return self._of_momenta, self._factor
+
     def over_rows(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(total.to(part.dtype, copy=True) for total, part in zip(self._total(*parts), parts))
+        return tuple(total.to(part.dtype, copy=True) for total, part in zip(self._total(lambda: parts), parts))
 
     def norms_and_products(self, x: Tensor, y: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         room = None if scratch is None else scratch.view_as(x)
-        parts = [
-            torch.mul(a, b, out=room).sum(1, keepdim=True, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y))
-        ]
-        x_squares, y_squares, products = self._total(*parts)
+        x_squares, y_squares, products = self._total(
+            lambda: [
+                torch.mul(a, b, out=room).sum(1, keepdim=True, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y))
+            ]
+        )
         # By Pythagoras, which saves a message.
         rest = (x_squares - products.square() / y_squares).maximum(x_squares * _SMALLEST_REST)
         self._norms_of_rest = rest.sqrt().to(x.dtype)
@@ -91,13 +109,16 @@ class SumsOfShards(Sums):
         return self._norms_of_rest
 
     def counts(self, ones: Tensor) -> Tensor:
-        (total,) = self._total(ones.sum(dim=(1, 2), keepdim=True, dtype=torch.float64))
+        (total,) = self._total(lambda: [ones.sum(dim=(1, 2), keepdim=True, dtype=torch.float64)])
         return total.to(ones.dtype)
 
-    def _total(self, *parts: Tensor) -> Answer:
+    def _summands(self, raw: Tensor) -> list[Tensor]:
+        return summands(self._stack.stored, self._scales, raw, self._stack.dither())
+
+    def _total(self, parts: Callable[[], Answer]) -> Answer:
         answer = next(self._answers, None)
         if answer is None:
-            raise _OpenQuestionError(*parts)
+            raise _OpenQuestionError(*parts())
         return answer
 
 
@@ -123,18 +144,19 @@ def answers(questions: Mapping[Stack, Questions], processes: Processes) -> dict[
     return known
 
 
-def of_rehearsals(stack: Stack, count: int, rehearse: Callable[[Sums], None]) -> Questions:
+def of_rehearsals(stack: Stack, scales: Sequence[Scale], count: int, rehearse: Callable[[Sums], None]) -> Questions:
     """The questions of a stack whose steps are rehearsed.
 
     Args:
         stack: the stack.
+        scales: its multi-scale momenta at this step.
         count: how many questions.
         rehearse: takes the step with some sums, on copies.
     """
 
     def next_question(known: Sequence[Answer]) -> Answer:
         try:
-            rehearse(SumsOfShards(stack, known))
+            rehearse(SumsOfShards(stack, scales, known))
         except _OpenQuestionError as question:
             return question.parts
         raise AssertionError("a step asks less than was counted")

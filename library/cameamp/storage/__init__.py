@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,14 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     return (shape[0], shape[1:].numel()) if len(shape) > 0 else (1, 1)
 
 
+class Spread(Enum):
+    """How a tensor that belongs to a parameter is spread over the processes that hold its shards."""
+
+    BY_ROW = "each row is where the same row of the parameter is"
+    EACH = "each process has one of its own, all of one size"
+    SAME = "the same everywhere"
+
+
 class Part(NamedTuple):
     """One of the tensors that a format writes.
 
@@ -29,13 +38,13 @@ class Part(NamedTuple):
         dtype: its dtype.
         shape: its shape, for a single parameter.
         zero: the value of its elements while the state is 0.
-        by_row: whether each row of it belongs to the same row of the parameter, and to no other.
+        spread: how it is spread over the processes that hold shards of the parameter.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     zero: int = 0
-    by_row: bool = False
+    spread: Spread = Spread.SAME
 
 
 class Format(ABC):

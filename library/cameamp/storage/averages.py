@@ -26,12 +26,13 @@ _LARGEST_RANK = 4
 
 
 @cache
-def average_formats(periods: tuple[int, ...], shape: torch.Size) -> dict[int, AverageFormat]:
+def average_formats(periods: tuple[int, ...], shape: torch.Size, rows_stay: bool = False) -> dict[int, AverageFormat]:
     """How each of several averages of a parameter is stored.
 
     Args:
         periods: every how many steps each of them is updated.
         shape: the parameter's.
+        rows_stay: whether low rank must not merge rows, because shards are cut between them.
 
     Returns:
         {period: format}.
@@ -42,13 +43,13 @@ def average_formats(periods: tuple[int, ...], shape: torch.Size) -> dict[int, Av
     formats: dict[int, AverageFormat] = {}
     by_weight = sorted(periods)
     nibbles = -(-count // 2) + 4
-    smallest = LowRank(*_fold(rows, columns, 0), 1).bytes(shape)
+    smallest = LowRank(*_fold(rows, columns, 0, rows_stay), 1).bytes(shape)
     # The shortest period has four bits in any case, which is more than the bytes of fewer than 576 elements.
     while by_weight and (not formats or left - nibbles >= (len(by_weight) - 1) * smallest):
         formats[by_weight.pop(0)] = Nibbles()
         left -= nibbles
     if by_weight:
-        folded = _fold(rows, columns, left // len(by_weight))
+        folded = _fold(rows, columns, left // len(by_weight), rows_stay)
         one = LowRank(*folded, 1).bytes(shape)
         for place, period in enumerate(by_weight):
             rank = -(-(left // one - place) // len(by_weight))  # what is over goes to the first
@@ -58,15 +59,20 @@ def average_formats(periods: tuple[int, ...], shape: torch.Size) -> dict[int, Av
     return formats
 
 
-def _fold(rows: int, columns: int, limit: int) -> tuple[int, int]:
+def _fold(rows: int, columns: int, limit: int, rows_stay: bool) -> tuple[int, int]:
     """A matrix's elements, in their order, as one that is so near to a square that rank 1 takes at most `limit` bytes.
 
-    Its own shape if that fits; else as many rows merged, or cut, as it takes; else a square with some zeros added.
+    Its own shape if that fits; else as many rows merged, or cut, as it takes; else a square with some zeros added. If
+    rows must stay, those are not merged: of what does not fit its own shape.
     """
     long, short = max(rows, columns), min(rows, columns)
     for factor in range(1, isqrt(long // short) + 1):
         if long % factor == 0 and _bytes_of_rank_1(long // factor, short * factor) <= limit:
             return (long // factor, short * factor) if rows >= columns else (short * factor, long // factor)
+        if rows_stay and rows >= columns:
+            break
+    if rows_stay:
+        return rows, columns
     side = isqrt(rows * columns - 1) + 1
     return side, side
 

@@ -36,7 +36,7 @@ class StoredBits(Stored):
         bits = torch.empty(packed.shape[0], 8, packed.shape[1], dtype=torch.uint8, device=packed.device)
         for place in range(8):
             torch.bitwise_and(packed >> place, 1, out=bits[:, place])
-        here = bits.view(torch.bool).view(len(packed), -1)[:, : self.rows * self.columns]
+        here = bits.view(torch.bool).flatten(1)[:, : self.rows * self.columns]
         return here.reshape(len(packed), self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:

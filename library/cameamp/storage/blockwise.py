@@ -7,6 +7,7 @@ it decodes 0 as something else and small values as multiples of themselves; here
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +21,9 @@ from ..rounding import Dither
 from . import Format, Part, Stored
 
 SMALLEST_BLOCK = 64
-# A row that is coded by itself may be as short as this: with its scale it then takes half of what float32 does.
+# A row of a shard is cut into blocks no shorter than this: with its scale one takes half of what float32 does.
 _SMALLEST_BLOCK_OF_ROW = 4
+_LANES = 16
 
 # Elements that are coded at a time: the integers needed in between take three times the memory of the values.
 _PART = 4 * 1024 * 1024
@@ -40,8 +42,14 @@ def block_of(count: int, largest: int) -> int | None:
     return None
 
 
-def block_of_row(columns: int, largest: int) -> int | None:
-    """The largest block, from 4 to `largest`, that divides a row; None if there is none."""
+def block_of_shard(columns: int, largest: int) -> int | None:
+    """A block that begins and ends between rows, or divides one: at most `largest`, and near to it; None if none does.
+
+    Of several rows it is whole sixteens, if so many rows can be, which are what processors compute with.
+    """
+    if columns <= largest:
+        rows, step = largest // columns, _LANES // math.gcd(_LANES, columns)
+        return columns * (rows - rows % step or rows)
     for parts in range(-(-columns // largest), columns // _SMALLEST_BLOCK_OF_ROW + 1):
         if columns % parts == 0:
             return columns // parts
@@ -55,7 +63,7 @@ class Blockwise(Format):
     Attributes:
         signed: whether values can be negative.
         root: write the square root; for values that are divided by their root, and may span twice the magnitudes.
-        block: elements in a block; divides the element count of a parameter.
+        block: elements in a block; divides the element count of a parameter. Of a shard the last one may be shorter.
     """
 
     signed: bool
@@ -79,7 +87,7 @@ class Blockwise(Format):
         if codes.shape != shape:
             raise ValueError(f"_q: has shape {tuple(codes.shape)}")
         block = shape.numel() // max(scale.numel(), 1)
-        if scale.ndim != 1 or block < _SMALLEST_BLOCK_OF_ROW or block * scale.numel() != shape.numel():
+        if scale.ndim != 1 or block == 0 or block * scale.numel() != shape.numel():
             raise ValueError(f"_q_scale: has shape {tuple(scale.shape)}, which divides {tuple(shape)} into no blocks")
         if (scale < 0).any():
             raise ValueError("_q_scale: has negative elements")
@@ -99,20 +107,40 @@ class StoredBlockwise(Stored):
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         for part, its_codes in zip(values.view(-1).split(_PART), codes.view(-1).split(_PART)):
             torch.index_select(tables.values, 0, its_codes.int(), out=part)
-        values.view(-1, self.block).mul_(scale.view(-1, 1))
-        return (values.square_() if self.root else values).view(-1, self.rows, self.columns)
+        rows = values.flatten(1)
+        blocks, end = self._whole_blocks(rows.shape[1])
+        rows[:, :end].view(len(codes), blocks, self.block).mul_(scale[:, :blocks].unsqueeze(2))
+        if end < rows.shape[1]:
+            rows[:, end:].mul_(scale[:, blocks : blocks + 1])
+        return (values.square_() if self.root else values).view(len(codes), self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         codes, scales = self.tensors
+        rows, own_codes = stack.flatten(1), codes.flatten(1)
+        blocks, end = self._whole_blocks(rows.shape[1])
+        self._write(rows[:, :end], own_codes[:, :end], scales[:, :blocks], self.block)
+        if end < rows.shape[1]:
+            self._write(rows[:, end:], own_codes[:, end:], scales[:, blocks : blocks + 1], rows.shape[1] - end)
+
+    def _whole_blocks(self, count: int) -> tuple[int, int]:
+        """How many whole blocks so many elements have, and where they end."""
+        blocks = count // self.block
+        return blocks, blocks * self.block
+
+    def _write(self, values: Tensor, codes: Tensor, scales: Tensor, block: int) -> None:
+        """Code the blocks of (tensors, elements)."""
         tables = tables_of(self.signed, codes.device)
-        blocks = stack.reshape(-1, self.block)
+        blocks = values.reshape(-1, block).contiguous()
         if self.root:
             blocks.sqrt_()
         scale = torch.maximum(blocks.amax(dim=1), blocks.amin(dim=1).neg_())
         scales.copy_(scale.view_as(scales))
         blocks.div_(torch.where(scale > 0, scale, 1.0).unsqueeze(1))
-        for part, its_codes in zip(blocks.view(-1).split(_PART), codes.view(-1).split(_PART)):
+        found = codes if codes.is_contiguous() else torch.empty_like(codes, memory_format=torch.contiguous_format)
+        for part, its_codes in zip(blocks.view(-1).split(_PART), found.view(-1).split(_PART)):
             _nearest_codes(part, tables, out=its_codes)
+        if found is not codes:
+            codes.copy_(found)
 
 
 class Tables(NamedTuple):

@@ -1,6 +1,6 @@
-"""Codes that no shard cuts: every row of a parameter is coded as if it were a parameter of its own.
+"""Codes as checkpoints of shards have them: every row of a parameter as if it were a parameter of its own.
 
-Shards are some of the rows, so such codes are the same on any number of processes, and a checkpoint of them too.
+Shards are some of the rows, so such tensors have the same shapes on any number of processes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import AverageFormat, Format, Part, Scaled, Stored, StoredAverage, matrix_shape
+from . import Format, Part, Spread, Stored, matrix_shape
 
 
 @dataclass(frozen=True)
-class ByRow(AverageFormat):
+class ByRow(Format):
     """The tensors of another format, with one more dimension in front: the rows.
 
     Attributes:
-        of_row: the format of each row. Only one of averages makes this one of averages.
+        of_row: the format of each row.
     """
 
     of_row: Format
@@ -32,7 +32,7 @@ class ByRow(AverageFormat):
     def parts(self, shape: torch.Size) -> dict[str, Part]:
         rows, columns = matrix_shape(shape)
         return {
-            suffix: part._replace(shape=(rows, *part.shape), by_row=True)
+            suffix: part._replace(shape=(rows, *part.shape), spread=Spread.BY_ROW)
             for suffix, part in self.of_row.parts(torch.Size((columns,))).items()
         }
 
@@ -50,7 +50,7 @@ class ByRow(AverageFormat):
         return ByRow(self.of_row.as_saved(first, torch.Size((columns,))))
 
 
-class StoredByRow(StoredAverage):
+class StoredByRow(Stored):
     """A state in the format `ByRow`."""
 
     def __init__(self, of_row: Format, tensors: Sequence[Tensor], shape: torch.Size) -> None:
@@ -58,25 +58,12 @@ class StoredByRow(StoredAverage):
         self._of_row = of_row
 
     def read(self, out: Tensor | None = None) -> Tensor:
-        stack = self.all_rows().read(None if out is None else self._as_rows(out))
-        return stack.view(len(self.tensors[0]), self.rows, self.columns)
+        return self._all_rows().read().view(len(self.tensors[0]), self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
-        self.all_rows().write(self._as_rows(stack.contiguous()), dither)
+        self._all_rows().write(stack.reshape(-1, self.columns, 1), dither)
 
-    def lerp(
-        self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
-    ) -> Scaled | None:
-        rooms = [None if room is None else self._as_rows(room) for room in (out, scratch)]
-        averages = self.all_rows()
-        assert isinstance(averages, StoredAverage)
-        found = averages.lerp(self._as_rows(target.contiguous()), rate, dither, *rooms)
-        return None if found is None else Scaled(found.stack.view(target.shape), found.factor)
-
-    def all_rows(self) -> Stored:
+    def _all_rows(self) -> Stored:
         """All rows of all tensors, as so many tensors of one column."""
-        tensors = [tensor.view(-1, *tensor.shape[2:]) for tensor in self.tensors]
+        tensors = [tensor.reshape(-1, *tensor.shape[2:]) for tensor in self.tensors]
         return self._of_row.over(tensors, torch.Size((self.columns,)))
-
-    def _as_rows(self, stack: Tensor) -> Tensor:
-        return stack.view(-1, self.columns, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import AverageFormat, Part, Scaled, StoredAverage
+from . import AverageFormat, Part, Scaled, Spread, StoredAverage
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Full(AverageFormat):
     suffixes = ("",)
 
     def parts(self, shape: torch.Size) -> dict[str, Part]:
-        return {"": Part(self.dtype, tuple(shape), by_row=True)}
+        return {"": Part(self.dtype, tuple(shape), spread=Spread.BY_ROW)}
 
     def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredFull:
         return StoredFull(tensors, shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import Format, Part, Stored
+from . import Format, Part, Spread, Stored
 
 _LARGEST_CODE = 255
 
@@ -36,7 +36,7 @@ class Linear(Format):
             object.__setattr__(self, name, rounded)
 
     def parts(self, shape: torch.Size) -> dict[str, Part]:
-        return {"_q": Part(torch.uint8, tuple(shape), by_row=True), "_q_scale": Part(torch.float32, (2,))}
+        return {"_q": Part(torch.uint8, tuple(shape), spread=Spread.BY_ROW), "_q_scale": Part(torch.float32, (2,))}
 
     def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredLinear:
         return StoredLinear(self, tensors, shape)

@@ -58,11 +58,23 @@ class StoredLowRank(StoredAverage):
         super().__init__(tensors, shape)
         self.folded = folded
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The codes of the left one, (tensors, rank, rows), and of the right one, and what their product is worth."""
+        codes, scale = self.tensors
+        return codes[:, :, : self.folded.rows], codes[:, :, self.folded.rows :], scale
+
+    @staticmethod
+    def joined(states: Sequence[StoredLowRank]) -> tuple[Tensor, Tensor]:
+        """The codes of both factors of some states of equal folding, (tensors, ranks, rows or columns) float32."""
+        rows = states[0].folded.rows
+        factors = torch.cat([state.tensors[0] for state in states], dim=1).to(torch.float32)
+        return factors[:, :, :rows], factors[:, :, rows:]
+
     def read(self, out: Tensor | None = None) -> Tensor:
         left, right = _factors([(self, 1.0)])
-        with full_precision(left.device):
+        with full_precision(right.device):
             values = torch.bmm(left, right)
-        return values.flatten(1)[:, : self.rows * self.columns].reshape(-1, self.rows, self.columns)
+        return values.flatten(1)[:, : self.rows * self.columns].reshape(len(left), self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         self.lerp(stack, 1.0, dither)
@@ -71,27 +83,36 @@ class StoredLowRank(StoredAverage):
         self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
     ) -> None:
         """Without unpacking it: one subspace iteration, which follows a matrix that changes by a tenth."""
-        codes, scale = self.tensors
+        left_codes, right_codes, scale = self.factors()
         rows, columns, rank = self.folded.rows, self.folded.columns, self.folded.rank
         values = target.flatten(1)
         missing = rows * columns - values.shape[1]
         padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
-        matrix = padded.view(-1, rows, columns)
-        factors = codes.to(torch.float32)
-        old_left = factors[:, :, :rows].mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
-        old_right = factors[:, :, rows:]
-        # Without a little of every direction, one that the factors lack could never come in. It differs at every step.
-        noise = _noise(columns * rank, codes.device).roll(dither.step)
-        probe = _two_or_more(old_right + noise.view(1, rank, columns)).transpose(1, 2)
-        with full_precision(codes.device):
+        matrix = padded.view(len(target), rows, columns)
+        old_left = left_codes.to(torch.float32).mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
+        old_right = right_codes.to(torch.float32)
+        probe = _two_or_more(probe_of(old_right, dither.step)).transpose(1, 2)
+        with full_precision(scale.device):
             seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
             left = _orthonormal(seen[:, :, :rank].transpose(1, 2).contiguous())
             right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
-        scale.fill_(1.0)
-        for factor, part in ((left, codes[:, :, :rows]), (right, codes[:, :, rows:])):
-            step = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(LARGEST_CODE)
-            scale.mul_(step)
-            part.copy_(factor.div_(step.clamp_min_(SMALLEST_NORM).unsqueeze(2)).round_())
+        torch.mul(code_factor(left, left_codes), code_factor(right, right_codes), out=scale)
+
+
+def probe_of(right: Tensor, step: int) -> Tensor:
+    """What an iteration multiplies the matrix by: its right factor, (tensors, rank, columns), and a little noise.
+
+    Without a little of every direction, one that the factors lack could never come in. It differs at every step.
+    """
+    _, rank, columns = right.shape
+    return right + _noise(columns * rank, right.device).roll(step).view(1, rank, columns)
+
+
+def code_factor(factor: Tensor, codes: Tensor) -> Tensor:
+    """Write a factor, (tensors, rank, elements), which is overwritten. Returns the value of each row's code 1."""
+    step: Tensor = torch.linalg.vector_norm(factor, torch.inf, dim=2).div_(LARGEST_CODE)
+    codes.copy_(factor.div_(step.clamp_min(SMALLEST_NORM).unsqueeze(2)).round_())
+    return step
 
 
 def add_to(stack: Tensor, stack_share: float, states: Sequence[tuple[StoredLowRank, float]]) -> None:
@@ -106,19 +127,17 @@ def add_to(stack: Tensor, stack_share: float, states: Sequence[tuple[StoredLowRa
     left, right = _factors(states)
     with full_precision(stack.device):
         if folded.rows * folded.columns == stack[0].numel():
-            stack.view(-1, folded.rows, folded.columns).baddbmm_(left, right, beta=stack_share)
+            stack.view(len(stack), folded.rows, folded.columns).baddbmm_(left, right, beta=stack_share)
         else:
             stack.flatten(1).mul_(stack_share).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
 
 
 def _factors(states: Sequence[tuple[StoredLowRank, float]]) -> tuple[Tensor, Tensor]:
     """(tensors, rows, ranks) and (tensors, ranks, columns), whose product is the sum of share * state."""
-    rows = states[0][0].folded.rows
-    factors = torch.cat([state.tensors[0] for state, _ in states], dim=1).to(torch.float32)
-    shared = torch._foreach_mul([state.tensors[1] for state, _ in states], [share for _, share in states])
-    factors[:, :, :rows].mul_(torch.cat(shared, dim=1).unsqueeze(2))
-    factors = _two_or_more(factors)
-    return factors[:, :, :rows].transpose(1, 2), factors[:, :, rows:]
+    left, right = states[0][0].joined([state for state, _ in states])
+    shared = torch._foreach_mul([state.tensors[-1] for state, _ in states], [share for _, share in states])
+    left.mul_(torch.cat(shared, dim=1).unsqueeze(2))
+    return _two_or_more(left).transpose(1, 2), _two_or_more(right)
 
 
 @cache

@@ -53,12 +53,14 @@ class StoredNibbles(StoredAverage):
 
     def read(self, out: Tensor | None = None) -> Tensor:
         codes, scale = self.tensors
-        levels = _levels(codes, self.rows * self.columns, out)
-        return (levels.mul_(scale) if levels.is_contiguous() else levels * scale).view(-1, self.rows, self.columns)
+        levels = _unpacked(codes, self.rows * self.columns, out)
+        values = levels.mul_(scale) if levels.is_contiguous() else levels * scale
+        return values.view(len(codes), self.rows, self.columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         codes, scale = self.tensors
-        _pack(stack.flatten(1), 1.0, codes, scale, HALF, None)
+        values = stack.flatten(1)
+        _pack(values, 1.0, codes, scale, HALF, None, _norms(values), values.shape[1])
 
     def lerp(
         self, target: Tensor, rate: float, dither: Dither, out: Tensor | None = None, scratch: Tensor | None = None
@@ -67,11 +69,16 @@ class StoredNibbles(StoredAverage):
         out = torch.empty_like(target, memory_format=torch.contiguous_format) if out is None else out
         values = out.flatten(1)
         # target + (1 - rate) / rate * state: the sum divided by the rate, in one pass over memory.
-        levels = _levels(codes, values.shape[1], out)
+        levels = _unpacked(codes, values.shape[1], out)
         torch.addcmul(target.flatten(1), levels, scale, value=(1 - rate) / rate, out=values)
         room = None if scratch is None else scratch.flatten(1)
-        _pack(values, rate, codes, scale, turning_point(dither.step), room)
+        norms, count = self._new_norms(values, rate)
+        _pack(values, rate, codes, scale, turning_point(dither.step), room, norms, count)
         return Scaled(out, rate)
+
+    def _new_norms(self, values: Tensor, rate: float) -> tuple[Tensor, int]:
+        """The norm of each tensor, (tensors, 1), of which `values` are the new ones in units of the rate; its size."""
+        return _norms(values), values.shape[1]
 
 
 def turning_point(step: int) -> float:
@@ -79,10 +86,10 @@ def turning_point(step: int) -> float:
     return HALF + _WANDERING * (_IRRATIONAL * step % 1 - 0.5)
 
 
-def _levels(codes: Tensor, count: int, out: Tensor | None) -> Tensor:
+def _unpacked(codes: Tensor, count: int, out: Tensor | None) -> Tensor:
     """The levels that some codes stand for, (tensors, count) float32; in the memory of `out` where they fit into it."""
     n, half = codes.shape
-    if out is None or count % 2:
+    if out is None or count != 2 * half:
         out = torch.empty(n, 2, half, dtype=torch.float32, device=codes.device)
     pairs = out.view(n, 2, half)
     low, high = pairs.unbind(1)
@@ -92,8 +99,35 @@ def _levels(codes: Tensor, count: int, out: Tensor | None) -> Tensor:
     return pairs.flatten(1)[:, :count]
 
 
+def pack(levels: Tensor, codes: Tensor) -> None:
+    """Write levels, (tensors, elements) int8 and 7 more than they are, in codes that may have room for more."""
+    half = codes.shape[1]
+    if levels.shape[1] != 2 * half:
+        levels = torch.nn.functional.pad(levels, (0, 2 * half - levels.shape[1]), value=LARGEST)
+    # What overflows in the sum comes back in the difference.
+    torch.add(levels[:, :half], levels[:, half:], alpha=BASE, out=codes).sub_(LARGEST * (1 + BASE))
+
+
+def repack(codes: Tensor, count: int, out: Tensor) -> None:
+    """Write tensors of `count` elements, (tensors, bytes), as so many others of the same elements in their order."""
+    levels = _unpacked(codes, count, None).reshape(len(out), len(codes) * count // max(len(out), 1))
+    pack((levels + LARGEST).to(torch.int8), out)
+
+
+def _norms(values: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    return norms
+
+
 def _pack(
-    values: Tensor, unit: float, codes: Tensor, scale: Tensor, turning_point: float, scratch: Tensor | None
+    values: Tensor,
+    unit: float,
+    codes: Tensor,
+    scale: Tensor,
+    turning_point: float,
+    scratch: Tensor | None,
+    norms: Tensor,
+    count: int,
 ) -> None:
     """Write the codes of unit * values, and the distance between their levels.
 
@@ -101,20 +135,18 @@ def _pack(
         values: (tensors, elements).
         turning_point: where between two levels rounding turns from down to up; 1/2 for the nearest.
         scratch: memory to compute in, of the values' shape; allocated where None.
+        norms: those of whole tensors, (tensors, 1).
+        count: how many elements these have.
     """
-    count, half = values.shape[1], codes.shape[1]
     alone = len(values) == 1
-    spacing = SPACING / math.sqrt(count)
-    torch.linalg.vector_norm(values, dim=1, keepdim=True, out=scale).clamp_min_(SMALLEST_NORM)
+    spacing = SPACING / math.sqrt(max(count, 1))
+    scale.copy_(norms).clamp_min_(SMALLEST_NORM)
     # Adding what is above the turning point, and cutting, rounds. A row of it is added in the pass that divides; for a
     # single tensor that row is as large as the result, and becomes it.
-    row = values.new_empty(1, count) if scratch is None or not alone else scratch
+    row = values.new_empty(1, values.shape[1]) if scratch is None or not alone else scratch
     above = row.fill_(LARGEST + 1 - turning_point)
     levels = torch.addcdiv(above, values, scale, value=1 / spacing, out=above if alone else scratch)
     levels.clamp_(0, 2 * LARGEST + 0.5)
     # As signed bytes: CPUs take several times as long to make unsigned ones.
-    whole = levels.to(torch.int8)
-    high = whole[:, half:] if count == 2 * half else torch.nn.functional.pad(whole[:, half:], (0, 1), value=LARGEST)
-    # What overflows in the sum comes back in the difference.
-    torch.add(whole[:, :half], high, alpha=BASE, out=codes).sub_(LARGEST * (1 + BASE))
+    pack(levels.to(torch.int8), codes)
     scale.mul_(spacing * unit)

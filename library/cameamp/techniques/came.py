@@ -66,7 +66,9 @@ def scale_by_second_moment_(
     scaled = torch.rsqrt(exp_avg_sq, out=out).mul_(grad)
     norm = sums.norms(scaled)
     excess = norm.mul_(1 / (math.sqrt(sums.numel(scaled)) * clip_threshold)).clamp_min_(1.0)
-    return scaled.mul_(excess.reciprocal_().view(-1, 1, 1))
+    factor = excess.reciprocal_()
+    sums.scaled_by(factor)
+    return scaled.mul_(factor.view(-1, 1, 1))
 
 
 def growing_bound(step: int) -> float:

@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .sums import OF_WHOLE_TENSORS, Sums
+
 DECAY = 0.9
 
 
@@ -39,7 +41,12 @@ class Momenta(Protocol):
     """The multi-scale momenta of a stack."""
 
     def update_momenta(
-        self, scales: Sequence[Scale], target: Tensor, out: Tensor, scratch: Tensor | None = None
+        self,
+        scales: Sequence[Scale],
+        target: Tensor,
+        out: Tensor,
+        scratch: Tensor | None = None,
+        sums: Sums = OF_WHOLE_TENSORS,
     ) -> None:
         """Take each momentum m to (1 - rate) m + rate * target, and put the sum of share * m into `out`."""
 
@@ -95,6 +102,7 @@ def multi_scale_momentum(
     scales: Sequence[Scale],
     out: Tensor | None = None,
     scratch: Tensor | None = None,
+    sums: Sums = OF_WHOLE_TENSORS,
 ) -> Tensor | None:
     """Update the momenta that are due, and take the weighted mean of all.
 
@@ -105,6 +113,7 @@ def multi_scale_momentum(
         scales: the momenta at this step.
         out: memory for the result, of scaled_grad's shape; allocated if it is None.
         scratch: memory to compute in, likewise.
+        sums: adds up over whole tensors.
 
     Returns:
         What drives the momentum in place of the scaled gradient; None if no momentum was ever updated. An element
@@ -115,5 +124,5 @@ def multi_scale_momentum(
     if not begun:
         return None
     mean = torch.empty_like(scaled_grad) if out is None else out
-    momenta.update_momenta(begun, scaled_grad, mean, scratch)
+    momenta.update_momenta(begun, scaled_grad, mean, scratch, sums)
     return mean.mul_(torch.abs(direction, out=scratch))

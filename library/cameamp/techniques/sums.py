@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,17 @@ class Sums:
         """The norm of each tensor of a stack (tensors, rows, columns): (tensors,)."""
         norms: Tensor = torch.linalg.vector_norm(stack.flatten(1), dim=1)
         return norms
+
+    def scaled_by(self, factor: Tensor) -> None:
+        """The stack whose norms were asked for is now (tensors,) factors times what it was."""
+
+    def of_momenta(self, target: Tensor) -> tuple[Sequence[Tensor], Tensor | None]:
+        """What an update of multi-scale momenta towards a stack takes of whole tensors, where shards have them.
+
+        Returns:
+            The sums, of what the stack was when its norms were asked for; and its factor since then, if there is one.
+        """
+        raise NotImplementedError("whole tensors have all that their momenta need")
 
     def over_rows(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sums that were taken over rows, of whatever shape."""

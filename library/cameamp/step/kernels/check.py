@@ -11,6 +11,7 @@ from ...groups import Group, States
 from ...sharding import ALONE
 from ...stacks.stack import ParameterState, Stack
 from ...stacks.workspace import Workspace
+from ...storage import Spread
 from .. import shared
 from ..measure import GroupSums
 from ..passes import Measured, Passes
@@ -89,8 +90,8 @@ class _Copy:
         p = stack.params[0]
         assert p.grad is not None
         self._cut = stack.cut
-        rows = stack.whole_rows if p.ndim else None
-        self.p, self.p.grad = stack.cut.wrapped([_apart(self.here(p.detach())), self.here(p.grad).clone()], rows)
+        copies = [_apart(self.here(p.detach())), self.here(p.grad).clone()]
+        self.p, self.p.grad = stack.cut.wrapped(copies, Spread.BY_ROW, stack.whole_rows)
         own: ParameterState = {
             key: self.here(value).clone() if torch.is_tensor(value) else value for key, value in states[p].items()
         }

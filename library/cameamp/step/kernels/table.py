@@ -19,17 +19,17 @@ from ...states import TABLE, momentum_name
 from ...storage import Stored
 from ...storage.bits import StoredBits
 from ...storage.blockwise import StoredBlockwise
-from ...storage.by_row import StoredByRow
 from ...storage.full import StoredFull
 from ...storage.linear import StoredLinear
 from ...storage.low_rank import StoredLowRank
+from ...storage.low_rank_shards import StoredLowRankOfShard
 from ...storage.nibbles import StoredNibbles
 
 # The first columns of a row.
 NUMEL, ROWS, COLUMNS, POSITION, BLOCK, GRAD, GRAD_KIND, WEIGHT, WEIGHT_KIND, SAMPLE = range(10)
 
-# Of a shard, which is what all of these are of: the elements of the whole tensor, and the first that is here. And how
-# many elements signs and momenta are coded over: those of a row if each row is coded by itself, else 0.
+# Of a shard, which is what all of these are of: the elements of the whole tensor, and the first that is here. And for
+# how many there is room where elements far apart share a byte, those of the process that has most.
 WHOLE_NUMEL, FIRST, SPAN = range(10, 13)
 
 # Then follow, for each state of `states.TABLE` in its order, its kind, its address, and that of its scale.
@@ -38,10 +38,10 @@ KIND, ADDRESS, SCALE = range(3)
 STATE_NUMBERS = {state.name: number for number, state in enumerate(TABLE)}
 FIELDS = STATES + 3 * len(TABLE)
 
-# For each momentum, in a table of its own: how it is written, for low rank also the folded matrix and the rank, and if
-# each row is coded by itself, the bytes from one row to the next, of codes and of scales.
-MOMENTUM_FIELDS = 8
-FOLDED_ROWS, FOLDED_COLUMNS, RANK, CODE_STEP, SCALE_STEP = range(3, 8)
+# For each momentum, in a table of its own: how it is written, and for low rank also the folded matrix, the rank, the
+# address of the right factor, and the bytes from one row of a factor to the next, of the left one and of the right.
+MOMENTUM_FIELDS = 9
+FOLDED_ROWS, FOLDED_COLUMNS, RANK, RIGHT, LEFT_STEP, RIGHT_STEP = range(3, 9)
 
 # The same rows by names, for kernels that read records.
 ROW = numpy.dtype(
@@ -55,12 +55,12 @@ ROW = numpy.dtype(
 MOMENTUM = numpy.dtype(
     [
         *((name, numpy.int64) for name in ("kind", "address", "scale", "folded_rows", "folded_columns", "rank")),
-        *((name, numpy.int64) for name in ("code_step", "scale_step")),
+        *((name, numpy.int64) for name in ("right", "left_step", "right_step")),
     ]
 )
 
 # How a state is written down.
-ABSENT, FLOAT, BOOL, SIGNED, ROOT, EVEN, PACKED, FOUR_BITS, LOW_RANK = range(-1, 8)
+ABSENT, FLOAT, BOOL, SIGNED, ROOT, EVEN, PACKED, FOUR_BITS, LOW_RANK, LOW_RANK_OF_SHARD = range(-1, 9)
 
 # Floating-point formats of gradients and weights.
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
@@ -193,10 +193,9 @@ def _rows_of(stack: Stack) -> numpy.ndarray:
     rows[:, ROWS], rows[:, COLUMNS] = stack.rows, stack.columns
     rows[:, POSITION] = stack.parameter_numbers
     rows[:, WHOLE_NUMEL], rows[:, FIRST] = stack.whole_rows * stack.columns, stack.first_element
-    by_row = any(isinstance(state, StoredByRow) for state in stack.stored.values())
-    rows[:, SPAN] = stack.columns if by_row else 0
-    codes = map(_code, stack.stored.values())
-    rows[:, BLOCK] = next((code.block for code in codes if isinstance(code, StoredBlockwise)), 0)
+    rows[:, SPAN] = stack.most_rows * stack.columns
+    states = stack.stored.values()
+    rows[:, BLOCK] = next((state.block for state in states if isinstance(state, StoredBlockwise)), 0)
     for name, number in STATE_NUMBERS.items():
         place = STATES + 3 * number
         rows[:, place + KIND] = ABSENT
@@ -210,25 +209,26 @@ def _momenta_of(stack: Stack, periods: Sequence[int]) -> numpy.ndarray:
     for place, period in enumerate(periods):
         stored = stack.stored[momentum_name(period)]
         _enter(momenta[:, place], stored)
-        code = _code(stored)
-        if isinstance(code, StoredLowRank):
-            momenta[:, place, FOLDED_ROWS : RANK + 1] = code.folded.rows, code.folded.columns, code.folded.rank
-        steps = [tensor.stride(1) * tensor.element_size() for tensor in stored.tensors if tensor.ndim > 1]
-        momenta[:, place, CODE_STEP : CODE_STEP + len(steps)] = steps
+        if isinstance(stored, StoredLowRank):
+            momenta[:, place, FOLDED_ROWS : RANK + 1] = stored.folded.rows, stored.folded.columns, stored.folded.rank
+            *factors, scale = stored.factors()
+            for column, tensor in zip((ADDRESS, RIGHT, SCALE), (*factors, scale)):
+                momenta[:, place, column] = _addresses(tensor)
+            momenta[:, place, LEFT_STEP : RIGHT_STEP + 1] = [factor.stride(1) for factor in factors]
     return momenta
-
-
-def _code(stored: Stored) -> Stored:
-    """What a state is written in: of one that is written row by row, what each row is."""
-    return stored.all_rows() if isinstance(stored, StoredByRow) else stored
 
 
 def _enter(fields: numpy.ndarray, stored: Stored) -> None:
     """Write down a state's kind, and for each tensor of the stack where it and its scale are."""
-    fields[:, KIND] = _kind(_code(stored))
-    for place, tensor in enumerate(stored.tensors):
-        step = tensor.stride(0) * tensor.element_size() if len(tensor) > 1 else 0
-        fields[:, ADDRESS + place] = tensor.data_ptr() + step * numpy.arange(len(tensor))
+    fields[:, KIND] = _kind(stored)
+    for place, tensor in enumerate(stored.tensors[:2]):
+        fields[:, ADDRESS + place] = _addresses(tensor)
+
+
+def _addresses(tensor: Tensor) -> numpy.ndarray:
+    """Where the parts of a tensor of a stack are."""
+    step = tensor.stride(0) * tensor.element_size() if len(tensor) > 1 else 0
+    return tensor.data_ptr() + step * numpy.arange(len(tensor))
 
 
 def _kind(stored: Stored) -> int:
@@ -243,6 +243,8 @@ def _kind(stored: Stored) -> int:
             return PACKED
         case StoredNibbles():
             return FOUR_BITS
+        case StoredLowRankOfShard():
+            return LOW_RANK_OF_SHARD
         case StoredLowRank():
             return LOW_RANK
     raise TypeError(f"no kernel reads {type(stored).__name__}")

@@ -221,7 +221,7 @@ def load_state(state, block, start, count, maps, room):
         scale = floats(state[SCALE], 0, 2)
         _decode_evenly(codes, scale[0], scale[1], out)
         return out
-    scales = floats(state[SCALE], start // block, count // block)
+    scales = floats(state[SCALE], start // block, -(-count // block))  # The last block of a shard may be shorter.
     for i in range(len(scales)):
         part = out[i * block : (i + 1) * block]
         its_codes = codes[i * block : (i + 1) * block]
@@ -245,7 +245,7 @@ def store_state(values, state, block, start, maps, stream):
         scale = floats(state[SCALE], 0, 2)
         _encode_evenly(values, start, stream, scale[0], scale[1], codes)
         return
-    scales = floats(state[SCALE], start // block, count // block)
+    scales = floats(state[SCALE], start // block, -(-count // block))  # The last block of a shard may be shorter.
     for i in range(len(scales)):
         part = values[i * block : (i + 1) * block]
         its_codes = codes[i * block : (i + 1) * block]
@@ -324,7 +324,7 @@ def load_signs(state, length, start, count, room):
 
     Args:
         state: its kind and address, of one tensor.
-        length: how many elements are packed together: those of the tensor, or of a row.
+        length: how many elements there is room for.
         start, count: which elements.
         room: memory for `count` bytes.
     """
@@ -339,17 +339,16 @@ def load_signs(state, length, start, count, room):
     plane = (length + 7) // 8
     done = 0
     while done < count:
-        before, place = (start + done) // length, (start + done) % length
-        bit, byte = place // plane, place % plane
-        many = min(plane - byte, length - place, count - done)
-        _unpack(bytes_at(address, before * plane + byte, many), numpy.uint8(bit), out[done : done + many])
+        bit, byte = (start + done) // plane, (start + done) % plane
+        many = min(plane - byte, count - done)
+        _unpack(bytes_at(address, byte, many), numpy.uint8(bit), out[done : done + many])
         done += many
     return out
 
 
 @exact
 def store_signs(signs, state, length, start):
-    """Write signs; those that are packed share bytes with distant elements, so one thread writes all of a length."""
+    """Write signs; those that are packed share bytes with distant elements, so one thread writes all of a tensor."""
     address = state[ADDRESS]
     count = len(signs)
     if state[KIND] != PACKED:
@@ -358,10 +357,9 @@ def store_signs(signs, state, length, start):
     plane = (length + 7) // 8
     done = 0
     while done < count:
-        before, place = (start + done) // length, (start + done) % length
-        bit, byte = place // plane, place % plane
-        many = min(plane - byte, length - place, count - done)
-        _pack(signs[done : done + many], numpy.uint8(bit), bytes_at(address, before * plane + byte, many))
+        bit, byte = (start + done) // plane, (start + done) % plane
+        many = min(plane - byte, count - done)
+        _pack(signs[done : done + many], numpy.uint8(bit), bytes_at(address, byte, many))
         done += many
 
 

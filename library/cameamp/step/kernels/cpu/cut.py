@@ -17,7 +17,7 @@ from .threads import spread
 # A part of a tensor has so many elements at least, and there are so many parts at most ...
 _SMALLEST_PART = 64 * 1024
 _MOST_PARTS = 16
-# ... of which all but the last are whole blocks of any code.
+# ... of which all but the last are whole blocks of any code of whole tensors.
 _UNIT = 4096
 
 _f = numpy.float32
@@ -38,7 +38,7 @@ class Totals(NamedTuple):
 class CutStep:
     """A step of tensors with equally many columns, or of shards of one shape.
 
-    Of its passes only the last one writes; momenta of low rank follow early.
+    Of its passes only the last one writes; momenta of low rank follow early, those of whole tensors.
 
     Args:
         rows: of `table.ROW`, one for each tensor.
@@ -62,25 +62,32 @@ class CutStep:
         spacings: numpy.ndarray | None = None,
     ) -> None:
         k, first = settings.record[0], rows[0]
-        numel, span, periods = int(first["numel"]), int(first["span"]), momenta.shape[1]
-        stages = passes.stages(k["early"], k["cautious"], k["row_scaled"], bool(k["driven"] and periods and span))
+        stages = passes.stages(k["early"], k["cautious"], k["row_scaled"])
         self.stages = stages if spacings is None else stages[1:]
         self._settings = settings
         self._block = int(rows["block"].max())
         self._columns = int(first["columns"])
-        is_shard = first["whole_numel"] != numel or span > 0
-        self._parts = parts(rows["numel"], self._columns if is_shard else 1)
+        self._parts = parts(rows["numel"], self._block or 1)
         self._tensors = rows, momenta, factors
         self._facts = facts
-        units = max(numel // span if span else 1, 1)
-        self._spacings = numpy.zeros((len(rows), units, periods)) if spacings is None else spacings
+        self._spacings = numpy.zeros(momenta.shape) if spacings is None else spacings
         self._norms = numpy.empty((len(rows), self._columns if k["early"] else 0), dtype=_f)
         self._row_factors = numpy.empty((len(rows), rows["rows"].max()), dtype=_f)
-        self._is_apart = not is_shard and len(self._parts) > len(rows)
+        self._is_apart = len(self._parts) > len(rows)
         self._unpacked = numpy.zeros((len(rows), 2), dtype=numpy.int64)
 
-    def take(self, stage: int) -> Totals:
-        """Take one of the passes."""
+    @property
+    def factors(self) -> numpy.ndarray:
+        """What the scaled gradient of each tensor is multiplied by, once the pass `passes.SCALED` is concluded."""
+        return numpy.array(self._facts[:, passes.FACTOR])
+
+    def take(self, stage: int, shown: numpy.ndarray | None = None) -> Totals:
+        """Take one of the passes.
+
+        Args:
+            stage: which.
+            shown: memory for the scaled gradients, (tensors, elements), if somebody wants to see them.
+        """
         if stage == passes.WRITTEN and self._is_apart:
             self._make_room()
         rows, momenta, factors = self._tensors
@@ -99,6 +106,7 @@ class CutStep:
             self._norms,
             self._row_factors,
             self._unpacked,
+            _places_of(shown, len(rows)),
         )
         _take_pass(stage, self._parts, arguments, self._block)
         totals = Totals(no_sums(len(rows), momenta), numpy.zeros((len(rows), *columns.shape[1:]), dtype=_f))
@@ -107,10 +115,7 @@ class CutStep:
         return totals
 
     def _make_room(self) -> None:
-        """Signs and four-bit levels share bytes with distant elements, so they are first written a byte each.
-
-        Not those of shards, whose parts are whole rows.
-        """
+        """Signs and four-bit levels share bytes with distant elements, so they are first written a byte each."""
         rows, momenta, _ = self._tensors
         k, numel = self._settings.record[0], rows["numel"]
         coded = numpy.count_nonzero(momenta["kind"] == FOUR_BITS, axis=1).max(initial=0) if k["driven"] else 0
@@ -150,12 +155,13 @@ def sum_scaled(
         numpy.zeros((count, 0), dtype=FACTOR),
         settings.record,
         numpy.zeros((count, passes.FACTS)),
-        numpy.zeros((count, 1, momenta.shape[1])),
+        numpy.zeros(momenta.shape),
         sums,
         numpy.zeros((len(cut), 2, 0), dtype=_f),
         nothing,
         nothing,
         numpy.zeros((count, 2), dtype=numpy.int64),
+        _places_of(None, count),
     )
     _take_pass(stage, cut, arguments, int(rows["block"].max(initial=0)))
     numpy.add.at(totals, cut[:, 0], sums)
@@ -167,10 +173,17 @@ def conclude_scaled(
 ) -> numpy.ndarray:
     """Take in the sums of the pass `passes.SCALED`; returns the distances between the levels of new momenta."""
     count = len(rows)
-    spacings, nothing = numpy.zeros((count, 1, momenta.shape[1])), numpy.zeros((count, 0), dtype=_f)
+    spacings, nothing = numpy.zeros(momenta.shape), numpy.zeros((count, 0), dtype=_f)
     of_tensors = (facts, spacings, sums, numpy.zeros((count, 2, 0), _f), nothing, numpy.zeros((count, 2), numpy.int64))
     _conclude(passes.SCALED, rows, momenta, settings, of_tensors)
     return spacings
+
+
+def _places_of(memory: numpy.ndarray | None, count: int) -> numpy.ndarray:
+    """The address of each of so many rows of memory; zeros for none."""
+    if memory is None:
+        return numpy.zeros(count, dtype=numpy.int64)
+    return memory.ctypes.data + memory.strides[0] * numpy.arange(count)
 
 
 def _conclude(
@@ -209,19 +222,19 @@ def memory(block: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     return numpy.empty((passes.ROOMS, length), dtype=_f), numpy.empty((2, length), dtype=numpy.uint8)
 
 
-def parts(sizes: numpy.ndarray, columns: int = 1) -> numpy.ndarray:
+def parts(sizes: numpy.ndarray, block: int = 1) -> numpy.ndarray:
     """Cut tensors into parts, the same whatever the number of threads: (parts, 3), tensor, first element, end.
 
     Args:
         sizes: elements of each.
-        columns: of how many elements the parts are a multiple, besides of blocks; of 1 for any.
+        block: of how many elements the parts are a multiple.
     """
-    return _parts_of(tuple(sizes.tolist()), columns)
+    return _parts_of(tuple(sizes.tolist()), block)
 
 
 @lru_cache(maxsize=64)
-def _parts_of(sizes: tuple[int, ...], columns: int) -> numpy.ndarray:
-    unit = -(-_UNIT // columns) * columns
+def _parts_of(sizes: tuple[int, ...], block: int) -> numpy.ndarray:
+    unit = -(-_UNIT // block) * block
     cut = []
     for tensor, size in enumerate(sizes):
         length = -(-max(-(-size // _MOST_PARTS), _SMALLEST_PART) // unit) * unit

@@ -1,8 +1,8 @@
 """Multi-scale momenta in a kernel: what they add to the drive, block by block, and how those of low rank follow.
 
 A momentum m that is due becomes (1 - rate) m + rate sg; the drive is the sum of share * m over all of them. Formats are
-those of `storage/full.py`, `storage/nibbles.py` and `storage/low_rank.py`. What is coded together is a unit, of so many
-elements: a tensor is one, and of a shard each row is, as `storage/by_row.py` has it.
+those of `storage/full.py`, `storage/nibbles.py` and `storage/low_rank.py`. Of shards the momenta of low rank are only
+read here; they follow by `storage/low_rank_shards.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy
 
 from ....storage import low_rank, nibbles
-from ..table import FLOAT, FOUR_BITS, LOW_RANK, MOMENTUM, Located, as_records
+from ..table import FLOAT, FOUR_BITS, LOW_RANK, LOW_RANK_OF_SHARD, MOMENTUM, Located, as_records
 from . import loops
 from .codes import noise, noise_stream
 from .jit import exact, floats, inlined, jit, signed_bytes
@@ -32,10 +32,8 @@ _LARGEST_CODE = _f(low_rank.LARGEST_CODE)
 _SMALLEST_NEW_PART = _f(low_rank.SMALLEST_NEW_PART)
 
 
-# A row of a momentum's left factor, the same of its right one, the scale of their product, and the momentum's steps.
-FACTOR = numpy.dtype(
-    [(name, numpy.int64) for name in ("left", "right", "scale", "momentum", "code_step", "scale_step")]
-)
+# A row of a momentum's left factor, the same of its right one, the scale of their product, and which momentum it is of.
+FACTOR = numpy.dtype([(name, numpy.int64) for name in ("left", "right", "scale", "momentum")])
 
 
 _known: WeakKeyDictionary[Located, tuple[numpy.ndarray, numpy.ndarray]] = WeakKeyDictionary()
@@ -56,7 +54,7 @@ def records_of(located: Located) -> tuple[numpy.ndarray, numpy.ndarray]:
 
 
 def _factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
-    low = momenta["kind"] == LOW_RANK
+    low = (momenta["kind"] == LOW_RANK) | (momenta["kind"] == LOW_RANK_OF_SHARD)
     ranks = numpy.where(low, momenta["rank"], 0)
     most = int(ranks.sum(axis=1).max(initial=0))
     result = numpy.zeros((len(momenta), -(-most // 4) * 4), dtype=FACTOR)
@@ -67,59 +65,45 @@ def _factors_of(momenta: numpy.ndarray) -> numpy.ndarray:
         for k in range(int(ranks[:, j].max(initial=0))):
             tensors = numpy.flatnonzero(ranks[:, j] > k)
             places = ends[tensors, j] - ranks[tensors, j] + k
-            left = own["address"][tensors] + k * (own["folded_rows"][tensors] + own["folded_columns"][tensors])
-            result["left"][tensors, places] = left
-            result["right"][tensors, places] = left + own["folded_rows"][tensors]
+            result["left"][tensors, places] = own["address"][tensors] + k * own["left_step"][tensors]
+            result["right"][tensors, places] = own["right"][tensors] + k * own["right_step"][tensors]
             result["scale"][tensors, places] = own["scale"][tensors] + 4 * k
             result["momentum"][tensors, places] = j
-            for step in ("code_step", "scale_step"):
-                result[step][tensors, places] = own[step][tensors]
     return result
 
 
 # The drive ------------------------------------------------------------------------------------------------------
 
 
-@exact
-def _codes_at(momentum, unit):
-    """The address of a unit's codes."""
-    return momentum.address + unit * momentum.code_step
-
-
-@exact
-def _scale_at(momentum, unit):
-    """The address of a unit's scale, or of its first."""
-    return momentum.scale + unit * momentum.scale_step
-
-
 @jit
-def _half_of(start, count, numel, high):
+def _half_of(start, count, span, high):
     """The part of a block whose levels are the low or the high ones of bytes: its first element, its end, its byte.
 
-    Byte j holds the level of element j and, sixteenfold, that of element j + half.
+    Byte j holds the level of element j and, sixteenfold, that of element j + half, where there is room for `span`.
     """
-    half = (numel + 1) // 2
+    half = (span + 1) // 2
     cut = max(0, min(count, half - start))
     return (cut, count, start + cut - half) if high else (0, cut, start)
 
 
 @jit
-def sum_products(momenta, unit, numel, rates, raw, start, sums):
-    """Add what the norm of each four-bit momentum's new value follows from: raw . levels and levels . levels.
+def sum_products(momenta, span, rates, raw, start, sums):
+    """Add what the norm of each four-bit momentum's new value follows from: raw . m and m . m.
 
-    The value is sg + (1 - rate) / rate * scale * levels, and of sg only its multiple `raw` is known yet.
+    The value is sg + (1 - rate) / rate * m, and of sg only its multiple `raw` is known yet.
     """
     for j in range(len(momenta)):
         if momenta[j].kind == FOUR_BITS and rates[j] != 0:
+            scale = numpy.float64(floats(momenta[j].scale, 0, 1)[0])
             for high in range(2):
-                first, end, byte = _half_of(start, len(raw), numel, high)
+                first, end, byte = _half_of(start, len(raw), span, high)
                 if first < end:
-                    codes = signed_bytes(_codes_at(momenta[j], unit), byte, end - first)
-                    _sum_levels(codes, raw[first:end], high, sums[2 * j : 2 * j + 2])
+                    codes = signed_bytes(momenta[j].address, byte, end - first)
+                    _sum_levels(codes, raw[first:end], high, scale, sums[2 * j : 2 * j + 2])
 
 
 @jit
-def _sum_levels(codes, raw, high, sums):
+def _sum_levels(codes, raw, high, scale, sums):
     whole = len(raw) // LANES * LANES
     products, squares = zeros(), zeros()
     for i in range(0, whole, LANES):
@@ -131,23 +115,26 @@ def _sum_levels(codes, raw, high, sums):
         level = _f(_level_in(codes[i], high))
         product += raw[i] * level
         square += level * level
-    sums[0] += product
-    sums[1] += square
+    sums[0] += scale * product
+    sums[1] += scale * scale * square
 
 
 @jit
-def new_spacings(momenta, unit, numel, rates, sums, square, factor, out):
-    """The distance between the levels of each momentum's new value, from `sum_products` and raw . raw; in sg's unit."""
+def new_spacings(momenta, numel, rates, sums, square, factor, out):
+    """The distance between the levels of each momentum's new value, from `sum_products` and raw . raw; in sg's unit.
+
+    `numel` are the elements of a whole tensor, over which everything is summed.
+    """
     for j in range(len(momenta)):
         if momenta[j].kind == FOUR_BITS and rates[j] != 0:
-            old = (1 - rates[j]) / rates[j] * numpy.float64(floats(_scale_at(momenta[j], unit), 0, 1)[0])
+            old = (1 - rates[j]) / rates[j]
             norm = factor * factor * square + 2 * factor * old * sums[2 * j] + old * old * sums[2 * j + 1]
             out[j] = max(math.sqrt(max(norm, 0.0)), _SMALLEST_NORM) * _SPACING / math.sqrt(numel)
 
 
 @inlined
 def drive(
-    momenta, factors, unit, numel, rates, shares, spacings, turning_point, sg, factor, start, write, unpacked, room, out
+    momenta, factors, numel, span, rates, shares, spacings, turning_point, sg, factor, start, write, unpacked, room, out
 ):  # fmt: skip
     """The weighted mean of the momenta, which drives in place of sg where there is a gradient.
 
@@ -156,14 +143,13 @@ def drive(
     Args:
         momenta: those of one tensor, `table.MOMENTUM`.
         factors: of those of low rank, `FACTOR`, in fours.
-        unit: which of the tensor's units.
-        numel: the unit's elements.
+        numel, span: the elements that are here, and that there is room for.
         rates, shares: of each momentum at this step; see `techniques.multiscale.Scale`.
         spacings: from `new_spacings`.
         turning_point: of the rounding to levels.
         sg: the block's scaled gradient, as if its factor were 1.
         factor: its factor.
-        start: its first element, of the unit.
+        start: its first element.
         unpacked: where new levels go, a byte an element of each four-bit momentum, if several threads share the tensor;
             else 0.
         room: memory for a block.
@@ -177,12 +163,11 @@ def drive(
             continue
         kind = momenta[j].kind
         if kind == FLOAT:
-            _add_full(momenta[j], unit, rates[j], shares[j], sg, factor, start, write, room[: len(sg)], out)
+            _add_full(momenta[j], rates[j], shares[j], sg, factor, start, write, room[: len(sg)], out)
         elif kind == FOUR_BITS:
             spacing = _f(spacings[j])
             _add_four_bits(
-                momenta[j], unit, numel, rates[j], shares[j], spacing, turning_point, sg, factor, start, write, levels,
-                out,
+                momenta[j], span, rates[j], shares[j], spacing, turning_point, sg, factor, start, write, levels, out
             )  # fmt: skip
             if levels != 0 and rates[j] != 0:
                 levels += numel
@@ -190,12 +175,12 @@ def drive(
             columns = momenta[j].folded_columns
     if columns:
         for first in range(0, len(factors), 4):
-            _add_four_factors(factors[first : first + 4], unit, shares, columns, start, room, out)
+            _add_four_factors(factors[first : first + 4], shares, columns, start, room, out)
 
 
 @inlined
-def _add_full(momentum, unit, rate, share, sg, factor, start, write, values, out):
-    m = floats(_codes_at(momentum, unit), start, len(sg))
+def _add_full(momentum, rate, share, sg, factor, start, write, values, out):
+    m = floats(momentum.address, start, len(sg))
     loops.copy(m, values)
     loops.scale(values, _f(1.0) - rate)
     loops.add_scaled(sg, rate * factor, values)
@@ -206,16 +191,16 @@ def _add_full(momentum, unit, rate, share, sg, factor, start, write, values, out
 
 @inlined
 def _add_four_bits(
-    momentum, unit, numel, rate, share, spacing, turning_point, sg, factor, start, write, unpacked, out
+    momentum, span, rate, share, spacing, turning_point, sg, factor, start, write, unpacked, out
 ):  # fmt: skip
     """out += share * m of a block; with `write`, the new levels are written."""
-    scale = floats(_scale_at(momentum, unit), 0, 1)[0]
+    scale = floats(momentum.scale, 0, 1)[0]
     offset = _LARGEST_LEVEL + _f(1.0) - turning_point
     for high in range(2):
-        first, end, byte = _half_of(start, len(sg), numel, high)
+        first, end, byte = _half_of(start, len(sg), span, high)
         if first >= end:
             continue
-        codes = signed_bytes(_codes_at(momentum, unit), byte, end - first)
+        codes = signed_bytes(momentum.address, byte, end - first)
         if rate == 0:
             _add_levels(codes, high, share * scale, out[first:end])
             continue
@@ -278,57 +263,56 @@ def _level(value, unit, offset):
 
 
 @exact
-def pack_levels(unpacked, address, numel):
-    """Write the levels that several threads left unpacked."""
-    half = (numel + 1) // 2
+def pack_levels(unpacked, address, numel, span):
+    """Write the levels that several threads left unpacked, where there is room for `span`."""
+    half = (span + 1) // 2
     levels, codes = signed_bytes(unpacked, 0, numel), signed_bytes(address, 0, half)
     for i in range(half):
-        codes[i] = levels[i]
+        codes[i] = levels[i] if i < numel else numpy.int8(0)
     for i in range(half, numel):
         codes[i - half] += numpy.int8(_BASE * levels[i])
 
 
 @jit
-def finish_scales(momenta, unit, rates, spacings):
+def finish_scales(momenta, rates, spacings):
     """Write the new distance between levels, once all blocks are done."""
     for j in range(len(momenta)):
         if momenta[j].kind == FOUR_BITS and rates[j] != 0:
-            floats(_scale_at(momenta[j], unit), 0, 1)[0] = _f(spacings[j] * rates[j])
+            floats(momenta[j].scale, 0, 1)[0] = _f(spacings[j] * rates[j])
 
 
 # Low rank -------------------------------------------------------------------------------------------------------
 
 
 @jit
-def _weight(factor, unit, shares):
+def _weight(factor, shares):
     """What a factor's product is multiplied by."""
     if factor.momentum < 0:
         return _f(0.0)
-    return shares[factor.momentum] * floats(_scale_at(factor, unit), 0, 1)[0]
+    return shares[factor.momentum] * floats(factor.scale, 0, 1)[0]
 
 
 @jit
-def _codes_of(factor, unit, first, address, start, count):
+def _codes_of(factor, first, address, start, count):
     """Some codes of a factor; of one that is only there to make four, those of the first."""
-    return signed_bytes(address + unit * factor.code_step if factor.momentum >= 0 else first, start, count)
+    return signed_bytes(address if factor.momentum >= 0 else first, start, count)
 
 
 @inlined
-def _add_four_factors(factors, unit, shares, columns, start, room, out):
+def _add_four_factors(factors, shares, columns, start, room, out):
     """out += the sum of weight * left * right over four factors, of the elements from `start` on."""
     a, b, c, d = factors[0], factors[1], factors[2], factors[3]
     if a.momentum < 0:
         return
-    v, w = _weight(a, unit, shares), _weight(b, unit, shares)
-    x, y = _weight(c, unit, shares), _weight(d, unit, shares)
+    v, w = _weight(a, shares), _weight(b, shares)
+    x, y = _weight(c, shares), _weight(d, shares)
     count = len(out)
     row, last = start // columns, (start + count - 1) // columns
     many = last - row + 1
-    left, right = a.left + unit * a.code_step, a.right + unit * a.code_step
-    p, q = signed_bytes(left, row, many), _codes_of(b, unit, left, b.left, row, many)
-    r, s = _codes_of(c, unit, left, c.left, row, many), _codes_of(d, unit, left, d.left, row, many)
-    e, f = signed_bytes(right, 0, columns), _codes_of(b, unit, right, b.right, 0, columns)
-    g, h = _codes_of(c, unit, right, c.right, 0, columns), _codes_of(d, unit, right, d.right, 0, columns)
+    p, q = signed_bytes(a.left, row, many), _codes_of(b, a.left, b.left, row, many)
+    r, s = _codes_of(c, a.left, c.left, row, many), _codes_of(d, a.left, d.left, row, many)
+    e, f = signed_bytes(a.right, 0, columns), _codes_of(b, a.right, b.right, 0, columns)
+    g, h = _codes_of(c, a.right, c.right, 0, columns), _codes_of(d, a.right, d.right, 0, columns)
     column, done = start % columns, 0
     if columns % LANES == 0 and column % LANES == 0 and count % LANES == 0 and 4 * many <= len(room):
         lefts = room[: 4 * many]
@@ -383,7 +367,7 @@ def _to_floats(codes, unit, out):
 
 
 @inlined
-def begin_low_rank(momentum, unit, rate, step):
+def begin_low_rank(momentum, rate, step):
     """What an iteration of one momentum needs before it sees the gradient.
 
     Returns:
@@ -392,13 +376,13 @@ def begin_low_rank(momentum, unit, rate, step):
     """
     rows, columns, rank = momentum.folded_rows, momentum.folded_columns, momentum.rank
     length = rows + columns
-    scales = floats(_scale_at(momentum, unit), 0, rank)
+    scales = floats(momentum.scale, 0, rank)
     factors = numpy.empty((rank, length), dtype=numpy.float32)
     probe = numpy.empty((rank, columns), dtype=numpy.float32)
     seen = numpy.zeros((rank, rows), dtype=numpy.float32)
     stream = noise_stream(0, 0)
     for k in range(rank):
-        _to_floats(signed_bytes(_codes_at(momentum, unit), k * length, length), _f(1.0), factors[k])
+        _to_floats(signed_bytes(momentum.address, k * length, length), _f(1.0), factors[k])
         for c in range(columns):
             # Without a little of every direction, one that the factors lack could never come in.
             place = (k * columns + c - step) % (rank * columns)
@@ -451,12 +435,12 @@ def project_gradient(momentum, rate, sg, start, left, right):
 
 
 @inlined
-def finish_low_rank(momentum, unit, left, right):
+def finish_low_rank(momentum, left, right):
     """Write the new factors down."""
     rows, columns, rank = momentum.folded_rows, momentum.folded_columns, momentum.rank
-    scales = floats(_scale_at(momentum, unit), 0, rank)
+    scales = floats(momentum.scale, 0, rank)
     for k in range(rank):
-        codes = signed_bytes(_codes_at(momentum, unit), k * (rows + columns), rows + columns)
+        codes = signed_bytes(momentum.address, k * (rows + columns), rows + columns)
         scales[k] = _code_factor(left[k], codes[:rows]) * _code_factor(right[k], codes[rows:])
 
 

@@ -70,7 +70,7 @@ PRODUCTS = FOUND + 4
 FACTOR, SHARE_ALONG, LENGTHENING, CAUTIOUS, STRENGTH, FACTS = range(6)
 
 # The passes over a tensor that several threads share.
-MEASURED, SCALED, FOLLOWED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(8)
+MEASURED, SCALED, COLUMN_NORMS, UPDATES, AGREEMENTS, ROW_NORMS, WRITTEN = range(7)
 
 _SMALLEST_COLUMN_NORM = _f(tam.SMALLEST_NORM)
 _SMALLEST_WEIGHT_NORM = orthograd.SMALLEST_NORM
@@ -147,12 +147,6 @@ def block_length(row):
 
 
 @jit
-def unit_length(row):
-    """How many elements' signs and momenta are coded together: those of the tensor, or of a row."""
-    return row.span if row.span else row.numel
-
-
-@jit
 def next_count(row, start, end):
     """How many elements a block has from a place on: whole sixteens, or the fewer in which a tensor ends.
 
@@ -198,16 +192,10 @@ def _drive(row, own, low_ranks, k, factor, spacings, sg, start, write, unpacked,
     """The weighted mean of the momenta, which drives in place of the scaled gradient, factor * sg."""
     drive = rooms[DRIVE, : len(sg)]
     rates, shares = floats(k.rates, 0, len(own)), floats(k.shares, 0, len(own))
-    length = unit_length(row)
-    done = 0
-    while done < len(sg):
-        unit, place = (start + done) // length, (start + done) % length
-        many = min(length - place, len(sg) - done)
-        multiscale.drive(
-            own, low_ranks, unit, length, rates, shares, spacings[unit], k.turning_point, sg[done : done + many],
-            factor, place, write, unpacked, rooms[RATES], drive[done : done + many],
-        )  # fmt: skip
-        done += many
+    multiscale.drive(
+        own, low_ranks, row.numel, row.span, rates, shares, spacings, k.turning_point, sg, factor, start, write,
+        unpacked, rooms[RATES], drive,
+    )  # fmt: skip
     return drive
 
 
@@ -281,10 +269,11 @@ def _fetch_rest(row, start, end):
 
 
 @inlined
-def sum_scaled(row, own, begin, end, k, sums, kept, rooms):
+def sum_scaled(row, own, begin, end, k, sums, kept, shown, rooms):
     """Second pass: the squares of the gradient over the root of the new second moment, and what momenta need.
 
     The scaled gradient stays at the address `kept` for the other passes, as if its factor were 1; if it is 0, nowhere.
+    It is copied to the address `shown` unless that is 0: beyond `kept`, there is room for more.
     """
     ahead = FETCHED_AHEAD if row.block == 0 else 0
     start = begin
@@ -296,10 +285,10 @@ def sum_scaled(row, own, begin, end, k, sums, kept, rooms):
             out = floats(kept, start, count) if kept != 0 else rooms[SG, :count]
             sg, square = _scaled_gradient(row, k, start, count, _f(1.0), out, rooms)
             sums[SQUARE] += square
-            if k.driven and not row.span:  # Rows are looked at once the factor is known, by `follow_rows`.
-                multiscale.sum_products(
-                    own, numpy.int64(0), row.numel, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:]
-                )
+            if k.driven:
+                multiscale.sum_products(own, row.span, floats(k.rates, 0, len(own)), sg, start, sums[PRODUCTS:])
+            if shown != 0:
+                loops.copy(sg, floats(shown, start, count))
         elif k.came:
             g = load_floats(row.grad, row.grad_kind, start, count, rooms[G])
             old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
@@ -324,7 +313,7 @@ def measure_ahead(row, own, begin, end, k, sums, rooms):
         before = sums[SQUARE]
         if k.driven:
             found = loops.measure(g)
-            sum_scaled(row, own, start, start + count, k, sums, numpy.int64(0), rooms)
+            sum_scaled(row, own, start, start + count, k, sums, numpy.int64(0), numpy.int64(0), rooms)
         else:
             old = load_state(row.states[_EXP_AVG_SQ], row.block, start, count, k.maps, rooms[_EXP_AVG_SQ])
             found, square = loops.measure_and_sum(g, old, _scaling(k, _f(1.0)), ahead)
@@ -340,11 +329,9 @@ def conclude_scaled(row, own, k, sums, facts, spacings):
     square = sums[SQUARE]
     excess = math.sqrt(square / row.whole_numel) / k.clip_threshold if k.came else 0.0
     facts[FACTOR] = 1.0 / max(excess, 1.0)
-    if k.driven and not row.span:
+    if k.driven:
         rates = floats(k.rates, 0, len(own))
-        multiscale.new_spacings(
-            own, numpy.int64(0), row.numel, rates, sums[PRODUCTS:], square, facts[FACTOR], spacings[0]
-        )
+        multiscale.new_spacings(own, row.whole_numel, rates, sums[PRODUCTS:], square, facts[FACTOR], spacings)
 
 
 @inlined
@@ -393,14 +380,14 @@ def conclude_columns(of_momentum, of_drive, out):
 
 
 @inlined
-def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, kept, rooms):
+def sum_update(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
     """Early: what OrthoGrad needs of the update and the weights. Later: how much of the update is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     read_only, nowhere = numpy.bool_(False), numpy.int64(0)
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, kept, rooms)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, nowhere, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         if k.early:
             along, weights, update = loops.products(given, p, scaling, following)
@@ -468,7 +455,7 @@ def conclude_agreement(row, sums, facts):
 
 
 @inlined
-def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, kept, rooms):
+def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, sums, rooms):
     """Early and cautious: how much of the update without its part along the weights is cautious."""
     scaling, following = _scaling(k, _f(facts[FACTOR])), _following(k)
     along, lengthening = _f(facts[SHARE_ALONG]), _f(facts[LENGTHENING])
@@ -476,7 +463,7 @@ def sum_agreement(row, own, low_ranks, begin, end, k, facts, spacings, norms, su
     start = begin
     while start < end:
         count = next_count(row, start, end)
-        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, kept, rooms)
+        given = _given(row, own, low_ranks, k, facts, spacings, norms, start, count, read_only, nowhere, nowhere, rooms)
         p = load_floats(row.weight, row.weight_kind, start, count, rooms[WEIGHTS_ROOM])
         sums[AGREEING] += loops.count_agreement(given, p, scaling, following, along, lengthening)
         start += count
@@ -552,7 +539,7 @@ def write(row, own, low_ranks, begin, end, k, facts, spacings, norms, row_factor
         mask = load_state(states[_MASK], row.block, start, count, k.maps, rooms[_MASK])
         now, before = signs[0][:count], signs[1][:count]
         if k.warmup and k.has_polarity:
-            before = load_signs(states[_POLARITY], unit_length(row), start, count, signs[1])
+            before = load_signs(states[_POLARITY], row.span, start, count, signs[1])
         rates = rooms[RATES, :count]
         if is_advanced:
             _fill_rates(rates, row, k, start, row_factors)
@@ -604,7 +591,7 @@ def _store_signs(row, start, now, unpacked):
     if unpacked != 0:
         copy_bytes(now, bytes_at(unpacked, start, len(now)))
     else:
-        store_signs(now, row.states[_POLARITY], unit_length(row), start)
+        store_signs(now, row.states[_POLARITY], row.span, start)
 
 
 @jit
@@ -631,59 +618,33 @@ def _fill_rows(out, start, columns, factors, common):
 
 
 @jit
-def follow_low_rank(row, momentum, unit, rate, k, factor, kept, rooms):
+def follow_low_rank(row, momentum, rate, k, factor, kept, rooms):
     """Update one momentum of low rank: one subspace iteration, whose two products see the gradient in two sweeps."""
-    factors, probe, left = multiscale.begin_low_rank(momentum, unit, rate, k.step)
-    begin = unit * unit_length(row)
-    end = begin + unit_length(row)
+    factors, probe, left = multiscale.begin_low_rank(momentum, rate, k.step)
+    begin, end = numpy.int64(0), row.numel
     start = begin
     while start < end:
         count = next_count(row, start, end)
         sg = _known_gradient(row, k, start, count, kept, rooms)
-        multiscale.probe_gradient(momentum, rate * factor, sg, start - begin, probe, left)
+        multiscale.probe_gradient(momentum, rate * factor, sg, start, probe, left)
         start += count
     right = multiscale.begin_right(momentum, factors, left)
     start = begin
     while start < end:
         count = next_count(row, start, end)
         sg = _known_gradient(row, k, start, count, kept, rooms)
-        multiscale.project_gradient(momentum, rate * factor, sg, start - begin, left, right)
+        multiscale.project_gradient(momentum, rate * factor, sg, start, left, right)
         start += count
-    multiscale.finish_low_rank(momentum, unit, left, right)
+    multiscale.finish_low_rank(momentum, left, right)
 
 
 @inlined
-def follow_low_ranks(row, own, unit, k, facts, kept, rooms):
-    """Update the momenta of low rank that are due."""
+def follow_low_ranks(row, own, k, facts, kept, rooms):
+    """Update the momenta of low rank that are due, not those of shards."""
     for j in range(len(own)):
         rate = floats(k.rates, j, 1)[0]
         if own[j].kind == LOW_RANK and rate != 0:
-            follow_low_rank(row, own[j], unit, rate, k, _f(facts[FACTOR]), kept, rooms)
-
-
-@inlined
-def follow_rows(row, own, begin, end, k, facts, spacings, products, rooms):
-    """What `conclude_scaled` and `follow_low_ranks` do for a tensor, for some rows that are coded by themselves.
-
-    Args:
-        row, own, k, facts, spacings, rooms: as of `write`.
-        begin, end: the first element of the rows, and the one after them.
-        products: memory for two numbers a momentum.
-    """
-    rates = floats(k.rates, 0, len(own))
-    for unit in range(begin // row.span, end // row.span):
-        first, last = unit * row.span, (unit + 1) * row.span
-        square = 0.0
-        loops.fill(products, 0.0)
-        start = first
-        while start < last:
-            count = next_count(row, start, last)
-            sg, part = _scaled_gradient(row, k, start, count, _f(facts[FACTOR]), rooms[SG], rooms)
-            square += part
-            multiscale.sum_products(own, unit, row.span, rates, sg, start - first, products)
-            start += count
-        multiscale.new_spacings(own, unit, row.span, rates, products, square, 1.0, spacings[unit])
-        follow_low_ranks(row, own, unit, k, facts, numpy.int64(0), rooms)
+            follow_low_rank(row, own[j], rate, k, _f(facts[FACTOR]), kept, rooms)
 
 
 @entry
@@ -715,10 +676,10 @@ def step_whole(
         its_spacings, begin, end = spacings[tensor], numpy.int64(0), row.numel
         kept = numpy.int64(scaled.ctypes.data if is_kept else 0)
         loops.fill(sums, 0.0)
-        sum_scaled(row, own, begin, end, k, sums, kept, rooms)
+        sum_scaled(row, own, begin, end, k, sums, kept, numpy.int64(0), rooms)
         conclude_scaled(row, own, k, sums, its_facts, its_spacings)
         if k.driven:
-            follow_low_ranks(row, own, begin, k, its_facts, kept, rooms)
+            follow_low_ranks(row, own, k, its_facts, kept, rooms)
         norms, of_drive = widths[: row.columns], widths[row.columns : 2 * row.columns]
         if k.early:
             loops.fill(norms, _f(0.0))
@@ -739,17 +700,16 @@ def step_whole(
             signs,
         )  # fmt: skip
         if k.driven:
-            multiscale.finish_scales(own, begin, floats(k.rates, 0, len(own)), its_spacings[0])
+            multiscale.finish_scales(own, floats(k.rates, 0, len(own)), its_spacings)
 
 
 # Tensors of one shape that several threads share ----------------------------------------------------------------
 
 
-def stages(early: bool, cautious: bool, row_scaled: bool, rows_follow: bool) -> list[int]:
+def stages(early: bool, cautious: bool, row_scaled: bool) -> list[int]:
     """The passes that a step takes over such tensors, in their order, after the one over gradients."""
     wanted = {
         SCALED: True,
-        FOLLOWED: rows_follow,
         COLUMN_NORMS: early,
         UPDATES: early or cautious,
         AGREEMENTS: early and cautious,
@@ -776,14 +736,19 @@ def step_parts(
     norms,
     row_factors,
     unpacked,
+    shown,
     memory,
     signs,
 ):  # fmt: skip
-    """One pass over some parts of the tensors, of `stages`; what all parts sum is concluded in between."""
+    """One pass over some parts of the tensors, of `stages`; what all parts sum is concluded in between.
+
+    `shown` has an address for each tensor, as of `sum_scaled`; the others are as of `step_whole` and `write`.
+    """
     parts, k = plain_numbers(parts), settings[0]
     facts, spacings, sums = plain_doubles(facts), plain_doubles(spacings), plain_doubles(sums)
     columns, norms, row_factors = plain_floats(columns), plain_floats(norms), plain_floats(row_factors)
-    unpacked, rooms, signs = plain_numbers(unpacked), plain_floats(memory), plain_bytes(signs)
+    unpacked, shown = plain_numbers(unpacked), plain_numbers(shown)
+    rooms, signs = plain_floats(memory), plain_bytes(signs)
     nothing = numpy.int64(0)
     for number in range(first, last):
         tensor, begin, end = parts[number, 0], parts[number, 1], parts[number, 2]
@@ -792,18 +757,16 @@ def step_parts(
         if stage == MEASURED:
             measure_ahead(row, own, begin, end, k, total, rooms)
         elif stage == SCALED:
-            sum_scaled(row, own, begin, end, k, total, nothing, rooms)
-        elif stage == FOLLOWED:
-            follow_rows(row, own, begin, end, k, its_facts, its_spacings, total[PRODUCTS:], rooms)
+            sum_scaled(row, own, begin, end, k, total, nothing, shown[tensor], rooms)
         elif stage == COLUMN_NORMS:
             of_momentum, of_drive = columns[number, 0], columns[number, 1]
             sum_columns(
                 row, own, low_ranks, begin, end, k, its_facts, its_spacings, of_momentum, of_drive, nothing, rooms
             )
         elif stage == UPDATES:
-            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, nothing, rooms)
+            sum_update(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, rooms)
         elif stage == AGREEMENTS:
-            sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, nothing, rooms)
+            sum_agreement(row, own, low_ranks, begin, end, k, its_facts, its_spacings, its_norms, total, rooms)
         elif stage == ROW_NORMS:
             # A row is of the part that it begins in.
             begin, end = -(-begin // row.columns), -(-end // row.columns)
@@ -825,8 +788,8 @@ def conclude(stage, table, momenta, settings, facts, spacings, sums, columns, no
         row, own, total, its_facts = table[tensor], momenta[tensor], sums[tensor], facts[tensor]
         if stage == SCALED:
             conclude_scaled(row, own, k, total, its_facts, spacings[tensor])
-            if k.driven and not row.span:
-                follow_low_ranks(row, own, numpy.int64(0), k, its_facts, numpy.int64(0), rooms)
+            if k.driven:
+                follow_low_ranks(row, own, k, its_facts, numpy.int64(0), rooms)
         elif stage == COLUMN_NORMS:
             conclude_columns(columns[tensor, 0], columns[tensor, 1], norms[tensor])
         elif stage == UPDATES:
@@ -841,14 +804,13 @@ def conclude(stage, table, momenta, settings, facts, spacings, sums, columns, no
 def _pack(row, own, k, spacings, unpacked):
     """Write down what could not be written part by part."""
     if k.warmup and unpacked[0] != 0:
-        store_signs(bytes_at(unpacked[0], 0, row.numel), row.states[_POLARITY], row.numel, 0)
+        store_signs(bytes_at(unpacked[0], 0, row.numel), row.states[_POLARITY], row.span, 0)
     if not k.driven or row.numel == 0:
         return
     rates = floats(k.rates, 0, len(own))
     levels = unpacked[1]
     for j in range(len(own)):
         if levels != 0 and own[j].kind == FOUR_BITS and rates[j] != 0:
-            multiscale.pack_levels(levels, own[j].address, row.numel)
+            multiscale.pack_levels(levels, own[j].address, row.numel, row.span)
             levels += row.numel
-    for unit in range(row.numel // unit_length(row)):
-        multiscale.finish_scales(own, unit, rates, spacings[unit])
+    multiscale.finish_scales(own, rates, spacings)

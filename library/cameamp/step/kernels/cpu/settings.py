@@ -52,6 +52,7 @@ class Settings:
         every: distance between the elements that the context sees; 0 for none.
 
     Attributes:
+        scales: the multi-scale momenta at this step.
         record: one of `SETTINGS`, in an array of one; it has addresses of memory that this object owns.
     """
 
@@ -61,7 +62,8 @@ class Settings:
         config, traits = group.config, batch.traits
         phase = group.phase(batch.stacks[0])
         scalars = StepScalars.at(traits.step, config, group.scheduler_factor, traits.momentum_counts)
-        self._rates, self._shares = _of_momenta(scalars.scales)
+        self.scales = scalars.scales
+        self._rates, self._shares = _of_momenta(self.scales)
         self._maps = _maps() if group.precision.codes_all else numpy.empty(0, dtype=numpy.uint8)
         eps1, eps2, eps3 = config.eps
         beta1, beta2, beta3 = config.betas

@@ -6,7 +6,12 @@ from collections.abc import Generator, Sequence
 
 import numpy
 import torch
+from torch import Tensor
 
+from ....stacks.momenta import due
+from ....stacks.stack import Stack
+from ....storage.low_rank_shards import StoredLowRankOfShard
+from ....techniques.multiscale import Scale
 from ...shared import Answer
 from . import passes
 from .cut import CutStep, Totals
@@ -18,23 +23,34 @@ _OF_UPDATES = [passes.UPDATE, passes.WEIGHTS, passes.ALONG]
 class StepOfShards:
     """Asks what the rules ask, in the same order and form, so that a process may ask either way.
 
+    Momenta of low rank follow by the functions of their format, as in the rules.
+
     Args:
         step: the step.
+        stack: the shards.
+        scales: their multi-scale momenta at this step.
         came: whether the bound on the root mean square is asked for.
         early: whether it is of the early phase.
         cautious: whether it is asked how much of the update agrees with the gradient.
-        numel: elements of a whole tensor.
     """
 
-    def __init__(self, step: CutStep, came: bool, early: bool, cautious: bool, numel: int) -> None:
+    def __init__(
+        self, step: CutStep, stack: Stack, scales: Sequence[Scale], came: bool, early: bool, cautious: bool
+    ) -> None:
         self._step = step
+        self._stack = stack
+        self._due = due(stack.stored, scales)
         self._asks = {
-            passes.SCALED: came,
+            passes.SCALED: came or bool(self._due),
             passes.COLUMN_NORMS: early,
-            passes.UPDATES: numel > 1 if early else cautious,
+            passes.UPDATES: stack.whole_rows * stack.columns > 1 if early else cautious,
             passes.AGREEMENTS: cautious,
         }
+        self._came = came
         self._early = early
+        # What the low rank at a place among the momenta has seen of the gradients, and what all processes have.
+        self._seen: dict[int, Tensor] = {}
+        self._totals: dict[int, Answer] = {}
         self._course = self._take()
 
     def question(self, known: Sequence[Answer]) -> Answer:
@@ -51,17 +67,47 @@ class StepOfShards:
 
     def _take(self) -> Generator[Answer, Answer, None]:
         for stage in self._step.stages:
-            totals = self._step.take(stage)
+            if stage == passes.SCALED:
+                totals, asked = self._look()
+            else:
+                totals = self._step.take(stage)
+                asked = self._asked(stage, totals) if self._asks.get(stage) else []
             if self._asks.get(stage):
-                answer = yield self._asked(stage, totals)
+                answer = yield asked
                 self._put(stage, answer, totals)
             self._step.conclude(stage, totals)
+            if stage == passes.SCALED:
+                self._follow()
+
+    def _look(self) -> tuple[Totals, Answer]:
+        """The pass over scaled gradients, and what is asked after it."""
+        stack = self._stack
+        shown = None
+        if any(isinstance(momentum, StoredLowRankOfShard) for _, momentum, _ in self._due):
+            shown = numpy.empty((len(stack), stack.rows * stack.columns), dtype=numpy.float32)
+        totals = self._step.take(passes.SCALED, shown)
+        sums = torch.from_numpy(totals.sums)
+        asked = [sums[:, passes.SQUARE]] if self._came else []
+        for place, momentum, rate in self._due:
+            if isinstance(momentum, StoredLowRankOfShard):
+                assert shown is not None
+                self._seen[place], summands = momentum.look(torch.from_numpy(shown), rate, stack.dither())
+                asked += summands
+            else:
+                asked.append(sums[:, _norm_columns(place)])
+        return totals, asked
+
+    def _follow(self) -> None:
+        """Update the momenta of low rank."""
+        factors = torch.from_numpy(self._step.factors)
+        for place, momentum, rate in self._due:
+            if isinstance(momentum, StoredLowRankOfShard):
+                seen = self._seen.pop(place) * factors.float().view(-1, 1, 1)
+                momentum.follow(seen, self._totals.pop(place), factors, rate, self._stack.dither())
 
     def _asked(self, stage: int, totals: Totals) -> Answer:
         """Sums in the shapes in which the rules ask for them."""
         sums = torch.from_numpy(totals.sums)
-        if stage == passes.SCALED:
-            return [sums[:, passes.SQUARE]]
         if stage == passes.COLUMN_NORMS:
             return [part.unsqueeze(1) for part in torch.from_numpy(totals.columns).unbind(1)]
         if stage == passes.UPDATES and self._early:
@@ -70,13 +116,30 @@ class StepOfShards:
 
     def _put(self, stage: int, answer: Answer, totals: Totals) -> None:
         """The answers in the place of the sums."""
+        if stage == passes.SCALED:
+            self._put_scaled(answer, totals)
+            return
         numbers = [numpy.asarray(part.numpy()) for part in answer]
         if stage == passes.COLUMN_NORMS:
             for place, part in enumerate(numbers):
                 totals.columns[:, place] = part[:, 0]
             return
-        columns = [passes.SQUARE] if stage == passes.SCALED else [passes.AGREEING]
-        if stage == passes.UPDATES and self._early:
-            columns = _OF_UPDATES
+        columns = _OF_UPDATES if stage == passes.UPDATES and self._early else [passes.AGREEING]
         for column, part in zip(columns, numbers):
             totals.sums[:, column] = part.reshape(-1)
+
+    def _put_scaled(self, answer: Answer, totals: Totals) -> None:
+        parts = iter(answer)
+        if self._came:
+            totals.sums[:, passes.SQUARE] = next(parts).numpy()
+        for place, momentum, _ in self._due:
+            own = [next(parts) for _ in range(momentum.summand_count)]
+            if isinstance(momentum, StoredLowRankOfShard):
+                self._totals[place] = own
+            else:
+                totals.sums[:, _norm_columns(place)] = own[0].numpy()
+
+
+def _norm_columns(place: int) -> list[int]:
+    """Of the sums, those that the norm of a new four-bit momentum follows from."""
+    return [passes.SQUARE, passes.PRODUCTS + 2 * place, passes.PRODUCTS + 2 * place + 1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ....groups import MAGNITUDES, Group, States
 from ....sharding import ALONE, WHOLE
+from ....stacks.momenta import due
 from ....stacks.stack import Stack
 from ... import shared
 from ...measure import FirstPass, GroupSums, Magnitudes
@@ -191,10 +192,12 @@ class CpuPasses:
                 continue
             course = self._begin(work, measured, multiplier)
             step = CutStep(work.rows, work.momenta, work.factors, course.settings, course.facts)
-            early, cautious, numel = group.phase(stack).early, group.config.cautious, stack.whole_rows * stack.columns
-            course.of_shards = StepOfShards(step, group.config.came, early, cautious, numel)
+            early, came, cautious = group.phase(stack).early, group.config.came, group.config.cautious
+            course.of_shards = StepOfShards(step, stack, course.settings.scales, came, early, cautious)
             self._courses[stack] = course
-            found[stack] = Questions(count_questions(group.config, early, numel), course.of_shards.question)
+            numel, updates = stack.whole_rows * stack.columns, bool(due(stack.stored, course.settings.scales))
+            count = count_questions(group.config, early, numel, updates)
+            found[stack] = Questions(count, course.of_shards.question)
         return found
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
@@ -275,7 +278,7 @@ def _step_whole(work: _Work, whole: numpy.ndarray, course: _Course) -> None:
     rows = work.rows
     width = int((2 * rows["columns"][whole] + rows["rows"][whole]).max(initial=0))
     block = int(rows["block"].max(initial=0))
-    spacings = numpy.empty((len(rows), 1, work.momenta.shape[1]))
+    spacings = numpy.empty(work.momenta.shape)
 
     def step(first: int, last: int) -> None:
         widths = numpy.empty(width, dtype=_f)

@@ -263,7 +263,7 @@ class GpuPasses:
             members[rows] = (labels == label).all(axis=1)
             rules = _rules(group, traits, label, coded, bool(self._watch_every), decays, len(begun))
             shapes = table[members][:, [fields.ROWS, fields.COLUMNS]], own[members[rows]][:, fields.STATES :: 3]
-            what = entries[members][:, :, [fields.KIND, *range(fields.FOLDED_ROWS, fields.MOMENTUM_FIELDS)]]
+            what = entries[members][:, :, [fields.KIND, *range(fields.FOLDED_ROWS, fields.RANK + 1)]]
             name = (device, len(table), members.tobytes(), *(a.tobytes() for a in shapes), what.tobytes())
             parts.append(_Part(rules, members, numbers, momenta, entries, due, name))
         return parts
