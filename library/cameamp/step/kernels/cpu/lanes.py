@@ -276,14 +276,18 @@ def store_at(value: Any, address: int, i: int) -> None:
     _store(address + 4 * i, value)
 
 
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
+BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+def load_bytes(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    """Have sixteen bytes loaded from an address."""
+    return builder.load(builder.inttoptr(address, BYTES.as_pointer()), align=1)
 
 
 @_inside
 def _load_truths(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, kinds: Any, values: Sequence[ir.Value]) -> ir.Value:
-        found = builder.load(builder.inttoptr(values[0], _BYTES.as_pointer()), align=1)
-        return builder.icmp_unsigned("!=", found, ir.Constant(_BYTES, [0] * LANES))
+        return builder.icmp_unsigned("!=", load_bytes(builder, values[0]), ir.Constant(BYTES, [0] * LANES))
 
     return TRUTHS(types.int64), generate
 
@@ -291,8 +295,8 @@ def _load_truths(typing_context: Any, address: Any) -> Any:
 @_inside
 def _store_truths(typing_context: Any, address: Any, x: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, kinds: Any, values: Sequence[ir.Value]) -> ir.Value:
-        place = builder.inttoptr(values[0], _BYTES.as_pointer())
-        builder.store(builder.zext(values[1], _BYTES), place, align=1)
+        place = builder.inttoptr(values[0], BYTES.as_pointer())
+        builder.store(builder.zext(values[1], BYTES), place, align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, TRUTHS), generate

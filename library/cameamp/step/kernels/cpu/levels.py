@@ -10,9 +10,8 @@ from numba.extending import intrinsic
 
 from ....storage.nibbles import LARGEST
 from .jit import within
-from .lanes import FLOATS, LANES
+from .lanes import BYTES, FLOATS, LANES, load_bytes
 
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
 _WHOLE = ir.VectorType(ir.IntType(32), LANES)
 
 
@@ -23,7 +22,7 @@ def _all(kind: ir.VectorType, value: int) -> ir.Constant:
 def _read(high: bool) -> Any:
     def function(typing_context: Any, address: Any) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-            codes = builder.sext(builder.load(builder.inttoptr(values[0], _BYTES.as_pointer()), align=1), _WHOLE)
+            codes = builder.sext(load_bytes(builder, values[0]), _WHOLE)
             if high:
                 levels = builder.ashr(builder.add(codes, _all(_WHOLE, 8)), _all(_WHOLE, 4))
             else:
@@ -38,16 +37,15 @@ def _read(high: bool) -> Any:
 def _write(high: bool) -> Any:
     def function(typing_context: Any, address: Any, places: Any) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-            pointer = builder.inttoptr(values[0], _BYTES.as_pointer())
-            codes = builder.load(pointer, align=1)
-            of_high = builder.and_(builder.add(codes, _all(_BYTES, 8)), _all(_BYTES, -16))
-            levels = builder.trunc(builder.fptosi(values[1], _WHOLE), _BYTES)
-            levels = builder.sub(levels, _all(_BYTES, LARGEST))
+            codes = load_bytes(builder, values[0])
+            of_high = builder.and_(builder.add(codes, _all(BYTES, 8)), _all(BYTES, -16))
+            levels = builder.trunc(builder.fptosi(values[1], _WHOLE), BYTES)
+            levels = builder.sub(levels, _all(BYTES, LARGEST))
             if high:
-                codes = builder.add(builder.sub(codes, of_high), builder.shl(levels, _all(_BYTES, 4)))
+                codes = builder.add(builder.sub(codes, of_high), builder.shl(levels, _all(BYTES, 4)))
             else:
                 codes = builder.add(of_high, levels)
-            builder.store(codes, pointer, align=1)
+            builder.store(codes, builder.inttoptr(values[0], BYTES.as_pointer()), align=1)
             return context.get_dummy_value()
 
         return types.void(types.int64, FLOATS), generate
@@ -60,8 +58,7 @@ def bytes_as_floats(typing_context: Any, address: Any) -> Any:
     """Sixteen signed bytes at an address."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        codes = builder.load(builder.inttoptr(values[0], _BYTES.as_pointer()), align=1)
-        return builder.sitofp(builder.sext(codes, _WHOLE), FLOATS.vector)
+        return builder.sitofp(builder.sext(load_bytes(builder, values[0]), _WHOLE), FLOATS.vector)
 
     return FLOATS(types.int64), generate
 
