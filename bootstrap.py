@@ -22,7 +22,8 @@ DEMO = ["train_network_patch.py", "--config_file", "configs/embedded_lora.toml"]
 NEEDED_BY_DEMO = ["requirements.txt", "requirements-kernels.txt", "requirements-demo.txt"]
 NEEDED_BY_TESTS = [*NEEDED_BY_DEMO, "requirements-dev.txt"]
 CHECKS = [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."], ["-m", "mypy"]]
-TESTS = ["-m", "pytest"]
+# Two at a time, which most machines have the memory for; a module's tests share what they set up.
+TESTS = ["-m", "pytest", "--numprocesses", "2", "--dist", "loadfile"]
 
 
 def main(arguments: list[str]) -> int:

@@ -22,9 +22,13 @@ settings.load_profile("project")
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random numbers, and on the same number of threads."""
+    """Every test starts from the same random numbers, and on the same number of threads.
+
+    That is one where two tests run at a time: then threads would wait for each other.
+    """
     torch.manual_seed(0)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    alone = "2" if "PYTEST_XDIST_WORKER" not in os.environ else "1"
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", alone)))
 
 
 @pytest.fixture(scope="session")
