@@ -42,6 +42,8 @@ def two(folders):
     works = {"steps": (steps_of, ((2,), (PLAIN, CONTEXTUAL), STEPS)), "messages": (messages_of, (ALL[::3],))}
     works |= {"gathered": (resharded.gathered, (ALL, 3)), "cut up": (resharded.cut_up, (ALL, 3))}
     works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ()), "coded": (coded, ())}
+    works |= {"in other formats": (resharded.in_other_formats, ())}
+    works |= {f"uncoded, {fused}": (resharded.uncoded_by_one, (fused,)) for fused in (False, True)}
     works |= {"in place": (resharded.in_place, (folders["in place"], PLAIN))}
     for layout in LAYOUTS:
         folder = folders[layout]
@@ -65,7 +67,7 @@ def before_it_died(folders):
 @pytest.fixture(scope="module")
 def three(two, before_it_died, folders):
     """What each of three processes found, which have uneven shards, and empty ones; the second takes the rules."""
-    works = {"steps": (steps_of, ((3,), (PLAIN, CONTEXTUAL), STEPS, False, [1])), "coded": (coded, ())}
+    works = {"steps": (steps_of, ((3,), (PLAIN, CONTEXTUAL), STEPS, False, [1])), "coded": (coded, (True, [1]))}
     if before_it_died:
         works |= {"left": (killed.left, (folders["killed"],))}
     for layout in LAYOUTS:
@@ -90,9 +92,10 @@ def one(two, folders, tmp_path_factory):
         dist.destroy_process_group()
 
 
-def coded(rank, sharded=True):
+def coded(rank, sharded=True, by_rules=()):
     """Train matrices that are large enough for their momenta to be coded; the rate is held, so that it follows none."""
-    return resharded.trained(rank, CONTEXTUAL, 2 * STEPS, sharded, adaptation_rate=1e-3)["weights"]
+    fused = False if rank in by_rules else "auto"
+    return resharded.trained(rank, CONTEXTUAL, 2 * STEPS, sharded, adaptation_rate=1e-3, fused=fused)
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +118,34 @@ def test_shards_take_the_steps_of_one_process(several, name):
 
 def test_coded_momenta_of_shards_are_those_of_one_process(several, coded_alone):
     """To within codes: some are of rows that a process has alone."""
-    way = resharded.distance(coded_alone, resharded.model_of().state_dict())
+    way = resharded.distance(coded_alone["weights"], resharded.model_of().state_dict())
     for process in several:
-        assert resharded.distance(process["coded"], coded_alone) <= 0.003 * way
+        assert resharded.distance(process["coded"]["weights"], coded_alone["weights"]) <= 0.003 * way
+
+
+def test_all_processes_have_the_same_right_factors_to_the_bit(several):
+    """Also where some of them take kernels and one the rules."""
+    first, *others = [process["coded"]["right factors"] for process in several]
+    assert any(factor.any() for factor in first)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_momenta_in_other_formats_are_converted(two):
+    """Of which all processes make averages of low rank together; that of an update or two is nearly of rank 1."""
+    first, second = (process["in other formats"] for process in two)
+    assert first["ranks"][0] != first["ranks"][1]
+    assert first["error"] <= 0.05
+    assert first["counts"] == second["counts"] == [2] * len(first["counts"])
+    assert all(torch.equal(a, b) for a, b in zip(first["right factors"], second["right factors"], strict=True))
+
+
+def test_a_process_that_alone_fails_to_code_keeps_none_waiting(two):
+    for process in two:
+        for fused in (False, True):
+            losses = process[f"uncoded, {fused}"]
+            assert len(losses) == 8
+            assert losses == pytest.approx(two[0]["uncoded, False"], rel=0.05)
 
 
 def test_all_processes_take_the_same_multiplier_to_the_bit(several):

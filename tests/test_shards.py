@@ -39,7 +39,7 @@ SHAPES = [
     (300,),
     (7, 9000),
     (450, 640),
-    (1, 64),
+    (1, 600),
 ]
 
 
@@ -129,7 +129,7 @@ def check_states(expected, found):
             assert (value != other).float().mean() <= 0.01, key
         else:
             error = torch.linalg.vector_norm(other.double() - value.double())
-            assert error <= 1e-3 * torch.linalg.vector_norm(value.double()), key
+            assert error <= 1e-3 * torch.linalg.vector_norm(value.double()) + 1e-30, key
 
 
 def test_kernels_take_the_steps_and_the_rules_none(mesh, monkeypatch):

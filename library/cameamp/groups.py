@@ -19,7 +19,7 @@ from .phase import Phase
 from .sharding import WHOLE, Cut
 from .stacks.layout import Layout, Singles
 from .stacks.stack import Binding, ParameterState, Stack, Traits
-from .states import LR_MASK, TABLE, Precision, State, momentum, to_full
+from .states import LR_MASK, TABLE, Precision, State, momentum, to_full, uncoded
 from .storage import Format, Spread
 from .storage.full import Full
 from .storage.trial import can_store
@@ -187,10 +187,9 @@ class Group:
 
     def format(self, state: State, p: Tensor) -> Format:
         """How a state of one of its parameters is stored."""
-        if p in self.uncoded:
-            return state.full
         cut = self._parameters.cut(p)
-        return self.precision.format(state, p.shape, self.config, None if cut is WHOLE else cut.most_rows(p.shape))
+        code = self.precision.format(state, p.shape, self.config, None if cut is WHOLE else cut.most_rows(p.shape))
+        return uncoded(state, code) if p in self.uncoded else code
 
     def phase(self, stack: Stack) -> Phase:
         """The phase of a stack's step."""

@@ -29,7 +29,7 @@ from .storage.linear import Linear
 from .storage.low_rank import LowRank
 from .storage.low_rank_shards import LowRankByRow, LowRankOfShard
 from .storage.nibbles import Nibbles
-from .storage.shards import BitsOfShard, BlockwiseOfShard, NibblesOfShard
+from .storage.shards import BitsOfShard, BlockwiseOfShard, FullOfShard, NibblesOfShard, ShardAverageFormat
 
 # The 8-bit optimizers do not code smaller parameters: there is nothing to save.
 SMALLEST_CODED = 256
@@ -265,6 +265,11 @@ class Precision:
         if block is None and not state.always_coded:
             return state.full
         return state.code(config, shape, block or count)
+
+
+def uncoded(state: State, code: Format) -> Format:
+    """The format of a state that this process fails to code, from the one in which it would."""
+    return FullOfShard(state.dtype, code) if isinstance(code, ShardAverageFormat) else state.full
 
 
 THIRTY_TWO_BITS = Precision()

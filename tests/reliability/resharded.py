@@ -59,7 +59,11 @@ def train(model: nn.Module, optimizer: Any, first: int, last: int) -> list[float
 
 
 def trained(rank: int, name: str, steps: int, sharded: bool, **options: Any) -> dict[str, Any]:
-    """Train, sharded or, in a single process, not. Returns the weights, the loss on new batches, and the multiplier."""
+    """Train, sharded or, in a single process, not.
+
+    Returns:
+        The weights, the loss on new batches, the multiplier, and the right factors of momenta that are here.
+    """
     if sharded:
         model, optimizer = training(name, steps * 3 // 5, **options)
     else:
@@ -75,7 +79,43 @@ def trained(rank: int, name: str, steps: int, sharded: bool, **options: Any) -> 
         losses.append((fresh(x) - x.mean(dim=1, keepdim=True) * 8).square().mean().item())
     optimizer.state_dict()  # The context takes in the last step with the first message of the next one, or here.
     multiplier = optimizer.c_optim.compute_contextual_lr_multiplier() if hasattr(optimizer, "c_optim") else 1.0
-    return {"weights": weights, "loss": sum(losses) / len(losses), "multiplier": multiplier}
+    return {
+        "weights": weights,
+        "loss": sum(losses) / len(losses),
+        "multiplier": multiplier,
+        "right factors": _right_factors(optimizer),
+    }
+
+
+def _right_factors(optimizer: Any) -> list[Tensor]:
+    states = optimizer.state.values()
+    return [value.to_local() for state in states for key, value in state.items() if key.endswith("_q_right")]
+
+
+def in_other_formats(rank: int) -> dict[str, Any]:
+    """Load a checkpoint into momenta that are stored otherwise. Returns their counts, right factors and error."""
+    model, optimizer = training("Automagic_CameAMP_COptim", 20, momentum_scales=(1, 3, 4, 5))
+    train(model, optimizer, 0, 6)
+    other_model, other = training("Automagic_CameAMP_COptim", 20, momentum_scales=(1, 5))
+    other.load_state_dict(optimizer.state_dict())
+    before, after = everything(model, optimizer), everything(other_model, other)
+    key = "0.weight momentum_scale_5"
+    value, found = (_decoded(each, "Automagic_CameAMP_COptim")[key] for each in (before, after))
+    error = torch.linalg.vector_norm(found - value) / torch.linalg.vector_norm(value)
+    ranks = [len(each[f"{key}_q_right"]) for each in (before, after)]
+    train(other_model, other, 6, 12)
+    counts = [state["momentum_count_5"] for state in other.state.values()]
+    return {"ranks": ranks, "error": error.item(), "counts": counts, "right factors": _right_factors(other)}
+
+
+def uncoded_by_one(rank: int, fused: bool) -> list[float]:
+    """Train while only the last process fails to code its states, from the third step on. Returns the losses."""
+    model, optimizer = training("Automagic_CameAMP_COptim8bit", 20, fused=fused)
+    losses = train(model, optimizer, 0, 2)
+    if rank == dist.get_world_size() - 1:
+        (group,) = optimizer._groups
+        group.leave_uncoded(list(model.parameters()), optimizer.state, "a test")
+    return losses + train(model, optimizer, 2, 8)
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ..groups import MAGNITUDES, Group
 from ..phase import Phase
 from ..rounding import Dither
 from ..sharding import WHOLE, Processes, cut_of, is_sharded, processes_of
-from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full
+from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full, uncoded
 from ..storage import Format
 from ..storage.low_rank_shards import LowRankOfShard
 from ..storage.shards import ShardFormat, saved_format
@@ -70,10 +70,11 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
     processes = processes_of(p for group in groups for p in group.params)
     checks = _Checksums(processes)
     restored = Restored()
-    error = None
+    error: Exception | None = None
+    pending: list[_Pending] = []
     try:
-        _read(saved, groups, names, driver, restored, checks)
-    except ValueError as found:
+        pending = _read(saved, groups, names, driver, restored, checks)
+    except Exception as found:  # Whatever it is, the other processes must not wait for this one.
         error = found
     if processes.shards:
         (failed,) = processes.add_up([torch.tensor([float(error is not None)], device=_device(groups))])
@@ -82,6 +83,9 @@ def restore(saved: Mapping[str, Any], groups: Sequence[Group], names: Mapping[Te
     if error is not None:
         raise error
     checks.compare()
+    if pending:
+        for each, tensors in zip(pending, _follow_together(pending, processes)):
+            restored.state[each.part.p] |= tensors
     return restored
 
 
@@ -92,8 +96,12 @@ def _read(
     driver: Driver,
     restored: Restored,
     checks: _Checksums,
-) -> None:
-    """As `restore`, without the other processes: into `restored`, and with what is left to compare in `checks`."""
+) -> list[_Pending]:
+    """As `restore`, without the other processes: into `restored`, and with what is left to compare in `checks`.
+
+    Returns:
+        What is left to make together.
+    """
     _check_top_level(saved, groups)
     labels = _labels(groups, names)
     if older_layout.is_written_in(saved):
@@ -120,6 +128,7 @@ def _read(
     checks.owners = _owners(saved["param_groups"], groups, labels) if carries_checksums else {}
     seen = set()
     position = 0
+    pending: list[_Pending] = []
     for group, saved_group in zip(groups, saved["param_groups"]):
         added = {name: copy.deepcopy(value) for name, value in saved_group.items() if name not in OWN_ENTRIES}
         rates, magnitudes = _learning_rates(group.number, saved_group), _magnitudes(group.number, saved_group)
@@ -142,6 +151,7 @@ def _read(
                 raise ValueError(f"{labels[p]}: {error}") from None
             position += 1
         restored.uncoded.append((reader.uncoded, reader.reason))
+        pending += reader.pending
     unknown = [key for key in states if key not in seen]
     if unknown:
         raise ValueError(f"the checkpoint has states of parameters that no group lists: {unknown[:5]}")
@@ -151,6 +161,7 @@ def _read(
         restored.notes.append(
             "options differ from the checkpoint's; the constructor's are used: " + "; ".join(differences)
         )
+    return pending
 
 
 def _device(groups: Sequence[Group]) -> torch.device:
@@ -418,17 +429,18 @@ class _Part:
 
     Attributes:
         p: the parameter.
+        cut: which part of it is here.
         saved: its saved state, of DTensors the parts that are here.
         shape: the shape of the rows of the parameter that are here.
         saved_shape: the shape of those that `saved` has.
-        first_row, first_element: the first row, and element, that is here.
+        first_element: the first element that is here.
     """
 
     def __init__(self, p: Tensor, saved: Mapping[str, Any]) -> None:
         self.p = p
-        self._cut = cut = cut_of(p)
-        self.first_row, self._rows = cut.rows(p.shape)
-        self.first_element = self.first_row * p.shape[1:].numel()
+        self.cut = cut = cut_of(p)
+        self._first, self._rows = cut.rows(p.shape)
+        self.first_element = self._first * p.shape[1:].numel()
         self.shape = torch.Size((self._rows, *p.shape[1:])) if p.ndim else p.shape
         parts = any(isinstance(value, Tensor) and is_sharded(value) for value in saved.values())
         if parts and cut is WHOLE:
@@ -445,16 +457,54 @@ class _Part:
 
     def own_rows(self, value: Tensor) -> Tensor:
         """Of a state of `saved_shape`, the rows that are here."""
-        return value if self.is_as_saved else value[self.first_row : self.first_row + self._rows]
+        return value if self.is_as_saved else value[self._first : self._first + self._rows]
 
     def wrapped(self, tensors: Mapping[str, Tensor], own: Format) -> dict[str, Tensor]:
         """Tensors in the optimizer's own format as its state holds them."""
         rows = self.p.shape[0] if self.p.ndim else 1
         kinds = own.parts(self.shape).values()
         return {
-            key: self._cut.wrapped([tensor], kind.spread, rows)[0]
-            for (key, tensor), kind in zip(tensors.items(), kinds)
+            key: self.cut.wrapped([tensor], kind.spread, rows)[0] for (key, tensor), kind in zip(tensors.items(), kinds)
         }
+
+
+class _Pending(NamedTuple):
+    """A momentum of shards that was saved in another form, and of which all processes make one of low rank together.
+
+    Attributes:
+        part: what this process gets of the parameter's state.
+        keys: of the momentum's tensors.
+        own: its format.
+        value: its rows that are here.
+        dither: what rounding depends on.
+    """
+
+    part: _Part
+    keys: tuple[str, ...]
+    own: LowRankOfShard
+    value: Tensor
+    dither: Dither
+
+
+def _follow_together(pending: Sequence[_Pending], processes: Processes) -> list[dict[str, Tensor]]:
+    """The tensors of momenta of low rank, by key, as far as they are here; one message."""
+    states = [
+        each.own.over(each.own.new(1, each.part.shape, each.value.device).tensors, each.part.shape) for each in pending
+    ]
+    targets = [each.value.reshape(1, state.rows, state.columns) for each, state in zip(pending, states)]
+    parts = [state.summands(target, 1.0, each.dither) for each, state, target in zip(pending, states, targets)]
+    speaking = [
+        part if processes.speaks(each.part.cut) else torch.zeros_like(part)
+        for each, own in zip(pending, parts)
+        for part in own
+    ]
+    totals = iter(processes.add_up(speaking))
+    for each, state, target in zip(pending, states, targets):
+        state.knowing([next(totals) for _ in range(state.summand_count)], None).lerp(target, 1.0, each.dither)
+    return [
+        each.part.wrapped({key: tensor[0] for key, tensor in zip(each.keys, state.tensors)}, each.own)
+        for each, state in zip(pending, states)
+    ]
 
 
 class _Reader:
@@ -469,6 +519,7 @@ class _Reader:
     Attributes:
         uncoded: parameters whose device cannot code their states.
         reason: why, for the last of them.
+        pending: what the processes make together.
     """
 
     def __init__(self, group: Group, saved_group: Mapping[str, Any], has_momenta: bool, changes: _Changes) -> None:
@@ -478,6 +529,7 @@ class _Reader:
         self._changes = changes
         self.uncoded: set[Tensor] = set()
         self.reason = ""
+        self.pending: list[_Pending] = []
 
     def without_leftovers(self, saved: Any) -> Any:
         """A parameter's saved state without states of the warm-up, if that was over.
@@ -511,6 +563,7 @@ class _Reader:
                 raise
             self.uncoded.add(p)
             self.reason = str(error)
+            self.pending = [each for each in self.pending if each.part.p is not p]
             return self._read(saved, p, position)
 
     def _read(self, saved: Any, p: Tensor, position: int) -> dict[str, Any]:
@@ -580,25 +633,14 @@ class _Reader:
         value = (to_full(row, saved, written, part.saved_shape) if value is None else value).to(p.device)
         dither = Dither(torch.tensor([position], dtype=torch.int32, device=p.device), step + 1, part.first_element)
         if isinstance(own, LowRankOfShard):
-            return self._low_rank(row, part, value, own, dither), True
+            self.pending.append(_Pending(part, own.keys(row.name), own, part.own_rows(value), dither))
+            return {}, True
         converted = type(written) is not type(saved_format(own, part.shape)) or bool(row.counter)
         return part.wrapped(in_format(row.name, part.own_rows(value), own, part.shape, dither), own), converted
 
-    def _low_rank(self, row: State, part: _Part, value: Tensor, own: LowRankOfShard, dither: Dither) -> dict[str, Any]:
-        """A momentum that was saved in another form as one of low rank; if only its rows are here, a fresh one.
-
-        Of some rows each, processes do not know the right factor that they would agree on.
-        """
-        keys = own.keys(row.name)
-        if part.saved_shape == part.p.shape:
-            found = own.of_whole(value.unsqueeze(0), part.first_row, part.shape, dither)
-            return dict(part.wrapped({key: tensor[0] for key, tensor in zip(keys, found)}, own))
-        self._changes.fresh[row.name] += 1
-        new = own.new(1, part.shape, part.p.device).tensors
-        return {**part.wrapped({key: tensor[0] for key, tensor in zip(keys, new)}, own), row.counter: 0}
-
     def _format(self, row: State, p: Tensor) -> Format:
-        return row.full if p in self.uncoded else self._group.format(row, p)
+        code = self._group.format(row, p)
+        return uncoded(row, code) if p in self.uncoded else code
 
     def _note(self, owed: Sequence[State], wanted: Sequence[State], converted: bool) -> None:
         """Add what differs to the changes, except momenta, which the context's own line covers."""

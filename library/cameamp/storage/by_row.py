@@ -44,9 +44,10 @@ class ByRow(Format):
         for suffix, part in self.parts(shape).items():
             if tensors[suffix].ndim != len(part.shape) or len(tensors[suffix]) != rows:
                 raise ValueError(f"{suffix}: has shape {tuple(tensors[suffix].shape)}")
-        if rows == 0:
-            return self
-        first = {suffix: tensor[0] for suffix, tensor in tensors.items()}
+        # Where no row is here, the shape of one is still known.
+        first = {
+            suffix: tensor[0] if rows else tensor.new_zeros(tensor.shape[1:]) for suffix, tensor in tensors.items()
+        }
         return ByRow(self.of_row.as_saved(first, torch.Size((columns,))))
 
 

@@ -22,7 +22,7 @@ from ..devices import full_precision
 from ..rounding import Dither
 from . import AverageFormat, Part, Spread, StoredAverage, matrix_shape
 from .low_rank import SMALLEST_NEW_PART, SMALLEST_NORM, LowRank, StoredLowRank, code_factor, probe_of
-from .shards import ShardFormat, StoredShardAverage
+from .shards import ShardAverageFormat, StoredShardAverage
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StoredLowRankByRow(StoredAverage):
 
 
 @dataclass(frozen=True)
-class LowRankOfShard(AverageFormat, ShardFormat):
+class LowRankOfShard(ShardAverageFormat):
     """X_q holds this process's part of the left factor, X_q_right the right one, X_q_scale what their product is worth.
 
     Attributes:
@@ -111,6 +111,9 @@ class LowRankOfShard(AverageFormat, ShardFormat):
         rows, _ = matrix_shape(shape)
         return StoredLowRankOfShard(LowRank(rows * self.cut, self.columns, self.rank), tensors, shape)
 
+    def summand_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        return [(self.rank, self.rank), (self.rank, self.columns), (self.rank, self.columns)]
+
     def saved(self, shape: torch.Size) -> LowRankByRow:
         return LowRankByRow(self.cut, self.columns, self.rank)
 
@@ -132,17 +135,6 @@ class LowRankOfShard(AverageFormat, ShardFormat):
         found = codes.new_zeros(n, *self.parts(shape)["_q"].shape)
         found[:, :, : rows * self.cut] = own
         return [found, right, scale]
-
-    def of_whole(self, values: Tensor, first_row: int, shape: torch.Size, dither: Dither) -> list[Tensor]:
-        """The tensors of some rows, from the first one on, of averages of which a process knows all: (n, ...)."""
-        n, rows, first = len(values), shape[0], first_row * self.cut
-        whole = LowRank(values[0].numel() // self.columns, self.columns, self.rank)
-        folded = whole.over(whole.new(n, values.shape[1:], values.device).tensors, values.shape[1:])
-        folded.write(values.reshape(n, folded.rows, folded.columns), dither)
-        left, right, scale = folded.factors()
-        codes = left.new_zeros(n, *self.parts(shape)["_q"].shape)
-        codes[:, :, : rows * self.cut] = left[:, :, first : first + rows * self.cut]
-        return [codes, right.contiguous(), scale]
 
 
 class StoredLowRankOfShard(StoredLowRank, StoredShardAverage):

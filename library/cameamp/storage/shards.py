@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..rounding import Dither
-from . import Format, Part, Spread, StoredAverage, matrix_shape, nibbles
+from . import AverageFormat, Format, Part, Spread, StoredAverage, matrix_shape, nibbles
 from .bits import Bits, StoredBits
 from .blockwise import Blockwise
 from .by_row import ByRow
+from .full import Full, StoredFull
 from .nibbles import Nibbles, StoredNibbles
 
 
@@ -45,6 +46,14 @@ class ShardFormat(Format):
 def saved_format(code: Format, shape: torch.Size) -> Format:
     """The format that a checkpoint has of a state in some format; of a shard, `shape` is that of its rows."""
     return code.saved(shape) if isinstance(code, ShardFormat) else code
+
+
+class ShardAverageFormat(AverageFormat, ShardFormat):
+    """A format of running averages of shards."""
+
+    @abstractmethod
+    def summand_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        """The shapes of what `StoredShardAverage.summands` gives of a single parameter."""
 
 
 class StoredShardAverage(StoredAverage):
@@ -139,7 +148,7 @@ class BitsOfShard(Bits, ShardFormat):
 
 
 @dataclass(frozen=True)
-class NibblesOfShard(Nibbles, ShardFormat):
+class NibblesOfShard(Nibbles, ShardAverageFormat):
     """As `Nibbles`, with room for the rows of the process that has most, and levels as wide as the whole tensor asks.
 
     Attributes:
@@ -157,6 +166,9 @@ class NibblesOfShard(Nibbles, ShardFormat):
 
     def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredNibblesOfShard:
         return StoredNibblesOfShard(self.numel, tensors, shape)
+
+    def summand_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
+        return [(3,)]
 
     def saved(self, shape: torch.Size) -> ByRow:
         return ByRow(Nibbles())
@@ -198,6 +210,43 @@ class StoredNibblesOfShard(StoredNibbles, StoredShardAverage):
         f, old = 1.0 if factor is None else factor.double(), (1 - rate) / rate
         squares = f * f * sums[:, 0] + 2 * f * old * sums[:, 1] + old * old * sums[:, 2]
         return squares.clamp_min_(0.0).sqrt_().unsqueeze(1), self._numel
+
+
+@dataclass(frozen=True)
+class FullOfShard(Full, ShardFormat):
+    """As `Full`, of an average that the other processes code: they ask this one for its part of the sums.
+
+    Attributes:
+        coded: the format that they have.
+    """
+
+    coded: ShardAverageFormat | None = None
+
+    def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredFullOfShard:
+        assert self.coded is not None
+        return StoredFullOfShard(self.coded.summand_shapes(shape), tensors, shape)
+
+    def saved(self, shape: torch.Size) -> Full:
+        return Full(self.dtype)
+
+    def by_row(self, tensors: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+        return list(tensors)
+
+    def from_rows(self, tensors: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
+        return list(tensors)
+
+
+class StoredFullOfShard(StoredFull, StoredShardAverage):
+    """A state in the format `FullOfShard`. It adds nothing to the sums, which the rows of the others decide about."""
+
+    def __init__(self, summand_shapes: Sequence[tuple[int, ...]], tensors: Sequence[Tensor], shape: torch.Size) -> None:
+        super().__init__(tensors, shape)
+        self._shapes = summand_shapes
+        self.summand_count = len(summand_shapes)
+
+    def summands(self, raw: Tensor, rate: float, dither: Dither) -> list[Tensor]:
+        (own,) = self.tensors
+        return [own.new_zeros(len(own), *shape, dtype=torch.float64) for shape in self._shapes]
 
 
 _T = TypeVar("_T")

@@ -64,11 +64,20 @@ def scale_by_second_moment_(
     # Towards the floor, then the square on top: one pass over memory less than scaling and adding a number.
     exp_avg_sq.lerp_(exp_avg_sq.new_full((), eps), 1 - beta2).addcmul_(grad, grad, value=1 - beta2)
     scaled = torch.rsqrt(exp_avg_sq, out=out).mul_(grad)
-    norm = sums.norms(scaled)
-    excess = norm.mul_(1 / (math.sqrt(sums.numel(scaled)) * clip_threshold)).clamp_min_(1.0)
-    factor = excess.reciprocal_()
+    factor = bounding_factor_(sums.norms(scaled), sums.numel(scaled), clip_threshold)
     sums.scaled_by(factor)
     return scaled.mul_(factor.view(-1, 1, 1))
+
+
+def bounding_factor_(norms: Tensor, numel: int, clip_threshold: float) -> Tensor:
+    """What each tensor of so many elements is multiplied by, (tensors,), so that its root mean square stays in bounds.
+
+    Args:
+        norms: of the tensors, (tensors,); overwritten.
+        numel: elements of each.
+        clip_threshold: bound of the root mean square.
+    """
+    return norms.mul_(1 / (math.sqrt(numel) * clip_threshold)).clamp_min_(1.0).reciprocal_()
 
 
 def growing_bound(step: int) -> float:

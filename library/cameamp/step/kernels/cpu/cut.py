@@ -76,11 +76,6 @@ class CutStep:
         self._is_apart = len(self._parts) > len(rows)
         self._unpacked = numpy.zeros((len(rows), 2), dtype=numpy.int64)
 
-    @property
-    def factors(self) -> numpy.ndarray:
-        """What the scaled gradient of each tensor is multiplied by, once the pass `passes.SCALED` is concluded."""
-        return numpy.array(self._facts[:, passes.FACTOR])
-
     def take(self, stage: int, shown: numpy.ndarray | None = None) -> Totals:
         """Take one of the passes.
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from ....stacks.momenta import due
 from ....stacks.stack import Stack
 from ....storage.low_rank_shards import StoredLowRankOfShard
+from ....storage.shards import StoredNibblesOfShard
+from ....techniques.came import bounding_factor_
 from ....techniques.multiscale import Scale
 from ...shared import Answer
 from . import passes
@@ -23,34 +25,42 @@ _OF_UPDATES = [passes.UPDATE, passes.WEIGHTS, passes.ALONG]
 class StepOfShards:
     """Asks what the rules ask, in the same order and form, so that a process may ask either way.
 
-    Momenta of low rank follow by the functions of their format, as in the rules.
+    Momenta of low rank follow by the functions of their format, as in the rules, and by the same bits of what all
+    processes know: so all have the same right factors.
 
     Args:
         step: the step.
         stack: the shards.
         scales: their multi-scale momenta at this step.
-        came: whether the bound on the root mean square is asked for.
+        clip_threshold: the bound of the root mean square; None for none, which is then not asked for.
         early: whether it is of the early phase.
         cautious: whether it is asked how much of the update agrees with the gradient.
     """
 
     def __init__(
-        self, step: CutStep, stack: Stack, scales: Sequence[Scale], came: bool, early: bool, cautious: bool
+        self,
+        step: CutStep,
+        stack: Stack,
+        scales: Sequence[Scale],
+        clip_threshold: float | None,
+        early: bool,
+        cautious: bool,
     ) -> None:
         self._step = step
         self._stack = stack
         self._due = due(stack.stored, scales)
         self._asks = {
-            passes.SCALED: came or bool(self._due),
+            passes.SCALED: clip_threshold is not None or bool(self._due),
             passes.COLUMN_NORMS: early,
             passes.UPDATES: stack.whole_rows * stack.columns > 1 if early else cautious,
             passes.AGREEMENTS: cautious,
         }
-        self._came = came
+        self._clip_threshold = clip_threshold
         self._early = early
         # What the low rank at a place among the momenta has seen of the gradients, and what all processes have.
         self._seen: dict[int, Tensor] = {}
         self._totals: dict[int, Answer] = {}
+        self._factors: Tensor | None = None  # Of the scaled gradients, as the rules find them.
         self._course = self._take()
 
     def question(self, known: Sequence[Answer]) -> Answer:
@@ -87,22 +97,24 @@ class StepOfShards:
             shown = numpy.empty((len(stack), stack.rows * stack.columns), dtype=numpy.float32)
         totals = self._step.take(passes.SCALED, shown)
         sums = torch.from_numpy(totals.sums)
-        asked = [sums[:, passes.SQUARE]] if self._came else []
+        asked = [sums[:, passes.SQUARE]] if self._clip_threshold is not None else []
         for place, momentum, rate in self._due:
             if isinstance(momentum, StoredLowRankOfShard):
                 assert shown is not None
                 self._seen[place], summands = momentum.look(torch.from_numpy(shown), rate, stack.dither())
                 asked += summands
-            else:
+            elif isinstance(momentum, StoredNibblesOfShard):
                 asked.append(sums[:, _norm_columns(place)])
+            else:
+                asked += momentum.summands(sums, rate, stack.dither())
         return totals, asked
 
     def _follow(self) -> None:
         """Update the momenta of low rank."""
-        factors = torch.from_numpy(self._step.factors)
         for place, momentum, rate in self._due:
             if isinstance(momentum, StoredLowRankOfShard):
-                seen = self._seen.pop(place) * factors.float().view(-1, 1, 1)
+                seen, factors = self._seen.pop(place), self._factors
+                seen = seen if factors is None else seen * factors.view(-1, 1, 1)
                 momentum.follow(seen, self._totals.pop(place), factors, rate, self._stack.dither())
 
     def _asked(self, stage: int, totals: Totals) -> Answer:
@@ -130,13 +142,16 @@ class StepOfShards:
 
     def _put_scaled(self, answer: Answer, totals: Totals) -> None:
         parts = iter(answer)
-        if self._came:
-            totals.sums[:, passes.SQUARE] = next(parts).numpy()
+        if self._clip_threshold is not None:
+            squares = next(parts)
+            totals.sums[:, passes.SQUARE] = squares.numpy()
+            numel = self._stack.whole_rows * self._stack.columns
+            self._factors = bounding_factor_(squares.sqrt().float(), numel, self._clip_threshold)
         for place, momentum, _ in self._due:
             own = [next(parts) for _ in range(momentum.summand_count)]
             if isinstance(momentum, StoredLowRankOfShard):
                 self._totals[place] = own
-            else:
+            elif isinstance(momentum, StoredNibblesOfShard):
                 totals.sums[:, _norm_columns(place)] = own[0].numpy()
 
 

@@ -192,8 +192,9 @@ class CpuPasses:
                 continue
             course = self._begin(work, measured, multiplier)
             step = CutStep(work.rows, work.momenta, work.factors, course.settings, course.facts)
-            early, came, cautious = group.phase(stack).early, group.config.came, group.config.cautious
-            course.of_shards = StepOfShards(step, stack, course.settings.scales, came, early, cautious)
+            config, early = group.config, group.phase(stack).early
+            bound = config.clip_threshold if config.came else None
+            course.of_shards = StepOfShards(step, stack, course.settings.scales, bound, early, config.cautious)
             self._courses[stack] = course
             numel, updates = stack.whole_rows * stack.columns, bool(due(stack.stored, course.settings.scales))
             count = count_questions(group.config, early, numel, updates)
