@@ -8,7 +8,7 @@ import torch
 from benchmarks.shards import SMALLER, over_share
 from library.cameamp.phase import Phase
 from library.cameamp.rounding import Dither
-from library.cameamp.storage.blockwise import block_of_shard
+from library.cameamp.storage.blockwise import Blockwise, block_of_shard
 from library.cameamp.storage.low_rank import LowRank
 from library.cameamp.storage.low_rank_shards import LowRankOfShard
 from library.cameamp.storage.nibbles import Nibbles
@@ -80,6 +80,17 @@ def test_blocks_end_between_rows_or_divide_one(columns):
     assert block <= 256
     assert block % columns == 0 or columns % block == 0
     assert 2 * block > 256 or columns > 128  # So that scales take no more than twice the least.
+
+
+@pytest.mark.parametrize(("count", "blocks", "fits"), [(256, 64, True), (256, 128, False), (3, 1, True), (3, 3, False)])
+def test_blocks_of_a_checkpoint_have_four_elements_unless_a_row_has_fewer(count, blocks, fits):
+    code, shape = Blockwise(True, False, 64), torch.Size((count,))
+    tensors = {"_q": torch.zeros(count, dtype=torch.uint8), "_q_scale": torch.ones(blocks)}
+    if fits:
+        assert code.as_saved(tensors, shape).block == count // blocks
+    else:
+        with pytest.raises(ValueError, match="into no blocks"):
+            code.as_saved(tensors, shape)
 
 
 @pytest.mark.parametrize("rank", [1, 3])

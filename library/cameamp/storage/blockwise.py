@@ -87,7 +87,8 @@ class Blockwise(Format):
         if codes.shape != shape:
             raise ValueError(f"_q: has shape {tuple(codes.shape)}")
         block = shape.numel() // max(scale.numel(), 1)
-        if scale.ndim != 1 or block == 0 or block * scale.numel() != shape.numel():
+        smallest = min(_SMALLEST_BLOCK_OF_ROW, max(shape.numel(), 1))  # A row of a shard may be one block, and shorter.
+        if scale.ndim != 1 or block < smallest or block * scale.numel() != shape.numel():
             raise ValueError(f"_q_scale: has shape {tuple(scale.shape)}, which divides {tuple(shape)} into no blocks")
         if (scale < 0).any():
             raise ValueError("_q_scale: has negative elements")
