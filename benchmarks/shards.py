@@ -11,6 +11,7 @@ And by how much the states of models that fit one card are more than a process's
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -22,8 +23,7 @@ from library.cameamp.context.sampling import Sampler
 from library.cameamp.phase import Phase
 from library.cameamp.states import TABLE, State, momentum
 from library.cameamp.storage import matrix_shape
-from library.cameamp.storage.low_rank_shards import LowRankOfShard
-from library.cameamp.storage.shards import NibblesOfShard
+from library.cameamp.storage.shards import ShardAverageFormat
 from library.cameamp.techniques.multiscale import is_due
 
 from .contenders import FAMILY
@@ -132,10 +132,8 @@ def _numbers_of_momenta(shapes: Shapes, name: str, step: int) -> int:
     for shape in map(torch.Size, shapes):
         for row in due:
             code = precision.format(row, shape, config, most_rows=shape[0])
-            if isinstance(code, LowRankOfShard):
-                count += code.rank * (code.rank + 2 * code.columns)
-            elif isinstance(code, NibblesOfShard):
-                count += 3
+            if isinstance(code, ShardAverageFormat):
+                count += sum(map(math.prod, code.summand_shapes(shape)))
     return count
 
 

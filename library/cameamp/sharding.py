@@ -225,6 +225,18 @@ class Mesh:
         return self.mesh._flatten().get_group()
 
 
+def totals_of(processes: Processes, parts: Sequence[tuple[Cut, Sequence[Tensor]]]) -> list[list[Tensor]]:
+    """The sums over all processes of what this one knows of some tensors, in the same order; one message.
+
+    Args:
+        processes: those that hold the shards.
+        parts: for each tensor, or stack of them, how it is cut, and its parts of the sums.
+    """
+    own = [part if processes.speaks(cut) else torch.zeros_like(part) for cut, each in parts for part in each]
+    totals = iter(processes.add_up(own))
+    return [[next(totals) for _ in each] for _, each in parts]
+
+
 def processes_of(params: Iterable[Tensor]) -> Processes:
     """The processes that hold some parameters, which `check_shards` found right."""
     return next((Mesh(cast(Any, p).device_mesh) for p in params if is_sharded(p)), None) or Alone()

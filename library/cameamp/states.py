@@ -175,12 +175,8 @@ def _one_bit(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
     return Bits()
 
 
-def _average(period: int, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
-    return average_formats(config.momentum_scales, shape)[period]
-
-
-def _average_of_rows(period: int, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
-    return average_formats(config.momentum_scales, shape, rows_stay=True)[period]
+def _average(period: int, rows_stay: bool, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return average_formats(config.momentum_scales, shape, rows_stay)[period]
 
 
 TABLE = (
@@ -209,10 +205,10 @@ def momentum(period: int) -> State:
     return State(
         momentum_name(period),
         f"momentum of every {period} steps",
-        partial(_average, period),
+        partial(_average, period, False),
         always_coded=True,
         counter=f"momentum_count_{period}",
-        code_of_rows=partial(_average_of_rows, period),
+        code_of_rows=partial(_average, period, True),
     )
 
 

@@ -19,7 +19,7 @@ from ..context.driver import Driver
 from ..groups import MAGNITUDES, Group
 from ..phase import Phase
 from ..rounding import Dither
-from ..sharding import WHOLE, Processes, cut_of, is_sharded, processes_of
+from ..sharding import WHOLE, Processes, cut_of, is_sharded, processes_of, totals_of
 from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full, uncoded
 from ..storage import Format
 from ..storage.low_rank_shards import LowRankOfShard
@@ -492,15 +492,12 @@ def _follow_together(pending: Sequence[_Pending], processes: Processes) -> list[
         each.own.over(each.own.new(1, each.part.shape, each.value.device).tensors, each.part.shape) for each in pending
     ]
     targets = [each.value.reshape(1, state.rows, state.columns) for each, state in zip(pending, states)]
-    parts = [state.summands(target, 1.0, each.dither) for each, state, target in zip(pending, states, targets)]
-    speaking = [
-        part if processes.speaks(each.part.cut) else torch.zeros_like(part)
-        for each, own in zip(pending, parts)
-        for part in own
+    parts = [
+        (each.part.cut, state.summands(target, 1.0, each.dither))
+        for each, state, target in zip(pending, states, targets)
     ]
-    totals = iter(processes.add_up(speaking))
-    for each, state, target in zip(pending, states, targets):
-        state.knowing([next(totals) for _ in range(state.summand_count)], None).lerp(target, 1.0, each.dither)
+    for each, state, target, totals in zip(pending, states, targets, totals_of(processes, parts)):
+        state.knowing(totals, None).lerp(target, 1.0, each.dither)
     return [
         each.part.wrapped({key: tensor[0] for key, tensor in zip(each.keys, state.tensors)}, each.own)
         for each, state in zip(pending, states)
@@ -614,7 +611,7 @@ class _Reader:
 
     def _tensors(
         self, row: State, part: _Part, written: Format, position: int, step: int
-    ) -> tuple[dict[str, Any], bool]:
+    ) -> tuple[dict[str, Tensor], bool]:
         """One state as the optimizer stores it, by key, and whether it was written in another kind of format."""
         p, saved = part.p, part.saved
         own, config = self._format(row, p), self._group.config

@@ -13,7 +13,7 @@ from ..checksum import checksum, tensor_sums
 from ..context.driver import Driver
 from ..groups import Group, States
 from ..sharding import WHOLE, Processes, processes_of
-from ..stacks.stack import Stack
+from ..stacks.stack import SavedTensor, Stack
 from ..storage import Spread
 from . import sharded
 from .layout import VERSION, sealed
@@ -34,8 +34,9 @@ def complete(
     parameters = [p for group in groups for p in group.params]
     processes = processes_of(parameters)
     derived = _derived_values(groups, states, processes)
-    codes = sharded.saved_codes(groups, states)
-    checksums = _state_checksums(groups, states, codes, processes)
+    tensors = _saved_tensors(groups, states)
+    codes = sharded.saved_codes(tensors)
+    checksums = _state_checksums(tensors, states, codes, processes)
     context = driver.saved()
     more: dict[Tensor, dict[str, Any]] = {}
     if processes.shards:
@@ -74,18 +75,30 @@ def _names(group: Group, names: Mapping[Tensor, str]) -> dict[str, list[str]]:
 
 
 @torch.no_grad()
+def _saved_tensors(groups: Sequence[Group], states: States) -> dict[Stack, dict[str, SavedTensor]]:
+    """The tensors of all stacks with states, as they are saved."""
+    found = {}
+    for group in groups:
+        for stack in group.stacks_with_states(states):
+            group.bind(stack, states, reading=True)
+            found[stack] = stack.saved()
+    return found
+
+
+@torch.no_grad()
 def _state_checksums(
-    groups: Sequence[Group], states: States, codes: Mapping[Tensor, Mapping[str, Tensor]], processes: Processes
+    tensors: Mapping[Stack, Mapping[str, SavedTensor]],
+    states: States,
+    codes: Mapping[Tensor, Mapping[str, Tensor]],
+    processes: Processes,
 ) -> dict[Tensor, int]:
     """For each parameter with a state, the checksum of it; one read-back from the device in all."""
     sums: list[Tensor] = []
     owners: list[tuple[Tensor, str]] = []
-    for group in groups:
-        for stack in group.stacks_with_states(states):
-            group.bind(stack, states, reading=True)
-            for key, values in _tensor_sums(stack, processes).items():
-                sums.append(values)
-                owners += [(p, key) for p in stack.params]
+    for stack, of_stack in tensors.items():
+        for key, saved in of_stack.items():
+            sums.append(_sums(stack, saved, processes))
+            owners += [(p, key) for p in stack.params]
     if not sums:
         return {}
     (added,) = processes.add_up([torch.cat([values.to(sums[0].device) for values in sums])])
@@ -93,19 +106,18 @@ def _state_checksums(
     known: dict[Tensor, dict[str, int]] = defaultdict(dict)
     for (p, key), total in zip(owners, totals):
         known[p][key] = total
-    saved = {p: {**sharded.without_context(states[p]), **codes.get(p, {})} for p in known}
-    return {p: checksum(saved[p], totals_of_p) for p, totals_of_p in known.items()}
+    return {
+        p: checksum({**sharded.without_context(states[p]), **codes.get(p, {})}, totals_of_p)
+        for p, totals_of_p in known.items()
+    }
 
 
-def _tensor_sums(stack: Stack, processes: Processes) -> dict[str, Tensor]:
-    """For each state key of a stack, what this process adds to the checksums of its tensors, (tensors,) int64."""
-    found = {}
-    for key, (tensor, spread, _) in stack.saved().items():
-        cut = WHOLE if spread is Spread.SAME else stack.cut
-        first = 0 if cut is WHOLE else stack.first_row * tensor.shape[2:].numel()
-        sums = tensor_sums(tensor, first)
-        found[key] = sums if processes.speaks(cut) else torch.zeros_like(sums)
-    return found
+def _sums(stack: Stack, saved: SavedTensor, processes: Processes) -> Tensor:
+    """What this process adds to the checksums of a stack's tensors of one key, (tensors,) int64."""
+    cut = WHOLE if saved.spread is Spread.SAME else stack.cut
+    first = 0 if cut is WHOLE else stack.first_row * saved.tensor.shape[2:].numel()
+    sums = tensor_sums(saved.tensor, first)
+    return sums if processes.speaks(cut) else torch.zeros_like(sums)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from ..context.memory import SAVED as CONTEXT
 from ..groups import Group, States
 from ..phase import Phase
 from ..sharding import WHOLE, Processes, Shard, cut_of
+from ..stacks.stack import SavedTensor, Stack
 from ..storage.shards import saved_format
 
 _PREFIX = "c_optim_"
@@ -75,17 +76,14 @@ def additions(groups: Sequence[Group], states: States, context: Mapping[str, Any
     return added
 
 
-def saved_codes(groups: Sequence[Group], states: States) -> dict[Tensor, dict[str, Tensor]]:
-    """For each parameter with a state: the tensors of it that are saved in another form than they are held in."""
+def saved_codes(tensors: Mapping[Stack, Mapping[str, SavedTensor]]) -> dict[Tensor, dict[str, Tensor]]:
+    """For each parameter, of the tensors of its stack: those that are saved in another form than they are held in."""
     found: dict[Tensor, dict[str, Tensor]] = {}
-    for group in groups:
-        for stack in group.stacks_with_states(states):
-            if stack.cut is not WHOLE:
-                group.bind(stack, states, reading=True)
-                made = {key: saved for key, saved in stack.saved().items() if saved.is_made}
-                for key, (tensor, spread, _) in made.items():
-                    for p, part in zip(stack.params, stack.cut.wrapped(tensor.unbind(), spread, stack.whole_rows)):
-                        found.setdefault(p, {})[key] = part
+    for stack, of_stack in tensors.items():
+        for key, (tensor, spread, is_made) in of_stack.items():
+            if is_made:
+                for p, part in zip(stack.params, stack.cut.wrapped(tensor.unbind(), spread, stack.whole_rows)):
+                    found.setdefault(p, {})[key] = part
     return found
 
 

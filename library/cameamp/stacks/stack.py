@@ -226,12 +226,11 @@ class Stack:
         found: dict[str, SavedTensor] = {}
         for binding in (self._bindings or {}).values():
             tensors: Sequence[Tensor] = [self._tensors[key] for key in binding.keys]
-            is_made = isinstance(binding.format, ShardFormat)
             if isinstance(binding.format, ShardFormat):
                 tensors = binding.format.by_row(tensors, self._shape)
             kinds = saved_format(binding.format, self._shape).parts(self._shape).values()
             for key, tensor, kind in zip(binding.keys, tensors, kinds):
-                found[key] = SavedTensor(tensor, kind.spread, is_made)
+                found[key] = SavedTensor(tensor, kind.spread, is_made=tensor is not self._tensors[key])
         return found
 
     def dither(self) -> Dither:

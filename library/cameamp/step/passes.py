@@ -137,7 +137,6 @@ class Passes:
         group, sums = measured.group, measured.sums
 
         def rehearse(stack: Stack, decay: Tensor | None, of_shards: Sums) -> None:
-            group.bind(stack, self._states)
             work = self._workspace.lend(stack)
             g = stack.gradients(work.gradients)
             measure.drop_unusable_(g, work.scratch)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..sharding import Processes
+from ..sharding import Processes, totals_of
 from ..stacks.momenta import summands
 from ..stacks.stack import Stack
 from ..techniques.multiscale import Scale
@@ -132,15 +132,9 @@ def answers(questions: Mapping[Stack, Questions], processes: Processes) -> dict[
     known: dict[Stack, list[Answer]] = {stack: [] for stack in questions}
     for number in range(max((each.number for each in questions.values()), default=0)):
         asking = [stack for stack, each in questions.items() if each.number > number]
-        own = [questions[stack].next(known[stack]) for stack in asking]
-        speaking = [
-            part if processes.speaks(stack.cut) else torch.zeros_like(part)
-            for stack, parts in zip(asking, own)
-            for part in parts
-        ]
-        totals = iter(processes.add_up(speaking))
-        for stack, parts in zip(asking, own):
-            known[stack].append([next(totals) for _ in parts])
+        own = [(stack.cut, questions[stack].next(known[stack])) for stack in asking]
+        for stack, answer in zip(asking, totals_of(processes, own)):
+            known[stack].append(answer)
     return known
 
 

@@ -13,7 +13,6 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -97,10 +96,13 @@ class BlockwiseOfShard(Blockwise, ShardFormat):
     most_rows: int
 
     def parts(self, shape: torch.Size) -> dict[str, Part]:
-        codes, scale = super().parts(shape).items()
+        parts = super().parts(shape)
         _, columns = matrix_shape(shape)
         blocks = -(-self.most_rows * columns // self.block)
-        return dict([_by_row(codes), (scale[0], scale[1]._replace(shape=(blocks,), spread=Spread.EACH))])
+        return {
+            "_q": parts["_q"]._replace(spread=Spread.BY_ROW),
+            "_q_scale": parts["_q_scale"]._replace(shape=(blocks,), spread=Spread.EACH),
+        }
 
     def saved(self, shape: torch.Size) -> ByRow:
         _, columns = matrix_shape(shape)
@@ -247,13 +249,6 @@ class StoredFullOfShard(StoredFull, StoredShardAverage):
     def summands(self, raw: Tensor, rate: float, dither: Dither) -> list[Tensor]:
         (own,) = self.tensors
         return [own.new_zeros(len(own), *shape, dtype=torch.float64) for shape in self._shapes]
-
-
-_T = TypeVar("_T")
-
-
-def _by_row(item: tuple[_T, Part]) -> tuple[_T, Part]:
-    return item[0], item[1]._replace(spread=Spread.BY_ROW)
 
 
 def _with_room(values: Tensor, part: Part) -> Tensor:
