@@ -192,7 +192,7 @@ def _is_element(pointer: str, defined: dict[str, str]) -> bool:
     line = defined.get(pointer, "")
     while line.startswith("tt.addptr"):
         base, offset = re.findall(r"%[\w#]+", line)[:2]
-        if "arith.shrsi" in defined.get(offset, ""):
+        if any(block in defined.get(offset, "") for block in ("arith.shrsi", "arith.divsi")):
             return False
         line = defined.get(base, "")
     while line.startswith(("tt.splat", "ttg.convert_layout", "tt.bitcast")):

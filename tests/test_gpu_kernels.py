@@ -23,9 +23,10 @@ import triton.language as tl
 from test_equivalence import CONTEXTUAL, LORA, compare
 
 import library.automagic_cameamp as family
-from benchmarks import gpu
+from benchmarks import contenders, gpu
 from benchmarks.compiled import Recorder, launching
 from benchmarks.cost import operations
+from benchmarks.kernels import recorded
 from benchmarks.models import load, parameters
 from library.cameamp.config import OptimizerConfig
 from library.cameamp.context.controller import ContextualOptimizationModule
@@ -37,8 +38,9 @@ from library.cameamp.states import TABLE
 from library.cameamp.step import engine
 from library.cameamp.step.kernels import table as fields
 from library.cameamp.step.kernels.gpu import codes, writing
+from library.cameamp.step.kernels.gpu.course import maps_of_codes_on
 from library.cameamp.step.kernels.gpu.launching import Launcher, require_triton
-from library.cameamp.step.kernels.gpu.passes import GpuKernels, maps_of_codes_on
+from library.cameamp.step.kernels.gpu.passes import GpuKernels
 from library.cameamp.step.kernels.gpu.rules import Rules, numbers_of
 from library.cameamp.step.rules import StepScalars
 from library.cameamp.storage import blockwise
@@ -328,6 +330,11 @@ def test_launches_of_the_base(optimizer_class, warmup):
 def test_launches_do_not_depend_on_the_number_of_tensors():
     few, many = (launches(BASE_CLASS, 2, limit=limit)[-1] for limit in (1_000_000, 2_000_000))
     assert few == many
+
+
+def test_launches_are_recorded_of_an_optimizer_that_other_kernels_have_stepped():
+    build = contenders.in_phases("Automagic_CameAMP")["Automagic_CameAMP, late warm-up"]
+    assert "write_step" in [launch.name for launch, _ in recorded(build(parameters([(8, 40)])))]
 
 
 @pytest.mark.parametrize("warmup", [1000, 2, 0], ids=["early", "late warm-up", "after"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -59,9 +60,9 @@ def shard_of(mesh, tensor):
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
-def shards(mesh, dtype=torch.float32):
+def shards(mesh, dtype=torch.float32, shapes=SHAPES):
     generator = torch.Generator().manual_seed(1)
-    whole = [(torch.randn(shape, generator=generator) * 0.1).to(dtype) for shape in SHAPES]
+    whole = [(torch.randn(shape, generator=generator) * 0.1).to(dtype) for shape in shapes]
     return [torch.nn.Parameter(shard_of(mesh, p)) for p in whole]
 
 
@@ -91,12 +92,22 @@ def copied(value):
 @pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize("options", [{}, {"cautious": True}, {"came": False}], ids=str)
 def test_one_step_is_that_of_the_rules(mesh, cls, options, caplog):
-    """From the same states, in each phase: the weights but for rounding, and codes except where rounding decides."""
+    check_steps(mesh, cls, options, caplog)
+
+
+def check_steps(mesh, cls, options, caplog, shapes=SHAPES, starts=(0, 2, 4, 9), by=nullcontext, neighbours=0):
+    """From the same states, in each phase: the weights but for rounding, and codes except where rounding decides.
+
+    Args:
+        starts: how many steps were taken before the one that is looked at.
+        by: what the kernels' steps are taken in.
+        neighbours: how many weights of each tensor in bfloat16 may be rounded the other way.
+    """
     dtype = torch.bfloat16 if options else torch.float32
-    params = shards(mesh, dtype)
+    params = shards(mesh, dtype, shapes)
     by_rules = optimizer_of(cls, params, False, **options)
     done = 0
-    for start in (0, 2, 4, 9):
+    for start in starts:
         train(mesh, by_rules, params, done, start)
         others = [torch.nn.Parameter(p.detach().clone()) for p in params]
         by_kernels = optimizer_of(cls, others, True, **options)
@@ -104,14 +115,16 @@ def test_one_step_is_that_of_the_rules(mesh, cls, options, caplog):
             by_kernels.load_state_dict(copied(by_rules.state_dict()))
         before = [p.to_local().detach().clone() for p in params]
         train(mesh, by_rules, params, start, start + 1)
-        train(mesh, by_kernels, others, start, start + 1)
+        with by():
+            train(mesh, by_kernels, others, start, start + 1)
         done = start + 1
         assert caplog.messages == [text for text in caplog.messages if "fused" not in text]
         for p, other, first in zip(params, others, before):
             change, found = (x.to_local().detach().double() - first.double() for x in (p, other))
             assert change.numel() == 0 or change.any()
             tolerance = 1e-3 if dtype == torch.float32 else 5e-3
-            assert torch.linalg.vector_norm(found - change) <= tolerance * torch.linalg.vector_norm(change), p.shape
+            room = neighbours**0.5 * 2**-8 * first.abs().amax() if neighbours and change.numel() else 0
+            assert torch.linalg.vector_norm(found - change) <= tolerance * torch.linalg.vector_norm(change) + room
             check_states(by_rules.state[p], by_kernels.state[other])
     if hasattr(by_rules, "c_optim"):
         found, expected = (each.c_optim.gradient_history[-1] for each in (by_kernels, by_rules))

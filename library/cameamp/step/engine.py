@@ -37,13 +37,7 @@ class TakesSteps(Protocol):
 
 
 class Kernels(Protocol):
-    """The kernels of one kind of device, as long as an optimizer's states stay.
-
-    Attributes:
-        takes_shards: whether they take steps of shards, too.
-    """
-
-    takes_shards: bool
+    """The kernels of one kind of device, as long as an optimizer's states stay."""
 
     def at_step(self, states: States, watch_every: int, watch_places: Sequence[int]) -> TakesSteps:
         """What takes the steps of groups now."""
@@ -150,10 +144,7 @@ class Engine:
         kernels, first = self._kernels[device], stacks[0].device
         params = [p for stack in stacks for p in stack.cut.local(stack.params)]
         served = (
-            all(
-                (kernels.takes_shards or stack.cut is WHOLE) and stack.rows * stack.columns <= _LARGEST
-                for stack in stacks
-            )
+            all(stack.rows * stack.columns <= _LARGEST for stack in stacks)
             and all(kind in _PLAIN for kind in set(map(type, params)))
             and all(p.device == first for p in params)
         )

@@ -143,14 +143,14 @@ class Passes:
             others = self._arguments(group, stack, work, sums.magnitude, decay, multiplier)
             take_step_(g, stack.rehearsal(), *others, of_shards)
 
-        found = {}
+        found: dict[Stack, shared.Questions] = {}
         for stack, decay in zip(measured.stacks, sums.decay_strengths):
             if stack.cut is not WHOLE:
                 group.bind(stack, self._states)
                 scales = self._scalars(group, stack).scales
                 early, numel = group.phase(stack).early, stack.whole_rows * stack.columns
                 count = count_questions(group.config, early, numel, bool(due(stack.stored, scales)))
-                found[stack] = shared.of_rehearsals(stack, scales, count, partial(rehearse, stack, decay))
+                found[stack] = shared.Rehearsals(stack, scales, count, partial(rehearse, stack, decay))
         return found
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:

@@ -12,7 +12,7 @@ so far. What a process tells the others does not depend on how it finds it, so e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,16 +31,20 @@ _SMALLEST_REST = 2.0**-24
 Answer = Sequence[Tensor]
 
 
-class Questions(NamedTuple):
-    """What the step of a stack of shards asks.
+class Questions(Protocol):
+    """What the step of a stack of shards asks, one question after the other.
 
     Attributes:
         number: how many.
-        next: this process's part of what it asks after some answers.
     """
 
     number: int
-    next: Callable[[Sequence[Answer]], Answer]
+
+    def ask(self) -> Answer:
+        """This process's part of what is asked next; every question before it has been answered."""
+
+    def hear(self, answer: Answer) -> None:
+        """Take in the answer to the last question."""
 
 
 class _OpenQuestionError(Exception):
@@ -132,30 +136,41 @@ def answers(questions: Mapping[Stack, Questions], processes: Processes) -> dict[
     known: dict[Stack, list[Answer]] = {stack: [] for stack in questions}
     for number in range(max((each.number for each in questions.values()), default=0)):
         asking = [stack for stack, each in questions.items() if each.number > number]
-        own = [(stack.cut, questions[stack].next(known[stack])) for stack in asking]
+        own = [(stack.cut, questions[stack].ask()) for stack in asking]
         for stack, answer in zip(asking, totals_of(processes, own)):
+            questions[stack].hear(answer)
             known[stack].append(answer)
     return known
 
 
-def of_rehearsals(stack: Stack, scales: Sequence[Scale], count: int, rehearse: Callable[[Sums], None]) -> Questions:
+class Rehearsals:
     """The questions of a stack whose steps are rehearsed.
 
     Args:
         stack: the stack.
         scales: its multi-scale momenta at this step.
-        count: how many questions.
+        number: how many questions.
         rehearse: takes the step with some sums, on copies.
     """
 
-    def next_question(known: Sequence[Answer]) -> Answer:
+    def __init__(self, stack: Stack, scales: Sequence[Scale], number: int, rehearse: Callable[[Sums], None]) -> None:
+        self.number = number
+        self._stack = stack
+        self._scales = scales
+        self._rehearse = rehearse
+        self._known: list[Answer] = []
+
+    def ask(self) -> Answer:
+        """Rehearse up to the first question without an answer."""
         try:
-            rehearse(SumsOfShards(stack, scales, known))
+            self._rehearse(SumsOfShards(self._stack, self._scales, self._known))
         except _OpenQuestionError as question:
             return question.parts
         raise AssertionError("a step asks less than was counted")
 
-    return Questions(count, next_question)
+    def hear(self, answer: Answer) -> None:
+        """Keep the answer for the next rehearsal."""
+        self._known.append(answer)
 
 
 def measured_parts(stack: Stack, found: Magnitudes) -> Tensor:

@@ -35,6 +35,7 @@ class StepOfShards:
         clip_threshold: the bound of the root mean square; None for none, which is then not asked for.
         early: whether it is of the early phase.
         cautious: whether it is asked how much of the update agrees with the gradient.
+        number: how many questions that is.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class StepOfShards:
         clip_threshold: float | None,
         early: bool,
         cautious: bool,
+        number: int,
     ) -> None:
+        self.number = number
         self._step = step
         self._stack = stack
         self._due = due(stack.stored, scales)
@@ -62,15 +65,20 @@ class StepOfShards:
         self._totals: dict[int, Answer] = {}
         self._factors: Tensor | None = None  # Of the scaled gradients, as the rules find them.
         self._course = self._take()
+        self._heard: Answer | None = None
 
-    def question(self, known: Sequence[Answer]) -> Answer:
-        """This process's part of what the step asks after some answers."""
-        return next(self._course) if not known else self._course.send(known[-1])
+    def ask(self) -> Answer:
+        """Take the step to its next question, and return this process's part of it."""
+        return next(self._course) if self._heard is None else self._course.send(self._heard)
 
-    def finish(self, known: Sequence[Answer]) -> None:
+    def hear(self, answer: Answer) -> None:
+        """Keep the answer, with which the step goes on."""
+        self._heard = answer
+
+    def finish(self) -> None:
         """Take the step to its end, after all answers."""
         try:
-            self.question(known)
+            self.ask()
         except StopIteration:
             return
         raise AssertionError("a step of shards asks more than the rules do")

@@ -95,8 +95,6 @@ class _Course:
 class CpuKernels:
     """The kernels of CPUs, with what is known of an optimizer's stacks from step to step."""
 
-    takes_shards = True
-
     def __init__(self) -> None:
         self._tables = Tables()
 
@@ -185,7 +183,7 @@ class CpuPasses:
 
     def questions(self, measured: Measured, multiplier: Tensor | None) -> dict[Stack, Questions]:
         """What a step of shards asks before its second pass; see `shared.answers`. Momenta of low rank follow in it."""
-        group, found = measured.group, {}
+        group, found = measured.group, dict[Stack, Questions]()
         for work in self._work[group]:
             stack = work.batch.stacks[0]
             if stack.cut is WHOLE:
@@ -194,11 +192,11 @@ class CpuPasses:
             step = CutStep(work.rows, work.momenta, work.factors, course.settings, course.facts)
             config, early = group.config, group.phase(stack).early
             bound = config.clip_threshold if config.came else None
-            course.of_shards = StepOfShards(step, stack, course.settings.scales, bound, early, config.cautious)
+            scales = course.settings.scales
+            numel, updates = stack.whole_rows * stack.columns, bool(due(stack.stored, scales))
+            count = count_questions(config, early, numel, updates)
+            found[stack] = course.of_shards = StepOfShards(step, stack, scales, bound, early, config.cautious, count)
             self._courses[stack] = course
-            numel, updates = stack.whole_rows * stack.columns, bool(due(stack.stored, course.settings.scales))
-            count = count_questions(group.config, early, numel, updates)
-            found[stack] = Questions(count, course.of_shards.question)
         return found
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
@@ -264,7 +262,7 @@ class CpuPasses:
         stack = work.batch.stacks[0]
         course = self._courses.pop(stack, None) or self._begin(work, measured, multiplier)
         if course.of_shards is not None:
-            course.of_shards.finish(measured.answers[stack])
+            course.of_shards.finish()
         else:
             largest_first = numpy.argsort(-work.rows["numel"], kind="stable")  # so that threads end together
             is_whole = work.rows["numel"][largest_first] <= self._largest_whole

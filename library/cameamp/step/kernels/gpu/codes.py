@@ -12,11 +12,24 @@ import triton.language as tl
 from ....storage import nibbles
 from .. import table as fields
 from . import rules
-from .elements import ADDRESS, BLOCK, FLOAT, KIND, POSITION, SCALE, STATES, pointer_to, size_of
+from .elements import (
+    ADDRESS,
+    BLOCK,
+    FLOAT,
+    KIND,
+    POSITION,
+    SCALE,
+    STATES,
+    in_whole_tensor,
+    pointer_to,
+    room_of,
+    size_of,
+)
 
 # How a state is coded, where it is.
 SIGNED, ROOT, EVEN = tl.constexpr(fields.SIGNED), tl.constexpr(fields.ROOT), tl.constexpr(fields.EVEN)
 FOUR_BITS, LOW_RANK = tl.constexpr(fields.FOUR_BITS), tl.constexpr(fields.LOW_RANK)
+LOW_RANK_OF_SHARD = tl.constexpr(fields.LOW_RANK_OF_SHARD)
 _BOOL = tl.constexpr(fields.BOOL)
 _BFLOAT16 = tl.constexpr(fields.BFLOAT16)
 
@@ -43,11 +56,12 @@ def _mix(x):
 
 
 @triton.jit
-def noise(row, numbers, offsets):
+def noise(row, numbers, offsets, RULES: tl.constexpr):
     """Noise in [0, 1), a pure function of the step, the tensor and the element; as `rounding.uniform_noise`."""
     step = tl.load(numbers + _STEP).to(tl.uint32, bitcast=True)
     stream = _mix(tl.load(row + POSITION).to(tl.uint32) + step * 0x9E3779B1)
-    return (_mix(stream + offsets.to(tl.uint32)) & 8191).to(tl.float32) * 0.0001220703125
+    element = in_whole_tensor(row, offsets, RULES).to(tl.uint32)
+    return (_mix(stream + element) & 8191).to(tl.float32) * 0.0001220703125
 
 
 @triton.jit
@@ -86,14 +100,14 @@ def load_state(row, STATE: tl.constexpr, CODE: tl.constexpr, maps, offsets, mask
             x = tl.load(pointer_to(address, tl.float32, RULES) + offsets, mask, other=0.0)
         else:
             code = tl.load(pointer_to(address, tl.uint8, RULES) + offsets, mask, other=0).to(tl.int32)
-            x = _decode(row, tl.load(entry + SCALE), code, CODE, maps, offsets, mask)
+            x = _decode(row, tl.load(entry + SCALE), code, CODE, maps, offsets, mask, RULES)
     else:
         x = tl.load(pointer_to(address, tl.float32, RULES) + offsets, mask, other=0.0)
     return x
 
 
 @triton.jit
-def _decode(row, scale_address, code, CODE: tl.constexpr, maps, offsets, mask):
+def _decode(row, scale_address, code, CODE: tl.constexpr, maps, offsets, mask, RULES: tl.constexpr):
     scales = scale_address.to(tl.pointer_type(tl.float32))
     if CODE == EVEN:
         low, high = tl.load(scales), tl.load(scales + 1)
@@ -101,7 +115,7 @@ def _decode(row, scale_address, code, CODE: tl.constexpr, maps, offsets, mask):
         share = tl.math.div_rn(code.to(tl.float32), _LARGEST_CODE)
         x = tl.where(share < 0.5, low + share * (high - low), high - (high - low) * (1.0 - share))
     else:
-        scale = tl.load(scales + (offsets >> _block_bits(row)), mask, other=0.0)
+        scale = tl.load(scales + _block_of(row, offsets, RULES), mask, other=0.0)
         start: tl.constexpr = 0 if CODE == SIGNED else _MAP
         x = tl.load(maps + start + code) * scale
         if CODE == ROOT:
@@ -114,7 +128,7 @@ def store_state(
     row, STATE: tl.constexpr, CODE: tl.constexpr, numbers, maps, firsts, offsets, mask, x, SPAN: tl.constexpr,
     RULES: tl.constexpr,
 ):  # fmt: skip
-    """Write a state down; `offsets` are SPAN in a row, which are whole blocks.
+    """Write a state down; `offsets` are SPAN in a row, which are whole blocks, or the one block of `elements_of`.
 
     Args:
         numbers: those of the step.
@@ -132,13 +146,23 @@ def store_state(
         else:
             if CODE == EVEN:
                 place = (x - tl.load(numbers + _CODE_LOW)) * tl.load(numbers + _CODES_A_UNIT)
-                place = tl.floor(place + noise(row, numbers, offsets))
+                place = tl.floor(place + noise(row, numbers, offsets, RULES))
                 code = tl.minimum(tl.maximum(place, 0.0), _LARGEST_CODE).to(tl.int32)
             else:
                 code = _encode(row, tl.load(entry + SCALE), CODE, maps, firsts, offsets, mask, x, SPAN, RULES)
             tl.store(pointer_to(address, tl.uint8, RULES) + offsets, code.to(tl.uint8), mask)
     else:
         tl.store(pointer_to(address, tl.float32, RULES) + offsets, x, mask)
+
+
+@triton.jit
+def _block_of(row, offsets, RULES: tl.constexpr):
+    """In which block each element is. In a shard a block is of any size, so that it begins and ends between rows."""
+    if RULES.sharded:
+        block = offsets // tl.maximum(tl.load(row + BLOCK).to(tl.int32), 1)
+    else:
+        block = offsets >> _block_bits(row)
+    return block
 
 
 @triton.jit
@@ -152,21 +176,27 @@ def _encode(
     row, scale_address, CODE: tl.constexpr, maps, firsts, offsets, mask, x, SPAN: tl.constexpr, RULES: tl.constexpr
 ):
     """The code of the value nearest to each element, in its block's unit; writes the units."""
+    scales = scale_address.to(tl.pointer_type(tl.float32))
     if CODE == ROOT:
         x = tl.sqrt_rn(x)
-    # The largest magnitude of each 64 elements, and then of those 64s that lie in the same block.
-    parts: tl.constexpr = SPAN // _SMALLEST_BLOCK
-    largest = tl.max(tl.reshape(tl.abs(tl.where(mask, x, 0.0)), (parts, _SMALLEST_BLOCK)), axis=1)
-    numbers = tl.arange(0, parts)
-    shift = _block_bits(row) - _SMALLEST_BITS
-    together = (numbers >> shift)[:, None] == (numbers >> shift)[None, :]
-    scale = tl.max(tl.where(together, largest[None, :], 0.0), axis=1)
-    places = (tl.min(offsets, axis=0) >> _SMALLEST_BITS) + numbers
-    begins = ((places >> shift) << shift == places) & (places << _SMALLEST_BITS < size_of(row, RULES))
-    tl.store(scale_address.to(tl.pointer_type(tl.float32)) + (places >> shift), scale, begins)
-
-    unit = tl.where(scale > 0, scale, 1.0)
-    unit = tl.reshape(tl.broadcast_to(unit[:, None], (parts, _SMALLEST_BLOCK)), (SPAN,))
+    magnitude = tl.abs(tl.where(mask, x, 0.0))
+    if RULES.sharded:
+        scale = tl.max(magnitude, axis=0)
+        tl.store(scales + _block_of(row, tl.min(offsets, axis=0), RULES), scale)
+        unit = tl.broadcast_to(tl.where(scale > 0, scale, 1.0), (SPAN,))
+    else:
+        # The largest magnitude of each 64 elements, and then of those 64s that lie in the same block.
+        parts: tl.constexpr = SPAN // _SMALLEST_BLOCK
+        largest = tl.max(tl.reshape(magnitude, (parts, _SMALLEST_BLOCK)), axis=1)
+        numbers = tl.arange(0, parts)
+        shift = _block_bits(row) - _SMALLEST_BITS
+        together = (numbers >> shift)[:, None] == (numbers >> shift)[None, :]
+        scale = tl.max(tl.where(together, largest[None, :], 0.0), axis=1)
+        places = (tl.min(offsets, axis=0) >> _SMALLEST_BITS) + numbers
+        begins = ((places >> shift) << shift == places) & (places << _SMALLEST_BITS < size_of(row, RULES))
+        tl.store(scales + (places >> shift), scale, begins)
+        unit = tl.where(scale > 0, scale, 1.0)
+        unit = tl.reshape(tl.broadcast_to(unit[:, None], (parts, _SMALLEST_BLOCK)), (SPAN,))
     x = tl.math.div_rn(x, unit)
     number: tl.constexpr = 0 if CODE == SIGNED else 1
     upper = (x.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
@@ -187,7 +217,7 @@ def load_truths(row, STATE: tl.constexpr, offsets, mask, RULES: tl.constexpr):
     if tl.load(entry + KIND) == _BOOL:
         truths = tl.load(pointer + offsets, mask, other=0).to(tl.int32)
     else:
-        count = size_of(row, RULES) // 8
+        count = (room_of(row, RULES) + 7) // 8
         truths = (tl.load(pointer + offsets % count, mask, other=0).to(tl.int32) >> (offsets // count)) & 1
     return truths
 
@@ -218,9 +248,9 @@ def high_level(byte):
 
 
 @triton.jit
-def load_levels(address, numel, offsets, mask):
+def load_levels(address, room, offsets, mask):
     """The levels, -7 to 7: byte j holds those of element j and, sixteenfold, of element j + half."""
-    half = (numel + 1) // 2
+    half = (room + 1) // 2
     second = offsets >= half
     pointer = address.to(tl.pointer_type(tl.int8))
     byte = tl.load(pointer + tl.where(second, offsets - half, offsets), mask, other=0).to(tl.int32)

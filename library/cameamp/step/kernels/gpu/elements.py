@@ -16,6 +16,8 @@ STATES = tl.constexpr(fields.STATES)
 KIND, ADDRESS, SCALE = tl.constexpr(fields.KIND), tl.constexpr(fields.ADDRESS), tl.constexpr(fields.SCALE)
 NUMEL, ROWS, COLUMNS = tl.constexpr(fields.NUMEL), tl.constexpr(fields.ROWS), tl.constexpr(fields.COLUMNS)
 POSITION, BLOCK = tl.constexpr(fields.POSITION), tl.constexpr(fields.BLOCK)
+WHOLE_NUMEL = tl.constexpr(fields.WHOLE_NUMEL)
+_FIRST, _ROOM = tl.constexpr(fields.FIRST), tl.constexpr(fields.SPAN)
 GRAD, WEIGHT, SAMPLE = tl.constexpr(fields.GRAD), tl.constexpr(fields.WEIGHT), tl.constexpr(fields.SAMPLE)
 FLOAT = tl.constexpr(fields.FLOAT)
 
@@ -30,6 +32,45 @@ def size_of(row, RULES: tl.constexpr):
     if RULES.aligned:
         numel = tl.multiple_of(numel, 16)
     return numel
+
+
+@triton.jit
+def room_of(row, RULES: tl.constexpr):
+    """For how many elements there is room where those that lie far apart share a byte."""
+    room = size_of(row, RULES)
+    if RULES.sharded:
+        room = tl.load(row + _ROOM).to(tl.int32)
+    return room
+
+
+@triton.jit
+def elements_of(row, span, SPAN: tl.constexpr, RULES: tl.constexpr):
+    """The offsets of one span of a tensor, and which of them there are. Where a shard is in codes it is one block."""
+    local = tl.arange(0, SPAN)
+    offsets = span * SPAN + local
+    mask = offsets < size_of(row, RULES)
+    if RULES.sharded and RULES.coded:
+        block = tl.load(row + BLOCK).to(tl.int32)
+        length = tl.where(block > 0, block, SPAN)
+        offsets = span * length + local
+        mask = (local < length) & (offsets < size_of(row, RULES))
+    return offsets, mask
+
+
+@triton.jit
+def in_whole_tensor(row, offsets, RULES: tl.constexpr):
+    """Which elements of the whole tensor these are."""
+    elements = offsets
+    if RULES.sharded:
+        elements = tl.load(row + _FIRST) + offsets
+    return elements
+
+
+@triton.jit
+def seen_by_context(row, offsets, mask, every, RULES: tl.constexpr):
+    """Where elements are in what the context sees, and which of them it sees: every `every`-th."""
+    elements = in_whole_tensor(row, offsets, RULES)
+    return tl.load(row + SAMPLE) + elements // every, mask & (elements % every == 0)
 
 
 @triton.jit

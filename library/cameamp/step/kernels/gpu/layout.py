@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+
+from .launching import Launcher
+
+# A layout of parts is kept for so many combinations of tensors and what is done to them.
+_MOST_LAYOUTS = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,30 @@ class Parts:
         numbers = numpy.arange(len(rows), dtype=numpy.int32) - firsts[rows]
         work = numpy.stack([rows, numbers], axis=1)
         return cls(uploaded(work, device), uploaded(firsts, device), len(rows))
+
+
+class Layouts(Launcher):
+    """Launches kernels, and keeps what is the same from step to step: how tensors are cut, and tables on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layouts: dict[Hashable, Any] = {}
+        self._uploads: dict[Hashable, tuple[numpy.ndarray, Tensor]] = {}
+
+    def layout(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What `build` returns; kept under `key`."""
+        if key not in self._layouts:
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = build()
+        return self._layouts[key]
+
+    def upload(self, name: Hashable, table: numpy.ndarray, device: torch.device) -> Tensor:
+        """A table on a device; if it is that of the step before, so is the copy."""
+        known = self._uploads.get(name)
+        if known is None or known[1].device != device or not numpy.array_equal(known[0], table):
+            self._uploads[name] = known = (table, uploaded(table, device))
+        return known[1]
 
 
 def uploaded(array: numpy.ndarray, device: torch.device) -> Tensor:

@@ -10,12 +10,14 @@ import triton
 import triton.language as tl
 
 from ....techniques import weight_decay
-from .elements import FIELDS, NUMEL, SAMPLE, gradient, is_usable, size_of
+from .elements import FIELDS, NUMEL, elements_of, gradient, is_usable, seen_by_context, size_of
 
 # What is known of a span, and then of a tensor.
 MEASURES = 4
 _MEASURES = tl.constexpr(MEASURES)
-_ABS_SUM, _NONZERO, _UNUSABLE, _DEVIATIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+ABS_SUM, NONZERO, UNUSABLE, DEVIATIONS = range(4)
+_ABS_SUM, _NONZERO = tl.constexpr(ABS_SUM), tl.constexpr(NONZERO)
+_UNUSABLE, _DEVIATIONS = tl.constexpr(UNUSABLE), tl.constexpr(DEVIATIONS)
 
 _ALPHA, _SATURATION = tl.constexpr(weight_decay.ALPHA), tl.constexpr(weight_decay.SATURATION)
 
@@ -40,9 +42,7 @@ def measure_spans(table, work, firsts, partials, sample, every, SPAN: tl.constex
     """
     tensor, span = place_of(work)
     row = table + tensor * FIELDS
-    numel = size_of(row, RULES)
-    offsets = span * SPAN + tl.arange(0, SPAN)
-    mask = offsets < numel
+    offsets, mask = elements_of(row, span, SPAN, RULES)
     g = gradient(row, offsets, mask, RULES)
     usable = is_usable(g)
     g = tl.where(usable, g, 0.0)
@@ -53,12 +53,12 @@ def measure_spans(table, work, firsts, partials, sample, every, SPAN: tl.constex
     tl.store(found + _NONZERO, tl.sum((magnitude > 0).to(tl.float32), axis=0))
     tl.store(found + _UNUSABLE, tl.sum((usable == 0).to(tl.float32), axis=0))
     if RULES.decays:
-        mean = total / tl.minimum(numel - span * SPAN, SPAN).to(tl.float32)
+        mean = total / tl.minimum(size_of(row, RULES) - span * SPAN, SPAN).to(tl.float32)
         apart = tl.where(mask, magnitude - mean, 0.0)
         tl.store(found + _DEVIATIONS, tl.sum(apart * apart, axis=0))
     if RULES.watched:
-        seen = sample + tl.load(row + SAMPLE) + offsets // every
-        tl.store(seen, g, mask & (offsets % every == 0))
+        place, seen = seen_by_context(row, offsets, mask, every, RULES)
+        tl.store(sample + place, g, seen)
 
 
 @triton.jit

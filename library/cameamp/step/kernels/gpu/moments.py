@@ -13,7 +13,19 @@ from ....storage import nibbles
 from ....techniques import orthograd, tam
 from . import rules
 from .codes import FOUR_BITS, SIGNED, load_levels, load_state
-from .elements import ADDRESS, COLUMNS, FIELDS, KIND, NUMEL, ROWS, SCALE, size_of, weights
+from .elements import (
+    ADDRESS,
+    COLUMNS,
+    FIELDS,
+    KIND,
+    ROWS,
+    SCALE,
+    WHOLE_NUMEL,
+    elements_of,
+    room_of,
+    size_of,
+    weights,
+)
 from .measuring import place_of
 from .techniques import (
     ACROSS,
@@ -49,7 +61,7 @@ _SMALLEST_LEVEL_NORM = tl.constexpr(nibbles.SMALLEST_NORM)
 def sum_squares(
     table, momenta, work, firsts, total, numbers, maps, partials, SPAN: tl.constexpr, RULES: tl.constexpr
 ):  # fmt: skip
-    """Of one span of x = grad / sqrt(v): sum x^2, and for each momentum of four bits, of levels L, sum x L and sum L^2.
+    """Of one span of x = grad / sqrt(v): sum x^2, and for each momentum m of four bits sum x m and sum m^2.
 
     Args:
         table: a row for each tensor.
@@ -63,8 +75,7 @@ def sum_squares(
     """
     tensor, span = place_of(work)
     row = table + tensor * FIELDS
-    offsets = span * SPAN + tl.arange(0, SPAN)
-    mask = offsets < size_of(row, RULES)
+    offsets, mask = elements_of(row, span, SPAN, RULES)
     grad = regularized(row, total, offsets, mask, RULES)
     x, _ = unclipped(row, grad, numbers, maps, offsets, mask, RULES)
     found = partials + (tl.load(firsts + tensor) + span) * (1 + 2 * RULES.momenta)
@@ -72,9 +83,10 @@ def sum_squares(
     for place in range(0, RULES.momenta):
         entry = momenta + (tensor * RULES.momenta + place) * MOMENTUM_FIELDS
         if (tl.load(entry + KIND) == FOUR_BITS) & (momentum_number(numbers, place, RATE) > 0):
-            levels = load_levels(tl.load(entry + ADDRESS), size_of(row, RULES), offsets, mask)
-            tl.store(found + 1 + 2 * place, tl.sum(x * levels, axis=0))
-            tl.store(found + 2 + 2 * place, tl.sum(levels * levels, axis=0))
+            levels = load_levels(tl.load(entry + ADDRESS), room_of(row, RULES), offsets, mask)
+            scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
+            tl.store(found + 1 + 2 * place, tl.sum(x * levels, axis=0) * scale)
+            tl.store(found + 2 + 2 * place, tl.sum(levels * levels, axis=0) * scale * scale)
 
 
 @triton.jit
@@ -87,17 +99,16 @@ def clip_tensor(table, momenta, work, firsts, numbers, partials, sums, CHUNK: tl
     squares = _sum_up(partials, first, end, width, CHUNK)
     clip = tl.full([], 1.0, tl.float64)
     if RULES.came:
-        root = tl.sqrt(squares / tl.load(row + NUMEL).to(tl.float64))
+        root = tl.sqrt(squares / tl.load(row + WHOLE_NUMEL).to(tl.float64))
         clip = 1.0 / tl.maximum(root / tl.load(numbers + _CLIP_THRESHOLD), 1.0)
     tl.store(sums + tensor * sums_a_tensor(RULES) + CLIP, clip.to(tl.float32))
     for place in range(0, RULES.momenta):
         entry = momenta + (tensor * RULES.momenta + place) * MOMENTUM_FIELDS
         if (tl.load(entry + KIND) == FOUR_BITS) & (momentum_number(numbers, place, RATE) > 0):
-            scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
-            kept = momentum_number(numbers, place, KEPT).to(tl.float64) * scale
+            kept = momentum_number(numbers, place, KEPT).to(tl.float64)
             mixed = _sum_up(partials + 1 + 2 * place, first, end, width, CHUNK)
-            levels = _sum_up(partials + 2 + 2 * place, first, end, width, CHUNK)
-            square = clip * clip * squares + 2.0 * clip * kept * mixed + kept * kept * levels
+            old = _sum_up(partials + 2 + 2 * place, first, end, width, CHUNK)
+            square = clip * clip * squares + 2.0 * clip * kept * mixed + kept * kept * old
             norm = tl.sqrt(tl.maximum(square, 0.0)).to(tl.float32)
             tl.store(sums + tensor * sums_a_tensor(RULES) + 4 + place, tl.maximum(norm, _SMALLEST_LEVEL_NORM))
 
@@ -110,6 +121,32 @@ def _sum_up(partials, first, end, width: tl.constexpr, CHUNK: tl.constexpr):
         spans = start + tl.arange(0, CHUNK)
         total += tl.load(partials + spans * width, spans < end, other=0.0)
     return tl.sum(total, axis=0)
+
+
+@triton.jit
+def add_up(work, firsts, partials, totals, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """What one tensor's partial sums come to, WIDTH numbers each, in float64: what a process tells the others."""
+    tensor, _ = place_of(work)
+    first, end = tl.load(firsts + tensor), tl.load(firsts + tensor + 1)
+    for number in range(0, WIDTH):
+        tl.store(totals + tensor * WIDTH + number, _sum_up(partials + number, first, end, WIDTH, CHUNK))
+
+
+@triton.jit
+def show_scaled(table, work, first, total, numbers, maps, shown, SPAN: tl.constexpr, RULES: tl.constexpr):
+    """One span of x = grad / sqrt(v).
+
+    Args:
+        first: the number of the first tensor in `shown`.
+        shown: the tensors of a stack, float32, to be filled.
+
+    The others are as of `sum_squares`.
+    """
+    tensor, span = place_of(work)
+    row = table + tensor * FIELDS
+    offsets, mask = elements_of(row, span, SPAN, RULES)
+    x, _ = unclipped(row, regularized(row, total, offsets, mask, RULES), numbers, maps, offsets, mask, RULES)
+    tl.store(shown + (tensor - first).to(tl.int64) * size_of(row, RULES) + offsets, x, mask)
 
 
 # Column norms ---------------------------------------------------------------------------------------------------
@@ -146,13 +183,16 @@ def sum_columns(
 
 
 @triton.jit
-def finish_columns(table, work, firsts, places, partials, norms, TALL: tl.constexpr, WIDE: tl.constexpr):
-    """Of some columns the product of both norms.
+def finish_columns(
+    table, work, firsts, places, partials, norms, squares, TALL: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Of some columns the product of both norms; or, if not WHOLE, the sum of squares of the momentum and of the drive.
 
     Args:
         work: for each program its tensor and which of its columns.
         places: for each tensor where its first column is in `norms`.
-        norms: (columns of all tensors,) float32, to be filled.
+        norms: (columns of all tensors,) float32, to be filled: with the products, or the squares of the momentum.
+        squares: the same for those of the drive.
     """
     tensor, part = place_of(work)
     row = table + tensor * FIELDS
@@ -165,9 +205,13 @@ def finish_columns(table, work, firsts, places, partials, norms, TALL: tl.conste
         found = partials + (first + tile * tiles_a_row) * (2 * WIDE) + tl.arange(0, WIDE)
         momentum += tl.load(found)
         drive += tl.load(found + WIDE)
-    product = _floored_root(momentum) * _floored_root(drive)
     j = part * WIDE + tl.arange(0, WIDE)
-    tl.store(norms + tl.load(places + tensor) + j, product, j < columns)
+    place = tl.load(places + tensor) + j
+    if WHOLE:
+        tl.store(norms + place, _floored_root(momentum) * _floored_root(drive), j < columns)
+    else:
+        tl.store(norms + place, momentum, j < columns)
+        tl.store(squares + place, drive, j < columns)
 
 
 @triton.jit
@@ -194,8 +238,7 @@ def sum_products(
     """
     tensor, span = place_of(work)
     row = table + tensor * FIELDS
-    offsets = span * SPAN + tl.arange(0, SPAN)
-    mask = offsets < size_of(row, RULES)
+    offsets, mask = elements_of(row, span, SPAN, RULES)
     entries = momenta + tensor * RULES.momenta * MOMENTUM_FIELDS
     own_norms = norms + tl.load(places + tensor)
     u, _ = update_of(
@@ -216,7 +259,7 @@ def orthogonal_tensor(table, work, firsts, numbers, partials, sums, CHUNK: tl.co
     both = _sum_up(partials, first, end, 3, CHUNK)
     u_square = _sum_up(partials + 1, first, end, 3, CHUNK)
     p_square = _sum_up(partials + 2, first, end, 3, CHUNK)
-    has_direction = (p_square > _SMALLEST_WEIGHT_SQUARE) & (tl.load(table + tensor * FIELDS + NUMEL) > 1)
+    has_direction = (p_square > _SMALLEST_WEIGHT_SQUARE) & (tl.load(table + tensor * FIELDS + WHOLE_NUMEL) > 1)
     along = both / tl.where(has_direction, p_square, 1.0)
     left = tl.sqrt(tl.maximum(u_square - both * along, 0.0))
     factor = tl.sqrt(u_square) / tl.maximum(left, tl.load(numbers + _EPS3).to(tl.float64))
@@ -237,8 +280,7 @@ def count_agreement(
     """
     tensor, span = place_of(work)
     row = table + tensor * FIELDS
-    offsets = span * SPAN + tl.arange(0, SPAN)
-    mask = offsets < size_of(row, RULES)
+    offsets, mask = elements_of(row, span, SPAN, RULES)
     entries = momenta + tensor * RULES.momenta * MOMENTUM_FIELDS
     own_norms = norms + tl.load(places + tensor)
     u, direction = update_of(
@@ -255,7 +297,7 @@ def agreement_of_tensor(table, work, firsts, partials, sums, CHUNK: tl.constexpr
     """Cautious: n / (sum of agreement + 1) of one tensor of n elements."""
     tensor, _ = place_of(work)
     count = _sum_up(partials, tl.load(firsts + tensor), tl.load(firsts + tensor + 1), 1, CHUNK)
-    numel = tl.load(table + tensor * FIELDS + NUMEL)
+    numel = tl.load(table + tensor * FIELDS + WHOLE_NUMEL)
     tl.store(sums + tensor * sums_a_tensor(RULES) + AGREEMENT, (numel / (count + 1.0)).to(tl.float32))
 
 

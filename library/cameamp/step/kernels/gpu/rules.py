@@ -26,6 +26,7 @@ class Rules(NamedTuple):
         scaled: whether a context multiplies the learning rates.
         watched: whether a context sees every n-th element.
         momenta: how many multi-scale momenta have begun.
+        sharded: whether they are shards.
     """
 
     gradients: int
@@ -42,6 +43,7 @@ class Rules(NamedTuple):
     scaled: bool = False
     watched: bool = False
     momenta: int = 0
+    sharded: bool = False
 
 
 # Codes of the learning-rate mask go from 0 to this.

@@ -13,8 +13,8 @@ from ....states import TABLE
 from ....techniques import adabelief, tam
 from .. import table as fields
 from . import rules
-from .codes import EVEN, LOW_RANK, ROOT, SIGNED, load_levels, load_state, load_truths
-from .elements import ADDRESS, COLUMNS, FLOAT, KIND, SCALE, size_of, usable_gradient
+from .codes import EVEN, LOW_RANK, LOW_RANK_OF_SHARD, ROOT, SIGNED, load_levels, load_state, load_truths
+from .elements import ADDRESS, COLUMNS, FLOAT, KIND, SCALE, room_of, usable_gradient
 
 _NUMBERS = {state.name: number for number, state in enumerate(TABLE)}
 LR_MASK, EXP_AVG = tl.constexpr(_NUMBERS["lr_mask"]), tl.constexpr(_NUMBERS["exp_avg"])
@@ -32,7 +32,8 @@ TURN = tl.constexpr(rules.TURN)
 
 MOMENTUM_FIELDS = tl.constexpr(fields.MOMENTUM_FIELDS)
 FOLDED_ROWS, FOLDED_COLUMNS = tl.constexpr(fields.FOLDED_ROWS), tl.constexpr(fields.FOLDED_COLUMNS)
-RANK = tl.constexpr(fields.RANK)
+RANK, RIGHT = tl.constexpr(fields.RANK), tl.constexpr(fields.RIGHT)
+LEFT_STEP, RIGHT_STEP = tl.constexpr(fields.LEFT_STEP), tl.constexpr(fields.RIGHT_STEP)
 LARGEST_RANK = tl.constexpr(4)
 
 # What is known of each tensor as a whole, in this order.
@@ -123,7 +124,7 @@ def remembered(row, entries, numbers, offsets, mask, RULES: tl.constexpr):
         entry = entries + place * MOMENTUM_FIELDS
         kind, address = tl.load(entry + KIND), tl.load(entry + ADDRESS)
         share, rate = momentum_number(numbers, place, MEAN_SHARE), momentum_number(numbers, place, RATE)
-        if kind == LOW_RANK:
+        if (kind == LOW_RANK) | (kind == LOW_RANK_OF_SHARD):
             m = _low_rank_product(entry, address, offsets, mask)  # It was updated before.
             rate *= 0.0
         else:
@@ -131,7 +132,7 @@ def remembered(row, entries, numbers, offsets, mask, RULES: tl.constexpr):
                 m = tl.load(address.to(tl.pointer_type(tl.float32)) + offsets, mask, other=0.0)
             else:
                 scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
-                m = load_levels(address, size_of(row, RULES), offsets, mask) * scale
+                m = load_levels(address, room_of(row, RULES), offsets, mask) * scale
         mean += share * (1 - rate) * m
         share_of_gradient += share * rate
     return mean, share_of_gradient
@@ -149,16 +150,16 @@ def drive_of(mean, share_of_gradient, sg, RULES: tl.constexpr):
 @triton.jit
 def _low_rank_product(entry, address, offsets, mask):
     """Elements of the product of two factors: that of element (i, j) of the folded matrix is L_i . R_j."""
-    rows, columns = tl.load(entry + FOLDED_ROWS).to(tl.int32), tl.load(entry + FOLDED_COLUMNS).to(tl.int32)
-    codes = address.to(tl.pointer_type(tl.int8))
+    columns = tl.load(entry + FOLDED_COLUMNS).to(tl.int32)
+    lefts, rights = address.to(tl.pointer_type(tl.int8)), tl.load(entry + RIGHT).to(tl.pointer_type(tl.int8))
+    left_step, right_step = tl.load(entry + LEFT_STEP), tl.load(entry + RIGHT_STEP)
     scales = tl.load(entry + SCALE).to(tl.pointer_type(tl.float32))
     i = offsets // columns
     j = offsets - i * columns
     product = tl.zeros_like(offsets).to(tl.float32)
     for q in range(0, tl.load(entry + RANK).to(tl.int32)):
-        factors = codes + q * (rows + columns)
-        left = tl.load(factors + i, mask, other=0).to(tl.float32)
-        right = tl.load(factors + rows + j, mask, other=0).to(tl.float32)
+        left = tl.load(lefts + q * left_step + i, mask, other=0).to(tl.float32)
+        right = tl.load(rights + q * right_step + j, mask, other=0).to(tl.float32)
         product += (left * tl.load(scales + q)) * right
     return product
 

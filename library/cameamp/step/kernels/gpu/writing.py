@@ -25,10 +25,13 @@ from .elements import (
     FIELDS,
     FLOAT,
     KIND,
-    SAMPLE,
     SCALE,
     STATES,
     WEIGHT,
+    WHOLE_NUMEL,
+    elements_of,
+    room_of,
+    seen_by_context,
     size_of,
     store_floats,
     weights,
@@ -91,8 +94,7 @@ def write_step(
     """
     tensor, span = place_of(work)
     row = table + tensor * FIELDS
-    offsets = span * SPAN + tl.arange(0, SPAN)
-    mask = offsets < size_of(row, RULES)
+    offsets, mask = elements_of(row, span, SPAN, RULES)
     entries = momenta + tensor * RULES.momenta * MOMENTUM_FIELDS
     own_norms = norms + tl.load(places + tensor)
     # Each state is written as soon as it is known: fewer of them have to be in registers at a time.
@@ -133,11 +135,10 @@ def write_step(
     change = rates * u
     p -= change
     if RULES.weights != _FLOAT32:
-        p = stochastic_round(p, noise(row, numbers, offsets), RULES.weights)
+        p = stochastic_round(p, noise(row, numbers, offsets, RULES), RULES.weights)
     store_floats(tl.load(row + WEIGHT), offsets, mask, p, RULES.weights, RULES)
     if RULES.watched:
-        seen = mask & (offsets % every == 0)
-        place = tl.load(row + SAMPLE) + offsets // every
+        place, seen = seen_by_context(row, offsets, mask, every, RULES)
         tl.store(sample + place, sg, seen)
         tl.store(changes + place, change, seen)
 
@@ -158,12 +159,13 @@ def pack_signs(table, work, total, SPAN: tl.constexpr, RULES: tl.constexpr):
     tensor, part = place_of(work)
     row = table + tensor * FIELDS
     entry = row + STATES + 3 * LAST_POLARITY
-    count = size_of(row, RULES) // 8
+    numel, count = size_of(row, RULES), (room_of(row, RULES) + 7) // 8
     j = part * SPAN + tl.arange(0, SPAN)
     mask = j < count
     byte = tl.zeros([SPAN], dtype=tl.int32)
     for place in tl.static_range(8):
-        byte |= (regularized(row, total, place * count + j, mask, RULES) > 0).to(tl.int32) << place
+        element = place * count + j
+        byte |= (regularized(row, total, element, mask & (element < numel), RULES) > 0).to(tl.int32) << place
     tl.store(tl.load(entry + ADDRESS).to(tl.pointer_type(tl.uint8)) + j, byte.to(tl.uint8), mask)
 
 
@@ -185,18 +187,19 @@ def pack_levels(
     tensor, part = place_of(work)
     row = table + tensor * FIELDS
     entry = momenta + (tensor * RULES.momenta + PLACE) * MOMENTUM_FIELDS
-    numel = size_of(row, RULES)
-    half = (numel + 1) // 2
+    numel, half = size_of(row, RULES), (room_of(row, RULES) + 1) // 2
     j = part * SPAN + tl.arange(0, SPAN)
     mask = j < half
     byte = tl.load(tl.load(entry + ADDRESS).to(tl.pointer_type(tl.int8)) + j, mask, other=0).to(tl.int32)
     scale = tl.load(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)))
     kept = momentum_number(numbers, PLACE, KEPT) * scale
     norm = tl.load(sums + tensor * (4 + RULES.momenta) + 4 + PLACE)
-    per_level = 1 / (_spacing(numel) * norm)
+    per_level = 1 / (_spacing(row) * norm)
     turn = momentum_number(numbers, PLACE, TURN)
-    sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, j, mask, RULES)
+    lower = mask & (j < numel)
+    sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, j, lower, RULES)
     low = _level(sg + kept * low_level(byte).to(tl.float32), per_level, turn)
+    low = tl.where(lower, low, 0)
     upper = mask & (half + j < numel)
     sg, _ = scaled_gradient(row, tensor, total, sums, numbers, maps, half + j, upper, RULES)
     high = _level(sg + kept * high_level(byte).to(tl.float32), per_level, turn)
@@ -205,9 +208,9 @@ def pack_levels(
 
 
 @triton.jit
-def _spacing(numel):
-    """The distance between levels, in norms."""
-    return tl.math.div_rn(1.0, tl.sqrt_rn(numel.to(tl.float32))) * _SPACING
+def _spacing(row):
+    """The distance between levels, in norms of the whole tensor."""
+    return tl.math.div_rn(1.0, tl.sqrt_rn(tl.load(row + WHOLE_NUMEL).to(tl.float32))) * _SPACING
 
 
 @triton.jit
@@ -225,11 +228,10 @@ def keep_levels(
     tensor, part = place_of(work)
     row = table + tensor * FIELDS
     entry = momenta + (tensor * RULES.momenta + PLACE) * MOMENTUM_FIELDS
-    numel = size_of(row, RULES)
     j = part * SPAN + tl.arange(0, SPAN)
-    mask = j < (numel + 1) // 2
+    mask = j < (room_of(row, RULES) + 1) // 2
     codes = tl.load(packed + tl.load(places + tensor) + j, mask, other=0)
     tl.store(tl.load(entry + ADDRESS).to(tl.pointer_type(tl.int8)) + j, codes, mask)
     norm = tl.load(sums + tensor * (4 + RULES.momenta) + 4 + PLACE)
-    scale = norm * _spacing(numel) * momentum_number(numbers, PLACE, RATE)
+    scale = norm * _spacing(row) * momentum_number(numbers, PLACE, RATE)
     tl.store(tl.load(entry + SCALE).to(tl.pointer_type(tl.float32)), scale, part == 0)
