@@ -225,6 +225,11 @@ class Mesh:
         return self.mesh._flatten().get_group()
 
 
+def added_by(processes: Processes, cut: Cut, part: Tensor) -> Tensor:
+    """What this process adds to a sum over all of them: its part, or zeros for a copy that another one adds."""
+    return part if processes.speaks(cut) else torch.zeros_like(part)
+
+
 def totals_of(processes: Processes, parts: Sequence[tuple[Cut, Sequence[Tensor]]]) -> list[list[Tensor]]:
     """The sums over all processes of what this one knows of some tensors, in the same order; one message.
 
@@ -232,7 +237,7 @@ def totals_of(processes: Processes, parts: Sequence[tuple[Cut, Sequence[Tensor]]
         processes: those that hold the shards.
         parts: for each tensor, or stack of them, how it is cut, and its parts of the sums.
     """
-    own = [part if processes.speaks(cut) else torch.zeros_like(part) for cut, each in parts for part in each]
+    own = [added_by(processes, cut, part) for cut, each in parts for part in each]
     totals = iter(processes.add_up(own))
     return [[next(totals) for _ in each] for _, each in parts]
 

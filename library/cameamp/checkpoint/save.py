@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checksum import checksum, tensor_sums
 from ..context.driver import Driver
 from ..groups import Group, States
-from ..sharding import WHOLE, Processes, processes_of
+from ..sharding import WHOLE, Processes, added_by, processes_of
 from ..stacks.stack import SavedTensor, Stack
 from ..storage import Spread
 from . import sharded
@@ -116,8 +116,7 @@ def _sums(stack: Stack, saved: SavedTensor, processes: Processes) -> Tensor:
     """What this process adds to the checksums of a stack's tensors of one key, (tensors,) int64."""
     cut = WHOLE if saved.spread is Spread.SAME else stack.cut
     first = 0 if cut is WHOLE else stack.first_row * saved.tensor.shape[2:].numel()
-    sums = tensor_sums(saved.tensor, first)
-    return sums if processes.speaks(cut) else torch.zeros_like(sums)
+    return added_by(processes, cut, tensor_sums(saved.tensor, first))
 
 
 @torch.no_grad()
@@ -130,7 +129,7 @@ def _derived_values(groups: Sequence[Group], states: States, processes: Processe
         for stack in group.stacks_with_states(states):
             masks, rows = group.mask_and_row_scaling(stack, states)
             shares = masks.sum(dim=(1, 2)).div_(stack.whole_rows * stack.columns)
-            means += (shares if processes.speaks(stack.cut) else torch.zeros_like(shares)).unbind()
+            means += added_by(processes, stack.cut, shares).unbind()
             parts = () if rows is None else stack.cut.wrapped(rows.unbind(), Spread.BY_ROW, stack.whole_rows)
             for index, p in enumerate(stack.params):
                 derived[p] = {"lr_max": largest} if rows is None else {"lr_max": largest, "row_scaling": parts[index]}

@@ -18,7 +18,7 @@ from ..context.memory import HISTORIES, SAMPLES
 from ..context.memory import SAVED as CONTEXT
 from ..groups import Group, States
 from ..phase import Phase
-from ..sharding import WHOLE, Processes, Shard, cut_of
+from ..sharding import WHOLE, Processes, Shard, added_by, cut_of
 from ..stacks.stack import SavedTensor, Stack
 from ..storage.shards import saved_format
 
@@ -112,8 +112,7 @@ def own_sum(value: Tensor, processes: Processes) -> Tensor:
         first = cut.rows(value.shape)[0] * value.shape[1:].numel()
     else:
         cut = WHOLE
-    total = tensor_sums(part.unsqueeze(0), first).squeeze(0)
-    return total if processes.speaks(cut) else torch.zeros_like(total)
+    return added_by(processes, cut, tensor_sums(part.unsqueeze(0), first).squeeze(0))
 
 
 def _local(value: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import OptimizerConfig
 from ..groups import Group
-from ..sharding import Alone, Processes
+from ..sharding import Alone, Processes, added_by
 from ..step.passes import Measured
 from ..step.rules import Watched
 from .controller import STANDARD_LAW, ContextualOptimizationModule, Deciding, Law, as_scalar, attempted, report_of
@@ -299,7 +299,7 @@ class Context:
         if self._processes.shards:
             pieces = [sampler.part_of(stack, piece) for stack, piece in zip(stacks, pieces)]
         # An element that several processes have is of one of them, so that their sum is exact in any order.
-        own = [piece if self._processes.speaks(stack.cut) else piece * 0 for stack, piece in zip(stacks, pieces)]
+        own = [added_by(self._processes, stack.cut, piece) for stack, piece in zip(stacks, pieces)]
         return sampler.gather(stacks, own)
 
     def _sampler_of(self, groups: Sequence[Group]) -> Sampler:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..groups import MAGNITUDES, Group, States
 from ..rounding import stochastic_round
-from ..sharding import ALONE, WHOLE, Processes
+from ..sharding import ALONE, WHOLE, Processes, added_by
 from ..stacks.momenta import due
 from ..stacks.stack import Stack
 from ..stacks.workspace import Work, Workspace
@@ -113,11 +113,8 @@ class Passes:
         sharded = [stack for stack in found if stack.cut is not WHOLE]
         if not sharded:
             return list(measured), list(more)
-        parts = [shared.measured_parts(stack, found[stack]) for stack in sharded]
-        speaking = [
-            part if self._processes.speaks(stack.cut) else torch.zeros_like(part) for stack, part in zip(sharded, parts)
-        ]
-        totals = self._processes.add_up([*speaking, *more])
+        own = [added_by(self._processes, s.cut, shared.measured_parts(s, found[s])) for s in sharded]
+        totals = self._processes.add_up([*own, *more])
         found |= {stack: shared.whole_magnitudes(stack, total) for stack, total in zip(sharded, totals)}
         whole = [
             each._replace(sums=GroupSums.of(each.stacks, [found[stack] for stack in each.stacks]))
