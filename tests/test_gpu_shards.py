@@ -18,18 +18,31 @@ pytest.importorskip("test_shards", reason="needs FSDP2 and numba")
 from reliability import resharded
 from reliability.processes import in_processes
 from reliability.sharded import alone, steps_of
-from test_shards import FAMILY, check_steps, mesh, optimizer_of, shard_of, shards, train  # noqa: F401
+from test_shards import (
+    FAMILY,
+    PROCESSES,
+    check_states,
+    check_steps,
+    copied,
+    mesh_at,
+    optimizer_of,
+    shard_of,
+    shards,
+    train,
+)
 
 from benchmarks.compiled import Recorder, launching
 from benchmarks.cost import operations
 from benchmarks.kernels import recorded
+from library.cameamp.stacks import layout
 from library.cameamp.step import engine
 from library.cameamp.step.kernels.gpu import moments
 from library.cameamp.step.kernels.gpu.passes import GpuKernels
 
 # Blocks of several rows that are no powers of two, low rank, rows of several blocks, one that is not coded, a vector,
-# twice the same shape, one element, and one that this process has nothing of.
-SHAPES = [(30, 80), (30, 80), (90, 5), (300,), (4, 5200), (1,), (1, 600)]
+# twice the same shape, one element, and one that this process has nothing of. The first two have nine rows here, and
+# others have ten and nine.
+SHAPES = [(29, 80), (27, 80), (30, 80), (30, 80), (90, 5), (300,), (6, 5200), (1,), (1, 600)]
 KERNEL_AND_WIDE = [(6, 8, 3, 3), (30, 320), (9, 24), (6, 2100)]
 NAMES = ("Automagic_CameAMP", CONTEXTUAL := "Automagic_CameAMP_COptim")
 STEPS = 10  # Early until step 6.
@@ -38,10 +51,17 @@ STARTS = (0, 2, 4, 9) if ALL else (2, 9)
 _SLOW = pytest.mark.skipif(not ALL, reason="the interpreter is slow: TRITON_TESTS=all runs this, too")
 
 
+@pytest.fixture(scope="module")
+def mesh():
+    """The last of three processes, which has the short shards."""
+    with mesh_at(PROCESSES - 1) as mesh:
+        yield mesh
+
+
 @pytest.mark.parametrize("shapes", [SHAPES, pytest.param(KERNEL_AND_WIDE, marks=_SLOW)], ids=["mixed", "wide"])
 @pytest.mark.parametrize("options", [{}, {"cautious": True}, pytest.param({"came": False}, marks=_SLOW)], ids=str)
 @pytest.mark.parametrize("cls", FAMILY, ids=lambda cls: cls.__name__)
-def test_one_step_is_that_of_the_rules(mesh, cls, options, shapes, caplog):  # noqa: F811
+def test_one_step_is_that_of_the_rules(mesh, cls, options, shapes, caplog):
     if not ALL and (cls in FAMILY[1:3] or (cls is FAMILY[0]) != bool(options)):
         pytest.skip("the interpreter is slow: TRITON_TESTS=all runs this, too")
     kernels = GpuKernels()
@@ -51,7 +71,7 @@ def test_one_step_is_that_of_the_rules(mesh, cls, options, shapes, caplog):  # n
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_kernels_prove_themselves_and_wrong_ones_do_not(mesh, right, caplog):  # noqa: F811
+def test_kernels_prove_themselves_and_wrong_ones_do_not(mesh, right, caplog):
     """On copies of a shard, as if it were all that there is; where they fail, the rules take the step."""
 
     class Kernels(GpuKernels):
@@ -59,7 +79,7 @@ def test_kernels_prove_themselves_and_wrong_ones_do_not(mesh, right, caplog):  #
             if right or kernel is not moments.add_up:
                 super().launch(kernel, *arguments, **constants)
 
-    params, expected = (shards(mesh, shapes=SHAPES[:3]) for _ in range(2))
+    params, expected = (shards(mesh, shapes=[(27, 220), (29, 220), (90, 5)]) for _ in range(2))
     used = Kernels()
     with patch.dict(engine._LOADERS, cpu=lambda: used):
         train(mesh, optimizer_of(FAMILY[3], params, True), params, 0, 1)
@@ -70,10 +90,10 @@ def test_kernels_prove_themselves_and_wrong_ones_do_not(mesh, right, caplog):  #
         assert torch.allclose(p.to_local(), q.to_local(), rtol=1e-4, atol=1e-8)
 
 
-def test_launches_do_not_depend_on_the_number_of_tensors(mesh):  # noqa: F811
+def test_launches_do_not_depend_on_the_number_of_tensors(mesh):
     """Of stacks that ask the same, and whose parts are whole sixteens."""
     counts = []
-    for shapes in (SHAPES[:1], [*SHAPES[:2], (48, 32), (6, 24, 2)]):
+    for shapes in (SHAPES[2:3], [*SHAPES[2:4], (48, 32), (6, 24, 2)]):
         params = shards(mesh, shapes=shapes)
         for p in params:
             p.grad = shard_of(mesh, torch.ones(p.shape))
@@ -82,7 +102,30 @@ def test_launches_do_not_depend_on_the_number_of_tensors(mesh):  # noqa: F811
     assert few == many <= 16
 
 
-def test_nothing_is_read_back(mesh):  # noqa: F811
+def test_groups_that_are_stacked_otherwise_share_no_layout(mesh, monkeypatch):
+    """Tensors of one shape that are one stack in one group, and two in another."""
+    monkeypatch.setattr(layout, "_SMALLEST_STACK", 700)
+    pair = [(12, 150)] * 2
+    params = shards(mesh, shapes=[*pair, (48,), *pair, (36000,)])
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+    def optimizer_of_groups(own, fused):
+        groups = [{"params": own[:3]}, {"params": own[3:]}]
+        return FAMILY[3](groups, lr=1e-4, warmup_steps=0, fused=fused, momentum_scales=(1, 2, 3, 4, 5))
+
+    by_rules, by_kernels = optimizer_of_groups(params, False), optimizer_of_groups(others, True)
+    train(mesh, by_rules, params, 0, 1)
+    by_kernels.load_state_dict(copied(by_rules.state_dict()))
+    for p, other in zip(params, others):
+        other.data.copy_(p.data)
+    train(mesh, by_rules, params, 1, 2)
+    with launching(GpuKernels()):
+        train(mesh, by_kernels, others, 1, 2)
+    for p, other in zip(params, others):
+        check_states(by_rules.state[p], by_kernels.state[other])
+
+
+def test_nothing_is_read_back(mesh):
     """Also where momenta of low rank follow."""
     params = shards(mesh, shapes=SHAPES)
     optimizer, recorder = FAMILY[3](params, lr=1e-6, momentum_scales=(1, 2)), Recorder()

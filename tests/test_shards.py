@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -46,8 +46,14 @@ SHAPES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def mesh():
+    with mesh_at(RANK) as mesh:
+        yield mesh
+
+
+@contextmanager
+def mesh_at(rank):
     """A mesh whose other processes are not there: what they would add to a sum is 0."""
-    dist.init_process_group("fake", rank=RANK, world_size=PROCESSES, store=fake.FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=PROCESSES, store=fake.FakeStore())
     try:
         yield dist.device_mesh.init_device_mesh("cpu", (PROCESSES,))
     finally:
@@ -55,8 +61,8 @@ def mesh():
 
 
 def shard_of(mesh, tensor):
-    rows = -(-len(tensor) // PROCESSES)
-    part = tensor[RANK * rows : (RANK + 1) * rows].contiguous()
+    rows, rank = -(-len(tensor) // mesh.size()), mesh.get_local_rank()
+    part = tensor[rank * rows : (rank + 1) * rows].contiguous()
     return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
@@ -210,3 +216,15 @@ def test_a_checkpoint_of_an_optimizer_that_was_saved_before_is_whole(mesh):
         train(mesh, optimizer, params, step, step + 1)
         saved = copied(optimizer.state_dict())
     optimizer_of(Automagic_CameAMP_COptim, shards(mesh), True).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_whole_parameter_beside_a_shard_of_the_same_shape(mesh, fused):
+    """Each has its own formats."""
+    whole = torch.randn(48, 80)
+    params = [torch.nn.Parameter(shard_of(mesh, whole)), torch.nn.Parameter(whole.clone())]
+    optimizer = optimizer_of(Automagic_CameAMP_COptim8bit, params, fused)
+    params[0].grad, params[1].grad = shard_of(mesh, whole), whole.clone()
+    optimizer.step()
+    assert len(optimizer.state[params[0]]["exp_avg_q_scale"].to_local()) == 1
+    assert optimizer.state[params[1]]["exp_avg_q_scale"].shape == (15,)

@@ -296,7 +296,7 @@ class Group:
         if reading and not stack.traits.has_polarity:
             phase = phase._replace(warmup=False)
         p = stack.params[0]
-        kind = (phase, p.shape, p in self.uncoded)
+        kind = (phase, p.shape, p in self.uncoded, stack.cut)
         if kind not in self._bindings:
             if self.config.factored and stack.cut is not WHOLE and not self._bindings:
                 logger.warning(

@@ -11,7 +11,7 @@ from . import gpu_kernels
 from .controller import Pull
 from .memory import FOLLOWED, HISTORIES, Memory
 
-_SAMPLE_CHUNK, _SAMPLE_WARPS = 4096, 16
+_SAMPLE_CHUNK, _SAMPLE_WARPS = 2048, 16
 _WINDOW_CHUNK = 32
 
 

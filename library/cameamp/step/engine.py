@@ -144,7 +144,7 @@ class Engine:
         kernels, first = self._kernels[device], stacks[0].device
         params = [p for stack in stacks for p in stack.cut.local(stack.params)]
         served = (
-            all(stack.rows * stack.columns <= _LARGEST for stack in stacks)
+            all(stack.most_rows * stack.columns <= _LARGEST for stack in stacks)
             and all(kind in _PLAIN for kind in set(map(type, params)))
             and all(p.device == first for p in params)
         )

@@ -91,12 +91,12 @@ class Begun:
 
     def counts(self, name: Hashable, counts: numpy.ndarray) -> Parts:
         """So many parts of each row of the table; kept under a name."""
-        parts: Parts = self.layouts.layout((name, self.device), lambda: Parts.of(counts, self.device))
+        parts: Parts = self.layouts.layout((name, self.device), counts, lambda c: Parts.of(c, self.device))
         return parts
 
     def firsts(self, name: Hashable, counts: numpy.ndarray) -> Tensor:
         """Where each row begins in a memory that has so many places for each; kept under a name."""
-        firsts: Tensor = self.layouts.layout((name, self.device), lambda: uploaded(_before(counts), self.device))
+        firsts: Tensor = self.layouts.layout((name, self.device), counts, lambda c: uploaded(_before(c), self.device))
         return firsts
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,6 +109,6 @@ class Begun:
 
 
 def _before(counts: numpy.ndarray) -> numpy.ndarray:
-    """The sum of all counts before each, int32."""
-    before: numpy.ndarray = (numpy.cumsum(counts) - counts).astype(numpy.int32)
+    """The sum of all counts before each, int64: the elements of all tensors may be more than int32 can count."""
+    before: numpy.ndarray = numpy.cumsum(counts, dtype=numpy.int64) - counts
     return before

@@ -128,7 +128,7 @@ class Course:
         part, begun = self.part, self._begun
         chosen = numpy.zeros(len(begun.table), dtype=bool)
         chosen[rows] = part.members[rows]
-        spans = begun.counts((part.name, "of stack", rows.start), -(-begun.sizes // part.lengths) * chosen)
+        spans = begun.counts((part.name, "of stack", rows.start, rows.stop), -(-begun.sizes // part.lengths) * chosen)
         self._launch_spans(
             moments.show_scaled, begun.on_device, spans.work, rows.start, begun.total, part.numbers, self._maps[0],
             shown, spans=spans,

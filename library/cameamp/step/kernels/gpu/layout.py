@@ -51,16 +51,17 @@ class Layouts(Launcher):
 
     def __init__(self) -> None:
         super().__init__()
-        self._layouts: dict[Hashable, Any] = {}
+        self._layouts: dict[Hashable, tuple[numpy.ndarray, Any]] = {}
         self._uploads: dict[Hashable, tuple[numpy.ndarray, Tensor]] = {}
 
-    def layout(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """What `build` returns; kept under `key`."""
-        if key not in self._layouts:
+    def layout(self, key: Hashable, counts: numpy.ndarray, build: Callable[[numpy.ndarray], Any]) -> Any:
+        """What `build` makes of counts; kept under `key` as long as these are the counts."""
+        known = self._layouts.get(key)
+        if known is None or not numpy.array_equal(known[0], counts):
             if len(self._layouts) >= _MOST_LAYOUTS:
                 self._layouts.clear()
-            self._layouts[key] = build()
-        return self._layouts[key]
+            self._layouts[key] = known = (counts, build(counts))
+        return known[1]
 
     def upload(self, name: Hashable, table: numpy.ndarray, device: torch.device) -> Tensor:
         """A table on a device; if it is that of the step before, so is the copy."""

@@ -222,7 +222,10 @@ class GpuPasses:
             members = numpy.zeros(len(table), dtype=bool)
             members[rows] = (labels == label).all(axis=1)
             rules = _rules(group, traits, label, coded, bool(self._watch_every), decays, len(begun))
-            shapes = table[members][:, [fields.ROWS, fields.COLUMNS]], own[members[rows]][:, fields.STATES :: 3]
+            shapes = (
+                table[members][:, [fields.ROWS, fields.COLUMNS, fields.SPAN]],
+                own[members[rows]][:, fields.STATES :: 3],
+            )
             what = entries[members][:, :, [fields.KIND, *range(fields.FOLDED_ROWS, fields.RANK + 1)]]
             lengths, span = _lengths(table, members, rules)
             name = (span, members.tobytes(), *(a.tobytes() for a in (*shapes, what, lengths[members])))
