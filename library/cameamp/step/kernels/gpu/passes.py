@@ -140,9 +140,9 @@ class GpuPasses:
             What the context sees of all tensors, once for each stack; nothing without a context.
         """
         begun = self._begin_with(measured)
+        for step in self._of_shards.pop(measured.group, ()):
+            step.finish()
         with on(begun.device):
-            for step in self._of_shards.pop(measured.group, ()):
-                step.finish()
             for batch, parts in begun.batches:
                 if batch.traits.cut is WHOLE:
                     for course in self._courses(begun, parts, multiplier):

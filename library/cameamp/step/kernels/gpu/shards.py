@@ -22,6 +22,7 @@ from ...shared import Answer
 from .. import table as fields
 from .begun import Begun
 from .course import Columns, Course, Sums
+from .launching import on
 
 # Of the sums of an update, u.p, u.u and p.p, those that the orthogonal gradient asks for, in its order.
 _OF_UPDATES = 1, 2, 0
@@ -98,7 +99,8 @@ class StepOfShards:
     def ask(self, stack: Stack) -> Answer:
         """Go on to the next question, if no other stack has asked it yet; this process's part about one stack."""
         if not self._asked:
-            self._asked = self._course.send(self._heard) if self._heard else next(self._course)
+            with on(self._begun.device):
+                self._asked = self._course.send(self._heard) if self._heard else next(self._course)
             self._heard = {}
         return self._asked.pop(stack)
 
@@ -109,7 +111,8 @@ class StepOfShards:
     def finish(self) -> None:
         """Take the step to its end, after all answers."""
         try:
-            self._course.send(self._heard) if self._heard else next(self._course)
+            with on(self._begun.device):
+                self._course.send(self._heard) if self._heard else next(self._course)
         except StopIteration:
             return
         raise AssertionError("a step of shards asks more than the rules do")
@@ -174,13 +177,13 @@ class StepOfShards:
         """What is asked about the scaled gradients of a stack."""
         rows, dither = self._stacks[stack], stack.dither()
         asked = [values[rows, 0]] if self._config.came else []
-        due = self._due[stack]
+        updated = self._due[stack]
         shown = None
-        if any(isinstance(momentum, StoredLowRankOfShard) for _, momentum, _ in due):
+        if any(isinstance(momentum, StoredLowRankOfShard) for _, momentum, _ in updated):
             shown = self._begun.floats(len(stack), stack.rows, stack.columns)
             for course in self._courses:
                 course.show_scaled(rows, shown)
-        for place, momentum, rate in due:
+        for place, momentum, rate in updated:
             if isinstance(momentum, StoredLowRankOfShard):
                 assert shown is not None
                 self._seen[stack, place], summands = momentum.look(shown, rate, dither)
