@@ -13,14 +13,13 @@ from torch import Tensor
 from ..groups import MAGNITUDES, Group, States
 from ..rounding import stochastic_round
 from ..sharding import ALONE, WHOLE, Processes, added_by
-from ..stacks.momenta import due
 from ..stacks.stack import Stack
 from ..stacks.workspace import Work, Workspace
 from ..techniques.sums import OF_WHOLE_TENSORS, Sums
 from . import measure, shared
 from .kernels.gpu.launching import Launcher
 from .measure import GroupSums, Magnitudes
-from .rules import StackOptions, StepScalars, Techniques, Watched, count_questions, take_step_
+from .rules import StackOptions, StepScalars, Techniques, Watched, take_step_
 
 
 class Measured(NamedTuple):
@@ -144,10 +143,9 @@ class Passes:
         for stack, decay in zip(measured.stacks, sums.decay_strengths):
             if stack.cut is not WHOLE:
                 group.bind(stack, self._states)
-                scales = self._scalars(group, stack).scales
-                early, numel = group.phase(stack).early, stack.whole_rows * stack.columns
-                count = count_questions(group.config, early, numel, bool(due(stack.stored, scales)))
-                found[stack] = shared.Rehearsals(stack, scales, count, partial(rehearse, stack, decay))
+                scales = StepScalars.of(group, stack.traits).scales
+                number = sum(shared.Asks.of(group, stack, scales))
+                found[stack] = shared.Rehearsals(stack, scales, number, partial(rehearse, stack, decay))
         return found
 
     def update(self, measured: Measured, multiplier: Tensor | None) -> list[Watched]:
@@ -189,7 +187,7 @@ class Passes:
             measure.drop_unusable_(g, work.scratch)
         sums = OF_WHOLE_TENSORS
         if answers is not None:
-            sums = shared.SumsOfShards(stack, self._scalars(group, stack).scales, answers)
+            sums = shared.SumsOfShards(stack, StepScalars.of(group, stack.traits).scales, answers)
         p, watched = take_step_(g, stack, *arguments, sums)
         del g, held, work, arguments
         dtype = stack.params[0].dtype
@@ -210,10 +208,7 @@ class Passes:
         """Those of `take_step_` between the states and the sums."""
         total = magnitude_sum.to(stack.device)
         factor = None if multiplier is None else multiplier.to(stack.device)
-        return total, decay, factor, work, self._scalars(group, stack), self._options(group, stack)
-
-    def _scalars(self, group: Group, stack: Stack) -> StepScalars:
-        return StepScalars.at(stack.traits.step, group.config, group.scheduler_factor, stack.traits.momentum_counts)
+        return total, decay, factor, work, StepScalars.of(group, stack.traits), self._options(group, stack)
 
     def _options(self, group: Group, stack: Stack) -> StackOptions:
         return StackOptions(

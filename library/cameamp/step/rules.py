@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..config import OptimizerConfig
+from ..groups import Group
 from ..phase import Phase
+from ..stacks.stack import Traits
 from ..stacks.workspace import Work
 from ..techniques import (
     adabelief,
@@ -80,6 +82,11 @@ class StepScalars(NamedTuple):
     scheduler: float | None
     bias_correction: float | None = None
     scales: tuple[Scale, ...] = ()
+
+    @classmethod
+    def of(cls, group: Group, traits: Traits) -> StepScalars:
+        """The numbers of the step that parameters of some traits take in a group."""
+        return cls.at(traits.step, group.config, group.scheduler_factor, traits.momentum_counts)
 
     @classmethod
     def at(
@@ -160,7 +167,7 @@ def take_step_(
         work: memory to compute in.
         scalars: what changes with the step.
         options: which rules act.
-        sums: adds up over whole tensors; asked as often as `count_questions` says.
+        sums: adds up over whole tensors; asked what `shared.Asks` says.
 
     Returns:
         The new weights, to be written back, and what the context sees of the step.
@@ -179,19 +186,6 @@ def take_step_(
         options,
         sums,
     )
-
-
-def count_questions(config: OptimizerConfig, early: bool, numel: int, updates_momenta: bool) -> int:
-    """How many times `take_step_` asks for sums over whole tensors, of so many elements.
-
-    Args:
-        config: the group's options.
-        early: whether the step is of the early phase.
-        numel: elements of a whole tensor.
-        updates_momenta: whether it updates momenta that take sums over whole tensors; with CAME they are asked for
-            together with its norms.
-    """
-    return (config.came or updates_momenta) + early * (1 + (numel > 1)) + config.cautious
 
 
 def scale_gradient_(

@@ -12,13 +12,14 @@ so far. What a process tells the others does not depend on how it finds it, so e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..groups import Group
 from ..sharding import Processes, totals_of
-from ..stacks.momenta import summands
+from ..stacks.momenta import due, summands
 from ..stacks.stack import Stack
 from ..techniques.multiscale import Scale
 from ..techniques.sums import Sums
@@ -45,6 +46,29 @@ class Questions(Protocol):
 
     def hear(self, answer: Answer) -> None:
         """Take in the answer to the last question."""
+
+
+class Asks(NamedTuple):
+    """What a step of shards asks of the other processes, a question each, in this order.
+
+    Attributes:
+        of_scaled: CAME's bound, and what momenta need.
+        of_columns: TAM's norms.
+        of_updates: what the orthogonal gradient takes off.
+        of_agreement: how much of an update Cautious keeps.
+    """
+
+    of_scaled: bool
+    of_columns: bool
+    of_updates: bool
+    of_agreement: bool
+
+    @classmethod
+    def of(cls, group: Group, stack: Stack, scales: Sequence[Scale]) -> Asks:
+        """Of a bound stack and its multi-scale momenta at this step."""
+        config, early = group.config, group.phase(stack).early
+        numel = stack.whole_rows * stack.columns
+        return cls(config.came or bool(due(stack.stored, scales)), early, early and numel > 1, config.cautious)
 
 
 class _OpenQuestionError(Exception):

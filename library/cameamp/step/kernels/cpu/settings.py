@@ -61,7 +61,7 @@ class Settings:
     ) -> None:
         config, traits = group.config, batch.traits
         phase = group.phase(batch.stacks[0])
-        scalars = StepScalars.at(traits.step, config, group.scheduler_factor, traits.momentum_counts)
+        scalars = StepScalars.of(group, traits)
         self.scales = scalars.scales
         self._rates, self._shares = _of_momenta(self.scales)
         self._maps = _maps() if group.precision.codes_all else numpy.empty(0, dtype=numpy.uint8)

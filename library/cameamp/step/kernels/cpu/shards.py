@@ -14,7 +14,7 @@ from ....storage.low_rank_shards import StoredLowRankOfShard
 from ....storage.shards import StoredNibblesOfShard
 from ....techniques.came import bounding_factor_
 from ....techniques.multiscale import Scale
-from ...shared import Answer
+from ...shared import Answer, Asks
 from . import passes
 from .cut import CutStep, Totals
 
@@ -33,8 +33,9 @@ class StepOfShards:
         stack: the shards.
         scales: their multi-scale momenta at this step.
         clip_threshold: the bound of the root mean square; None for none, which is then not asked for.
-        early: whether it is of the early phase.
-        cautious: whether it is asked how much of the update agrees with the gradient.
+        asks: what the step asks.
+
+    Attributes:
         number: how many questions that is.
     """
 
@@ -44,19 +45,18 @@ class StepOfShards:
         stack: Stack,
         scales: Sequence[Scale],
         clip_threshold: float | None,
-        early: bool,
-        cautious: bool,
-        number: int,
+        asks: Asks,
     ) -> None:
-        self.number = number
+        self.number = sum(asks)
         self._step = step
         self._stack = stack
         self._due = due(stack.stored, scales)
+        early = asks.of_columns
         self._asks = {
-            passes.SCALED: clip_threshold is not None or bool(self._due),
-            passes.COLUMN_NORMS: early,
-            passes.UPDATES: stack.whole_rows * stack.columns > 1 if early else cautious,
-            passes.AGREEMENTS: cautious,
+            passes.SCALED: asks.of_scaled,
+            passes.COLUMN_NORMS: asks.of_columns,
+            passes.UPDATES: asks.of_updates if early else asks.of_agreement,
+            passes.AGREEMENTS: asks.of_agreement,
         }
         self._clip_threshold = clip_threshold
         self._early = early

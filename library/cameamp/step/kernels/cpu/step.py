@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ....groups import MAGNITUDES, Group, States
 from ....sharding import ALONE, WHOLE
-from ....stacks.momenta import due
 from ....stacks.stack import Stack
 from ... import shared
 from ...measure import FirstPass, GroupSums, Magnitudes
 from ...passes import Measured
-from ...rules import Techniques, Watched, count_questions
-from ...shared import Questions
+from ...rules import Techniques, Watched
+from ...shared import Asks, Questions
 from .. import table as fields
 from ..check import TakeStep, difference
 from ..table import ROW, Batch, Tables, as_records, with_gradients
@@ -190,12 +189,10 @@ class CpuPasses:
                 continue
             course = self._begin(work, measured, multiplier)
             step = CutStep(work.rows, work.momenta, work.factors, course.settings, course.facts)
-            config, early = group.config, group.phase(stack).early
-            bound = config.clip_threshold if config.came else None
-            scales = course.settings.scales
-            numel, updates = stack.whole_rows * stack.columns, bool(due(stack.stored, scales))
-            count = count_questions(config, early, numel, updates)
-            found[stack] = course.of_shards = StepOfShards(step, stack, scales, bound, early, config.cautious, count)
+            bound = group.config.clip_threshold if group.config.came else None
+            found[stack] = course.of_shards = StepOfShards(
+                step, stack, course.settings.scales, bound, Asks.of(group, stack, course.settings.scales)
+            )
             self._courses[stack] = course
         return found
 

@@ -32,7 +32,7 @@ _PRODUCT_TILE = (16, 64)
 _CHUNK = 128
 
 # How many numbers are summed up of an update: u.p, u.u and p.p.
-PRODUCTS = 3
+_PRODUCTS = 3
 
 
 class Seen(NamedTuple):
@@ -158,7 +158,7 @@ class Course:
 
     def sum_updates(self) -> Sums:
         """u.p, u.u and p.p of the update and the weights."""
-        found = self._sums_of_spans(PRODUCTS, torch.float64)
+        found = self._sums_of_spans(_PRODUCTS, torch.float64)
         self._launch_spans(moments.sum_products, *self._upto_grams(), found.values)
         return found
 

@@ -18,7 +18,7 @@ from ....stacks.stack import Stack, Traits
 from ... import shared
 from ...measure import GroupSums, Magnitudes
 from ...passes import Measured
-from ...rules import Techniques, Watched
+from ...rules import StepScalars, Techniques, Watched
 from .. import table as fields
 from ..check import difference
 from ..table import Batch, Tables, with_gradients
@@ -28,7 +28,7 @@ from .course import Course, Seen
 from .launching import on
 from .layout import Layouts, uploaded
 from .rules import Rules, numbers_of
-from .shards import Asks, StepOfShards, scalars_of
+from .shards import StepOfShards
 
 # Elements of a program: enough for whole blocks of 8-bit codes, and few enough for the registers.
 _SPAN, _CODED_SPAN, _SMALLEST_SPAN = 1024, 4096, 64
@@ -181,9 +181,11 @@ class GpuPasses:
 
     def _batches(self, group: Group, stacks: Sequence[Stack]) -> list[Batch]:
         """The stacks whose tensors a kernel may take together; of shards, those that ask the same."""
-        alike: dict[Asks | None, list[Stack]] = {}
+        alike: dict[shared.Asks | None, list[Stack]] = {}
         for stack in stacks:
-            alike.setdefault(None if stack.cut is WHOLE else Asks.of(group, stack), []).append(stack)
+            scales = StepScalars.of(group, stack.traits).scales
+            asks = None if stack.cut is WHOLE else shared.Asks.of(group, stack, scales)
+            alike.setdefault(asks, []).append(stack)
         return [batch for own in alike.values() for batch in self._kernels.tables.batches(own, group.periods)]
 
     def _begin_with(self, measured: Measured) -> Begun:
@@ -205,7 +207,7 @@ class GpuPasses:
     def _parts(self, group: Group, batch: Batch, table: numpy.ndarray, rows: slice, decays: bool) -> list[Part]:
         """The tensors of a batch, divided further by formats and alignment."""
         traits, config, device = batch.traits, group.config, batch.stacks[0].device
-        scalars = scalars_of(group, batch.stacks[0])
+        scalars = StepScalars.of(group, traits)
         begun = [place for place, scale in enumerate(scalars.scales) if scale.share != 0]
         due = [place for place, which in enumerate(begun) if scalars.scales[which].rate != 0]
         numbers = uploaded(numbers_of(traits.step, config, scalars), device)

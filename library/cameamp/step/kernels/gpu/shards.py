@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy
 import torch
@@ -18,7 +17,7 @@ from ....storage.shards import StoredNibblesOfShard
 from ....techniques import tam
 from ....techniques.came import bounding_factor_
 from ...rules import StepScalars
-from ...shared import Answer
+from ...shared import Answer, Asks
 from .. import table as fields
 from .begun import Begun
 from .course import Columns, Course, Sums
@@ -26,35 +25,6 @@ from .launching import on
 
 # Of the sums of an update, u.p, u.u and p.p, those that the orthogonal gradient asks for, in its order.
 _OF_UPDATES = 1, 2, 0
-
-
-class Asks(NamedTuple):
-    """What a step asks of the other processes, in this order.
-
-    Attributes:
-        of_scaled: CAME's bound, and what momenta need.
-        of_columns: TAM's norms.
-        of_updates: what the orthogonal gradient takes off.
-        of_agreement: how much of an update Cautious keeps.
-    """
-
-    of_scaled: bool
-    of_columns: bool
-    of_updates: bool
-    of_agreement: bool
-
-    @classmethod
-    def of(cls, group: Group, stack: Stack) -> Asks:
-        """Of a bound stack."""
-        config, early = group.config, group.phase(stack).early
-        updates = bool(due(stack.stored, scalars_of(group, stack).scales))
-        whole = stack.whole_rows * stack.columns
-        return cls(config.came or updates, early, early and whole > 1, config.cautious)
-
-
-def scalars_of(group: Group, stack: Stack) -> StepScalars:
-    """The numbers of a stack's step."""
-    return StepScalars.at(stack.traits.step, group.config, group.scheduler_factor, stack.traits.momentum_counts)
 
 
 class StepOfShards:
@@ -74,14 +44,14 @@ class StepOfShards:
     """
 
     def __init__(self, group: Group, begun: Begun, courses: Sequence[Course], stacks: Sequence[Stack]) -> None:
-        asks = Asks.of(group, stacks[0])
+        scales = StepScalars.of(group, stacks[0].traits).scales
+        asks = Asks.of(group, stacks[0], scales)
         self.number = sum(asks)
         self._config: OptimizerConfig = group.config
         self._begun = begun
         self._courses = courses
         self._stacks = {stack: begun.rows_of(stack) for stack in stacks}
         self._asks = asks
-        scales = scalars_of(group, stacks[0]).scales
         self._due = {stack: due(stack.stored, scales) for stack in stacks}
         # A kernel knows the momenta by their places among those that have begun.
         begun_scales = [place for place, scale in enumerate(scales) if scale.share != 0]
