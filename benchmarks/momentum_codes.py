@@ -29,6 +29,8 @@ from .embedded import embedded_trainer
 from .table import Table
 
 PERIODS = (1, 5, 10, 25)
+# Whose momenta can be watched, unlike those of kernels.
+_BY_THE_RULES = ("--optimizer_type", "Automagic_CameAMP_COptim", "--optimizer_args", "fused=False")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +145,7 @@ def recorded(steps: int) -> list[Tensor]:
 
     multiscale.multi_scale_momentum = watch  # type: ignore[assignment]
     try:
-        with embedded_trainer(128, steps // 2, "--optimizer_type", "Automagic_CameAMP_COptim") as trainer:
+        with embedded_trainer(128, steps // 2, *_BY_THE_RULES) as trainer:
             for _ in range(steps):
                 trainer._train_step()
     finally:

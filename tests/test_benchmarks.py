@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import NAMES, main, question
+from benchmarks.momentum_codes import recorded
 from benchmarks.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,13 @@ def test_a_benchmark_that_does_not_exist_is_refused(capsys):
         main(["step"])
     assert ended.value.code == 2
     assert "'step'" in capsys.readouterr().err
+
+
+def test_momentum_codes_are_measured_on_gradients_of_a_training_run():
+    """Of all but the first step, at which downs have none."""
+    streams = recorded(4)
+    assert len(streams) > 1
+    assert all(len(stream) == 3 and stream.flatten(1).any(dim=1).all() for stream in streams)
 
 
 def test_headings_stand_over_their_columns(capsys):
