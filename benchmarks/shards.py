@@ -23,7 +23,7 @@ from library.cameamp.context.sampling import Sampler
 from library.cameamp.phase import Phase
 from library.cameamp.states import TABLE, State, momentum
 from library.cameamp.storage import matrix_shape
-from library.cameamp.storage.shards import ShardAverageFormat
+from library.cameamp.storage.shards import Place, ShardAverageFormat
 from library.cameamp.techniques.multiscale import is_due
 
 from .contenders import FAMILY
@@ -83,9 +83,9 @@ def state_bytes(shapes: Shapes, processes: int, name: str, phase: Phase) -> int:
     config, rows = OptimizerConfig(), _rows(name, phase)
     total = 0
     for shape in map(torch.Size, shapes):
-        most = -(-shape[0] // processes) if processes > 1 else None
-        part = shape if most is None else torch.Size((most, *shape[1:]))
-        total += sum(optimizer_class._precision.format(row, shape, config, most).bytes(part) for row in rows)
+        place = Place(0, -(-shape[0] // processes)) if processes > 1 else None
+        part = shape if place is None else torch.Size((place.most_rows, *shape[1:]))
+        total += sum(optimizer_class._precision.format(row, shape, config, place).bytes(part) for row in rows)
     return total
 
 
@@ -131,7 +131,7 @@ def _numbers_of_momenta(shapes: Shapes, name: str, step: int) -> int:
     count = 0
     for shape in map(torch.Size, shapes):
         for row in due:
-            code = precision.format(row, shape, config, most_rows=shape[0])
+            code = precision.format(row, shape, config, Place(0, shape[0]))
             if isinstance(code, ShardAverageFormat):
                 count += sum(map(math.prod, code.summand_shapes(shape)))
     return count

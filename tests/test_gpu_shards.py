@@ -41,8 +41,8 @@ from library.cameamp.step.kernels.gpu.passes import GpuKernels
 
 # Blocks of several rows that are no powers of two, low rank, rows of several blocks, one that is not coded, a vector,
 # twice the same shape, one element, and one that this process has nothing of. The first two have nine rows here, and
-# others have ten and nine.
-SHAPES = [(29, 80), (27, 80), (30, 80), (30, 80), (90, 5), (300,), (6, 5200), (1,), (1, 600)]
+# others have ten and nine; and low rank in rows that are merged.
+SHAPES = [(29, 80), (27, 80), (30, 80), (30, 80), (90, 5), (300,), (6, 5200), (1,), (1, 600), (404, 4)]
 KERNEL_AND_WIDE = [(6, 8, 3, 3), (30, 320), (9, 24), (6, 2100)]
 NAMES = ("Automagic_CameAMP", CONTEXTUAL := "Automagic_CameAMP_COptim")
 STEPS = 10  # Early until step 6.

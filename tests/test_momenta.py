@@ -224,6 +224,25 @@ def test_bytes_go_to_the_largest_weights(shape):
     assert formats[5].rank >= formats[10].rank >= formats[25].rank >= 1
 
 
+@pytest.mark.parametrize(("shape", "folded"), [((16, 640), (256, 40)), ((640, 16), (640, 16)), ((4, 640), (128, 20))])
+def test_right_factors_are_short(shape, folded):
+    """Of matrices that are wider than long they are what every process of several would have in full."""
+    formats = average_formats((1, 5, 10, 25), torch.Size(shape))
+    assert all((formats[period].rows, formats[period].columns) == folded for period in (5, 10, 25))
+
+
+@pytest.mark.parametrize("length", [296, 656, 657, 11])
+def test_wide_matrices_of_older_checkpoints_are_read(length):
+    code, shape = LowRank(256, 40, 2), torch.Size((16, 640))
+    tensors = {"_q": torch.zeros(2, length, dtype=torch.int8), "_q_scale": torch.zeros(2)}
+    found = {296: code, 656: LowRank(16, 640, 2)}.get(length)
+    if found is None:
+        with pytest.raises(ValueError, match=f"_q: has shape \\(2, {length}\\)"):
+            code.as_saved(tensors, shape)
+    else:
+        assert code.as_saved(tensors, shape) == found
+
+
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 40))
 def test_shares_are_a_debiased_weighted_mean(counts, start):
     """Of momenta that have seen nothing but 1 it is 1."""

@@ -12,7 +12,7 @@ from library.cameamp.storage.blockwise import Blockwise, block_of_shard
 from library.cameamp.storage.low_rank import LowRank
 from library.cameamp.storage.low_rank_shards import LowRankOfShard
 from library.cameamp.storage.nibbles import Nibbles
-from library.cameamp.storage.shards import BitsOfShard, BlockwiseOfShard, NibblesOfShard
+from library.cameamp.storage.shards import BitsOfShard, BlockwiseOfShard, NibblesOfShard, Place
 
 CPU = torch.device("cpu")
 FAMILY = ("Automagic_CameAMP", "Automagic_CameAMP8bit", "Automagic_CameAMP_COptim", "Automagic_CameAMP_COptim8bit")
@@ -94,21 +94,22 @@ def test_blocks_of_a_checkpoint_have_four_elements_unless_a_row_has_fewer(count,
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("cut", [1, 2])
-@pytest.mark.parametrize("cuts", [[130], [44, 88, 130], [65, 130, 130]])
-def test_averages_of_shards_follow_as_that_of_the_whole(cuts, cut, rank):
+@pytest.mark.parametrize("folded", [(260, 32), (130, 64), (65, 128)])
+@pytest.mark.parametrize("cuts", [[130], [44, 88, 130], [66, 130, 130]])
+def test_averages_of_shards_follow_as_that_of_the_whole(cuts, folded, rank):
     """But for rounding, and codes of the left factor, which each process has in the unit that its own rows ask for."""
     rows, columns, n = 130, 64, 2
     shape = torch.Size((rows, columns))
     edges = list(zip([0, *cuts], cuts))
     most = max(last - first for first, last in edges)
     pairs = [
-        (LowRank(rows * cut, columns // cut, rank), LowRankOfShard(cut, columns // cut, rank, most)),
-        (Nibbles(), NibblesOfShard(most, rows * columns)),
+        (LowRank(*folded, rank), [LowRankOfShard(folded[1], rank, Place(first, most)) for first, _ in edges]),
+        (Nibbles(), [NibblesOfShard(most, rows * columns)] * len(edges)),
     ]
     for plain, of_shards in pairs:
         one = plain.new(n, shape, CPU)
-        several = [of_shards.new(n, torch.Size((last - first, columns)), CPU) for first, last in edges]
+        shapes = [torch.Size((last - first, columns)) for first, last in edges]
+        several = [code.new(n, part, CPU) for code, part in zip(of_shards, shapes)]
         for step in range(1, 11):
             raw = normal(n, rows, columns, seed=step)
             raw += 3 * normal(n, rows, 1, seed=100 + step) * normal(n, 1, columns, seed=200 + step)
@@ -126,30 +127,62 @@ def test_averages_of_shards_follow_as_that_of_the_whole(cuts, cut, rank):
             assert error <= (0.002 if alike and rank == 1 else 0.01 * step), (type(plain).__name__, step)
 
 
-def test_low_rank_is_found_again_and_by_other_processes_to_within_a_code():
-    columns, most = 64, 50
-    code = LowRankOfShard(1, columns, 2, most)
-    shapes = [torch.Size((rows, columns)) for rows in (50, 30)]
-    states = [code.new(1, shape, CPU) for shape in shapes]
-    targets = [normal(1, *shape, seed=number) * (1 + number) for number, shape in enumerate(shapes)]
-    parts = [state.summands(target, 1.0, dither(1, 1)) for state, target in zip(states, targets)]
+def followed(columns, shape, cuts, rank=2):
+    """The formats and the states of some shards of an average of a parameter of `shape`, after an update."""
+    edges = list(zip([0, *cuts], cuts))
+    most = max(last - first for first, last in edges)
+    formats = [LowRankOfShard(columns, rank, Place(first, most)) for first, _ in edges]
+    targets = [normal(2, last - first, shape[1], seed=first) * (1 + first / 30) for first, last in edges]
+    states = [code.new(2, target.shape[1:], CPU) for code, target in zip(formats, targets)]
+    parts = [state.summands(target, 1.0, dither(2, 1)) for state, target in zip(states, targets)]
     for state, target in zip(states, targets):
-        state.knowing([sum(part) for part in zip(*parts)], None).lerp(target, 1.0, dither(1, 1))
-    saved = [code.by_row(state.tensors, shape) for state, shape in zip(states, shapes)]
-    for state, rows, shape in zip(states, saved, shapes):
-        assert all(torch.equal(a, b) for a, b in zip(code.from_rows(rows, shape), state.tensors))
-        assert torch.equal(code.saved(shape).over(rows, shape).read(), state.read())
-    whole = torch.Size((80, columns))
-    joined = [torch.cat([a, b], dim=1) if place != 1 else a for place, (a, b) in enumerate(zip(*saved))]
-    alone = LowRankOfShard(1, columns, 2, 80)
+        state.knowing([sum(part) for part in zip(*parts)], None).lerp(target, 1.0, dither(2, 1))
+    return formats, states
+
+
+# Columns of the folded matrix, shape, and where shards end: cut, its own, merged at the shards' ends, and across them.
+FOLDINGS = [
+    (32, (80, 64), (50, 80)), (64, (80, 64), (50, 80)), (20, (80, 5), (48, 80)), (20, (80, 5), (27, 54, 80)),
+    (20, (6, 5), (3, 6, 6)), (20, (5, 5), (2, 4, 5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("columns", "shape", "cuts"), FOLDINGS)
+def test_low_rank_is_found_again_and_by_other_processes_to_within_a_code(columns, shape, cuts):
+    codes, states = followed(columns, shape, cuts)
+    parts = [torch.Size((state.rows, shape[1])) for state in states]
+    saved = [code.by_row(state.tensors, part) for code, state, part in zip(codes, states, parts)]
+    for code, state, rows, part in zip(codes, states, saved, parts):
+        kinds = code.saved(part).parts(part).values()
+        assert [tensor.shape[1:] for tensor in rows] == [kind.shape for kind in kinds]
+        assert all(torch.equal(a, b) for a, b in zip(code.from_rows(rows, part), state.tensors))
+        assert torch.allclose(code.saved(part).over(rows, part).read(), state.read(), rtol=0, atol=1e-6)
+    whole = torch.Size(shape)
+    joined = [torch.cat(each, dim=1) if place != 1 else each[0] for place, each in enumerate(zip(*saved))]
+    alone = LowRankOfShard(columns, 2, Place(0, shape[0]))
     found = alone.over(alone.from_rows(joined, whole), whole).read()
     expected = torch.cat([state.read() for state in states], dim=1)
-    error = torch.linalg.vector_norm(found - expected)
-    assert 0 < error <= 0.01 * torch.linalg.vector_norm(expected)
+    across = [cut for cut in cuts[:-1] if columns > shape[1] and cut % (columns // shape[1]) and cut < shape[0]]
+    kept = torch.ones(shape[0], dtype=torch.bool)
+    for cut in across:  # Two processes have the code of such a group, each of its own rows.
+        kept[cut - cut % 4 : cut - cut % 4 + 4] = False
+    error = torch.linalg.vector_norm((found - expected)[:, kept])
+    assert error <= 0.01 * torch.linalg.vector_norm(expected[:, kept])
+    assert torch.linalg.vector_norm(found - expected) <= torch.linalg.vector_norm(expected)
+
+
+def test_a_row_beyond_its_group_is_refused():
+    (code, _), (state, _) = followed(20, (80, 5), (48, 80))
+    shape = torch.Size((48, 5))
+    tensors = {key: tensor[0] for key, tensor in zip(code.suffixes, code.by_row(state.tensors, shape))}
+    assert code.saved(shape).as_saved(tensors, shape) == code.saved(shape)
+    tensors["_q"][7, -1] = 4
+    with pytest.raises(ValueError, match="_q: has a row beyond the 4 of its group"):
+        code.saved(shape).as_saved(tensors, shape)
 
 
 def test_processes_do_not_make_up_right_factors_by_themselves():
-    state = LowRankOfShard(1, 16, 1, 8).new(1, torch.Size((8, 16)), CPU)
+    state = LowRankOfShard(16, 1, Place(0, 8)).new(1, torch.Size((8, 16)), CPU)
     with pytest.raises(NotImplementedError, match="processes must agree on the right factor"):
         state.write(torch.ones(1, 8, 16), dither(1, 1))
 
@@ -157,7 +190,6 @@ def test_processes_do_not_make_up_right_factors_by_themselves():
 @pytest.mark.parametrize("phase", [Phase(True, True), Phase(False, False)], ids=["early", "late"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_two_processes_have_half_of_the_states_each(name, phase):
-    """To within 1 %; of LoRAs, the right factors of averages, which both have, are more."""
-    limits = {"SDXL": 0.01, "LoRA, rank 16": 0.03 if "COptim8" in name else 0.01}
-    for model, limit in limits.items():
-        assert over_share(SMALLER[model](), 2, name, phase) <= limit
+    """To within 1 %, of which the right factors of averages, which both have, are most."""
+    for model in SMALLER.values():
+        assert over_share(model(), 2, name, phase) <= 0.01

@@ -44,6 +44,7 @@ def two(folders):
     works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ()), "coded": (coded, ())}
     works |= {"in other formats": (resharded.in_other_formats, ())}
     works |= {f"uncoded, {fused}": (resharded.uncoded_by_one, (fused,)) for fused in (False, True)}
+    works |= {"loaded uncoded": (resharded.loaded_uncoded_by_one, ())}
     works |= {"in place": (resharded.in_place, (folders["in place"], PLAIN))}
     for layout in LAYOUTS:
         folder = folders[layout]
@@ -146,6 +147,13 @@ def test_a_process_that_alone_fails_to_code_keeps_none_waiting(two):
             losses = process[f"uncoded, {fused}"]
             assert len(losses) == 8
             assert losses == pytest.approx(two[0]["uncoded, False"], rel=0.05)
+
+
+def test_a_process_that_alone_fails_to_code_what_it_loads_keeps_none_waiting(two):
+    first, second = (process["loaded uncoded"] for process in two)
+    assert len(first) == 6
+    assert first == second
+    assert max(first) < 100
 
 
 def test_all_processes_take_the_same_multiplier_to_the_bit(several):

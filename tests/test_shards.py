@@ -28,7 +28,8 @@ from library.cameamp.step.kernels.cpu.step import CpuKernels  # noqa: E402
 FAMILY = (Automagic_CameAMP, Automagic_CameAMP8bit, Automagic_CameAMP_COptim, Automagic_CameAMP_COptim8bit)
 PROCESSES, RANK = 3, 1  # The second of three: its rows begin within the tensor.
 # Rows in one block and in several, short ones, some that are not coded, a kernel, a vector, one of several parts, and
-# one that this process has nothing of. Twice the same shape, for a stack of several tensors.
+# one that this process has nothing of; and of low rank in rows that are merged, of which other processes have some of
+# the first four. Twice the same shape, for a stack of several tensors.
 SHAPES = [
     (100, 320),
     (100, 320),
@@ -41,6 +42,7 @@ SHAPES = [
     (7, 9000),
     (450, 640),
     (1, 600),
+    (404, 4),
 ]
 
 

@@ -22,6 +22,7 @@ from .stacks.stack import Binding, ParameterState, Stack, Traits
 from .states import LR_MASK, TABLE, Precision, State, momentum, to_full, uncoded
 from .storage import Format, Spread
 from .storage.full import Full
+from .storage.shards import Place
 from .storage.trial import can_store
 from .techniques import allora, multiscale
 
@@ -188,7 +189,8 @@ class Group:
     def format(self, state: State, p: Tensor) -> Format:
         """How a state of one of its parameters is stored."""
         cut = self._parameters.cut(p)
-        code = self.precision.format(state, p.shape, self.config, None if cut is WHOLE else cut.most_rows(p.shape))
+        place = None if cut is WHOLE else Place(cut.rows(p.shape)[0], cut.most_rows(p.shape))
+        code = self.precision.format(state, p.shape, self.config, place)
         return uncoded(state, code) if p in self.uncoded else code
 
     def phase(self, stack: Stack) -> Phase:

@@ -29,7 +29,7 @@ from .storage.linear import Linear
 from .storage.low_rank import LowRank
 from .storage.low_rank_shards import LowRankByRow, LowRankOfShard
 from .storage.nibbles import Nibbles
-from .storage.shards import BitsOfShard, BlockwiseOfShard, FullOfShard, NibblesOfShard, ShardAverageFormat
+from .storage.shards import BitsOfShard, BlockwiseOfShard, FullOfShard, NibblesOfShard, Place, ShardAverageFormat
 
 # The 8-bit optimizers do not code smaller parameters: there is nothing to save.
 SMALLEST_CODED = 256
@@ -57,7 +57,7 @@ class State:
         always_coded: whether the 32-bit optimizers code it too.
         factors: whether the option `factored` stores it as means of rows and columns.
         counter: the key under which its updates are counted; "" if the parameter's step is that count.
-        code_of_rows: how it is stored in 8 bits where rows must stay apart; None for as `code` would.
+        code_if_sharded: how it is stored in 8 bits where processes share its rows; None for as `code` would.
     """
 
     name: str
@@ -72,7 +72,7 @@ class State:
     always_coded: bool = False
     factors: bool = False
     counter: str = ""
-    code_of_rows: _Code | None = None
+    code_if_sharded: _Code | None = None
 
     @property
     def when(self) -> str:
@@ -90,22 +90,22 @@ class State:
         """Its format when it is not coded."""
         return Full(self.dtype)
 
-    def code_of_shard(self, config: OptimizerConfig, shape: torch.Size, most_rows: int) -> Format | None:
-        """How the shards of a parameter of `shape` store it in 8 bits, if the largest has so many rows; None if not."""
-        rows, columns = matrix_shape(shape)
+    def code_of_shard(self, config: OptimizerConfig, shape: torch.Size, place: Place) -> Format | None:
+        """How a shard of a parameter of `shape` stores it in 8 bits; None if it does not."""
+        _, columns = matrix_shape(shape)
         block = block_of_shard(columns, config.blocksize)
         if block is None and not self.always_coded:
             return None
-        code = (self.code_of_rows or self.code)(config, shape, block or 0)
+        code = (self.code_if_sharded or self.code)(config, shape, block or 0)
         match code:
             case Blockwise():
-                return BlockwiseOfShard(code.signed, code.root, code.block, most_rows)
+                return BlockwiseOfShard(code.signed, code.root, code.block, place.most_rows)
             case Bits():
-                return BitsOfShard(most_rows)
+                return BitsOfShard(place.most_rows)
             case Nibbles():
-                return NibblesOfShard(most_rows, shape.numel())
+                return NibblesOfShard(place.most_rows, shape.numel())
             case LowRank():
-                return LowRankOfShard(code.rows // rows, code.columns, code.rank, most_rows)
+                return LowRankOfShard(code.columns, code.rank, place)
         return code
 
     def format_of(
@@ -146,7 +146,7 @@ class State:
     def _code_of(self, saved: Mapping[str, Any], config: OptimizerConfig, shape: torch.Size) -> Format:
         """Its code, for a parameter of `shape`; by row if the saved tensors have rows in front."""
         if f"{self.name}_q_right" in saved:
-            return LowRankByRow(1, shape[1:].numel(), 1)
+            return LowRankByRow(shape[1:].numel(), 1)
         plain = self.code(config, shape, SMALLEST_BLOCK)
         *_, (suffix, part) = plain.parts(shape).items()
         value = saved.get(self.name + suffix)
@@ -175,8 +175,8 @@ def _one_bit(config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
     return Bits()
 
 
-def _average(period: int, rows_stay: bool, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
-    return average_formats(config.momentum_scales, shape, rows_stay)[period]
+def _average(period: int, sharded: bool, config: OptimizerConfig, shape: torch.Size, block: int) -> Format:
+    return average_formats(config.momentum_scales, shape, sharded)[period]
 
 
 TABLE = (
@@ -208,7 +208,7 @@ def momentum(period: int) -> State:
         partial(_average, period, False),
         always_coded=True,
         counter=f"momentum_count_{period}",
-        code_of_rows=partial(_average, period, True),
+        code_if_sharded=partial(_average, period, True),
     )
 
 
@@ -240,23 +240,23 @@ class Precision:
     codes_all: bool = False
     codes_none: bool = False
 
-    def format(self, state: State, shape: torch.Size, config: OptimizerConfig, most_rows: int | None = None) -> Format:
+    def format(self, state: State, shape: torch.Size, config: OptimizerConfig, place: Place | None = None) -> Format:
         """The format of a state of a parameter of `shape` under a group's options.
 
         Args:
             state: the state.
             shape: the parameter's.
             config: the group's options.
-            most_rows: of a parameter that is sharded, how many of its rows the process with most of them has.
+            place: where this process's shard of it is; None if it is not sharded.
         """
-        if config.factored and state.factors and len(shape) > 1 and most_rows is None:
+        if config.factored and state.factors and len(shape) > 1 and place is None:
             return Factored()
         count = shape.numel()
         smallest = SMALLEST_CODED if self.codes_all else SMALLEST_CODED_MOMENTUM
         if self.codes_none or count < smallest or not (self.codes_all or state.always_coded):
             return state.full
-        if most_rows is not None:
-            return state.code_of_shard(config, shape, most_rows) or state.full
+        if place is not None:
+            return state.code_of_shard(config, shape, place) or state.full
         block = block_of(count, config.blocksize)
         if block is None and not state.always_coded:
             return state.full

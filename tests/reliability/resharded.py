@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 import library.automagic_cameamp as family
 from library.cameamp.phase import Phase
 from library.cameamp.states import DERIVED, to_full
+from library.cameamp.storage.blockwise import StoredBlockwise
 
 from .sharded import exact, shard_all, whole
 
@@ -29,7 +32,9 @@ from .sharded import exact, shard_all, whole
 def model_of() -> nn.Module:
     """The model, the same at every call."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 130), nn.Tanh(), nn.Linear(130, 96), nn.Tanh(), nn.Linear(96, 1, bias=False))
+    wide = nn.Linear(64, 130), nn.Tanh(), nn.Linear(130, 96), nn.Tanh()
+    narrow = nn.Linear(96, 4, bias=False), nn.Linear(4, 160, bias=False), nn.Tanh()
+    return nn.Sequential(*wide, *narrow, nn.Linear(160, 1, bias=False))
 
 
 def training(name: str, warmup_steps: int, **options: Any) -> tuple[nn.Module, Any]:
@@ -116,6 +121,22 @@ def uncoded_by_one(rank: int, fused: bool) -> list[float]:
         (group,) = optimizer._groups
         group.leave_uncoded(list(model.parameters()), optimizer.state, "a test")
     return losses + train(model, optimizer, 2, 8)
+
+
+def loaded_uncoded_by_one(rank: int) -> list[float]:
+    """Load momenta in other forms, which only the last process fails to code. Returns the losses of training on."""
+    model, optimizer = training("Automagic_CameAMP_COptim8bit", 20, momentum_scales=(1, 3, 4, 5))
+    train(model, optimizer, 0, 6)
+    saved = optimizer.state_dict()
+    other_model, other = training("Automagic_CameAMP_COptim8bit", 20, momentum_scales=(1, 5))
+    fails = rank == dist.get_world_size() - 1
+    with patch.object(StoredBlockwise, "write", _fail) if fails else nullcontext():
+        other.load_state_dict(saved)
+    return train(other_model, other, 6, 12)
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("a test")
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ..sharding import WHOLE, Processes, cut_of, is_sharded, processes_of, total
 from ..states import DERIVED, MOMENTUM_PREFIX, TABLE, THIRTY_TWO_BITS, State, in_format, momentum, to_full, uncoded
 from ..storage import Format
 from ..storage.low_rank_shards import LowRankOfShard
-from ..storage.shards import ShardFormat, saved_format
+from ..storage.shards import FullOfShard, ShardAverageFormat, ShardFormat, StoredShardAverage, saved_format
 from ..storage.trial import can_store
 from . import older_layout, sharded
 from .layout import CHECKSUMS, OWN_ENTRIES, VERSION, group_checksum
@@ -474,23 +474,21 @@ class _Pending(NamedTuple):
     Attributes:
         part: what this process gets of the parameter's state.
         keys: of the momentum's tensors.
-        own: its format.
+        own: its format; not of low rank where this process alone cannot code it.
         value: its rows that are here.
         dither: what rounding depends on.
     """
 
     part: _Part
     keys: tuple[str, ...]
-    own: LowRankOfShard
+    own: ShardAverageFormat
     value: Tensor
     dither: Dither
 
 
 def _follow_together(pending: Sequence[_Pending], processes: Processes) -> list[dict[str, Tensor]]:
     """The tensors of momenta of low rank, by key, as far as they are here; one message."""
-    states = [
-        each.own.over(each.own.new(1, each.part.shape, each.value.device).tensors, each.part.shape) for each in pending
-    ]
+    states = [_new_of_shard(each) for each in pending]
     targets = [each.value.reshape(1, state.rows, state.columns) for each, state in zip(pending, states)]
     parts = [
         (each.part.cut, state.summands(target, 1.0, each.dither))
@@ -502,6 +500,12 @@ def _follow_together(pending: Sequence[_Pending], processes: Processes) -> list[
         each.part.wrapped({key: tensor[0] for key, tensor in zip(each.keys, state.tensors)}, each.own)
         for each, state in zip(pending, states)
     ]
+
+
+def _new_of_shard(pending: _Pending) -> StoredShardAverage:
+    state = pending.own.new(1, pending.part.shape, pending.value.device)
+    assert isinstance(state, StoredShardAverage)
+    return state
 
 
 class _Reader:
@@ -629,7 +633,7 @@ class _Reader:
                 return part.wrapped(live, own), False
         value = (to_full(row, saved, written, part.saved_shape) if value is None else value).to(p.device)
         dither = Dither(torch.tensor([position], dtype=torch.int32, device=p.device), step + 1, part.first_element)
-        if isinstance(own, LowRankOfShard):
+        if _is_made_together(own, written, part):
             self.pending.append(_Pending(part, own.keys(row.name), own, part.own_rows(value), dither))
             return {}, True
         converted = type(written) is not type(saved_format(own, part.shape)) or bool(row.counter)
@@ -645,6 +649,14 @@ class _Reader:
         self._changes.converted += converted
         self._changes.freed.update(row.name for row in owed if not row.counter and row.name not in names)
         self._changes.fresh.update(row.name for row in wanted if not row.counter and row.name not in owed_names)
+
+
+def _is_made_together(own: Format, written: Format, part: _Part) -> TypeGuard[ShardAverageFormat]:
+    """Whether the processes make a state of this format together: also this one's part, if it cannot code its own."""
+    code = own.coded if isinstance(own, FullOfShard) else own
+    if not isinstance(code, LowRankOfShard):
+        return False
+    return not part.is_as_saved or written != saved_format(code, part.shape)
 
 
 def _live(tensors: dict[str, Tensor], own: Format, shape: torch.Size) -> dict[str, Tensor] | None:

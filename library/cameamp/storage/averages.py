@@ -17,22 +17,25 @@ from torch import Tensor
 from ..rounding import Dither
 from . import AverageFormat, StoredAverage, low_rank, matrix_shape
 from .low_rank import LowRank, StoredLowRank
+from .low_rank_shards import MOST_TOGETHER
 from .nibbles import Nibbles
 
 # Per average; fewer than four share the bytes of four. Four take 5 % of the sixteen bytes of the other states. The
 # smallest parameters take up to 0.94 bytes for four.
 _BYTES_AN_ELEMENT = 0.195
 _LARGEST_RANK = 4
+# With them a right factor takes half a percent of the bytes of all states in 8 bits, in matrices that are this low.
+_ENOUGH_ROWS = 256
 
 
 @cache
-def average_formats(periods: tuple[int, ...], shape: torch.Size, rows_stay: bool = False) -> dict[int, AverageFormat]:
+def average_formats(periods: tuple[int, ...], shape: torch.Size, sharded: bool = False) -> dict[int, AverageFormat]:
     """How each of several averages of a parameter is stored.
 
     Args:
         periods: every how many steps each of them is updated.
         shape: the parameter's.
-        rows_stay: whether low rank must not merge rows, because shards are cut between them.
+        sharded: whether processes share its rows: those of low rank are then cut or merged, and no square is made.
 
     Returns:
         {period: format}.
@@ -43,38 +46,55 @@ def average_formats(periods: tuple[int, ...], shape: torch.Size, rows_stay: bool
     formats: dict[int, AverageFormat] = {}
     by_weight = sorted(periods)
     nibbles = -(-count // 2) + 4
-    smallest = LowRank(*_fold(rows, columns, 0, rows_stay), 1).bytes(shape)
+    smallest = LowRank(*_fold(rows, columns, 0, sharded), 1).bytes(shape)
     # The shortest period has four bits in any case, which is more than the bytes of fewer than 576 elements.
     while by_weight and (not formats or left - nibbles >= (len(by_weight) - 1) * smallest):
         formats[by_weight.pop(0)] = Nibbles()
         left -= nibbles
     if by_weight:
-        folded = _fold(rows, columns, left // len(by_weight), rows_stay)
+        folded = _fold(rows, columns, left // len(by_weight), sharded)
         one = LowRank(*folded, 1).bytes(shape)
         for place, period in enumerate(by_weight):
             rank = -(-(left // one - place) // len(by_weight))  # what is over goes to the first
-            factors = LowRank(*folded, max(1, min(rank, _LARGEST_RANK, *folded)))
+            factors = LowRank(*_taller(*folded), max(1, min(rank, _LARGEST_RANK, *folded)))
             # Of a few elements, such as a row of them, the factors take no less than they themselves.
             formats[period] = factors if factors.bytes(shape) < nibbles else Nibbles()
     return formats
 
 
-def _fold(rows: int, columns: int, limit: int, rows_stay: bool) -> tuple[int, int]:
+def _fold(rows: int, columns: int, limit: int, sharded: bool) -> tuple[int, int]:
     """A matrix's elements, in their order, as one that is so near to a square that rank 1 takes at most `limit` bytes.
 
-    Its own shape if that fits; else as many rows merged, or cut, as it takes; else a square with some zeros added. If
-    rows must stay, those are not merged: of what does not fit its own shape.
+    Its own shape if that fits; else as many rows merged, or cut, as it takes. If no number that divides them is enough,
+    a square with some zeros added; of shards, which are cut between rows, as many rows merged as it takes all the same.
     """
     long, short = max(rows, columns), min(rows, columns)
-    for factor in range(1, isqrt(long // short) + 1):
-        if long % factor == 0 and _bytes_of_rank_1(long // factor, short * factor) <= limit:
-            return (long // factor, short * factor) if rows >= columns else (short * factor, long // factor)
-        if rows_stay and rows >= columns:
-            break
-    if rows_stay:
+    factors = range(1, min(isqrt(long // short), MOST_TOGETHER) + 1)
+    even = [factor for factor in factors if long % factor == 0]
+    odd = [factor for factor in factors if long % factor > 0] if sharded and rows >= columns else []
+    for factor in even + odd:
+        folded = (-(-rows // factor), columns * factor) if rows >= columns else (rows * factor, columns // factor)
+        if _bytes_of_rank_1(*folded) <= limit:
+            return folded
+    if sharded:
         return rows, columns
     side = isqrt(rows * columns - 1) + 1
     return side, side
+
+
+def _taller(rows: int, columns: int) -> tuple[int, int]:
+    """A matrix with its rows cut until there are `_ENOUGH_ROWS`, as long as the factors take fewer bytes for it.
+
+    Every process that has some of the rows has all of the right factor, which should be short for that.
+    """
+    found = rows, columns
+    for parts in range(2, columns + 1):
+        cut = rows * parts, columns // parts
+        if found[0] >= _ENOUGH_ROWS or sum(cut) >= rows + columns:
+            break
+        if columns % parts == 0:
+            found = cut
+    return found
 
 
 def _bytes_of_rank_1(rows: int, columns: int) -> int:

@@ -7,16 +7,17 @@ factors follow the matrix by subspace iteration from where they were (as PowerSG
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from math import isqrt
 
 import torch
 from torch import Tensor
 
 from ..devices import full_precision
 from ..rounding import Dither, uniform_noise
-from . import AverageFormat, Part, StoredAverage
+from . import AverageFormat, Part, StoredAverage, matrix_shape
 
 LARGEST_CODE = 127
 # Below it only what is all zeros is divided.
@@ -47,16 +48,36 @@ class LowRank(AverageFormat):
             "_q_scale": Part(torch.float32, (self.rank,)),
         }
 
+    def as_saved(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> LowRank:
+        """As of `Format`; also of older checkpoints, which have wide matrices otherwise, their factors being longer."""
+        found, length = self, tensors["_q"].shape[-1:].numel()
+        if length != self.rows + self.columns:
+            rows, columns = _older_folding(length, shape)
+            found = replace(self, rows=rows, columns=columns) if rows * columns == shape.numel() else self
+        return super(LowRank, found).as_saved(tensors, shape)  # type: ignore[return-value]
+
     def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredLowRank:
         return StoredLowRank(self, tensors, shape)
 
 
-class StoredLowRank(StoredAverage):
-    """A state in the format `LowRank`."""
+def _older_folding(length: int, shape: torch.Size) -> tuple[int, int]:
+    """Rows and columns, so many together, of a matrix of as many elements, if there is one."""
+    rows, columns = matrix_shape(shape)
+    short = (length - isqrt(max(length * length - 4 * rows * columns, 0))) // 2
+    return (short, length - short) if rows < columns else (length - short, short)
 
-    def __init__(self, folded: LowRank, tensors: Sequence[Tensor], shape: torch.Size) -> None:
+
+class StoredLowRank(StoredAverage):
+    """A state in the format `LowRank`.
+
+    Attributes:
+        folded: the folded matrix.
+        lead: zeros in it before the parameter's first element.
+    """
+
+    def __init__(self, folded: LowRank, tensors: Sequence[Tensor], shape: torch.Size, lead: int = 0) -> None:
         super().__init__(tensors, shape)
-        self.folded = folded
+        self.folded, self.lead = folded, lead
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The codes of the left one, (tensors, rank, rows), and of the right one, and what their product is worth."""
@@ -70,11 +91,23 @@ class StoredLowRank(StoredAverage):
         factors = torch.cat([state.tensors[0] for state in states], dim=1).to(torch.float32)
         return factors[:, :, :rows], factors[:, :, rows:]
 
+    def fold(self, stack: Tensor) -> Tensor:
+        """Some stack of the parameters' elements as folded matrices."""
+        values = stack.flatten(1)
+        missing = self.folded.rows * self.folded.columns - values.shape[1]
+        padded = torch.nn.functional.pad(values, (self.lead, missing - self.lead)) if missing else values
+        return padded.view(len(stack), self.folded.rows, self.folded.columns)
+
+    def unfold(self, matrices: Tensor) -> Tensor:
+        """The parameters' elements in some folded matrices, (tensors, rows, columns)."""
+        own = matrices.flatten(1)[:, self.lead : self.lead + self.rows * self.columns]
+        return own.reshape(len(own), self.rows, self.columns)
+
     def read(self, out: Tensor | None = None) -> Tensor:
         left, right = _factors([(self, 1.0)])
         with full_precision(right.device):
             values = torch.bmm(left, right)
-        return values.flatten(1)[:, : self.rows * self.columns].reshape(len(left), self.rows, self.columns)
+        return self.unfold(values)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         self.lerp(stack, 1.0, dither)
@@ -84,11 +117,8 @@ class StoredLowRank(StoredAverage):
     ) -> None:
         """Without unpacking it: one subspace iteration, which follows a matrix that changes by a tenth."""
         left_codes, right_codes, scale = self.factors()
-        rows, columns, rank = self.folded.rows, self.folded.columns, self.folded.rank
-        values = target.flatten(1)
-        missing = rows * columns - values.shape[1]
-        padded = torch.nn.functional.pad(values, (0, missing)) if missing else values
-        matrix = padded.view(len(target), rows, columns)
+        rank = self.folded.rank
+        matrix = self.fold(target)
         old_left = left_codes.to(torch.float32).mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
         old_right = right_codes.to(torch.float32)
         probe = _two_or_more(probe_of(old_right, dither.step)).transpose(1, 2)
@@ -123,13 +153,14 @@ def add_to(stack: Tensor, stack_share: float, states: Sequence[tuple[StoredLowRa
         stack_share: its own share.
         states: the states, and the share of each.
     """
-    folded = states[0][0].folded
+    first, _ = states[0]
+    folded = first.folded
     left, right = _factors(states)
     with full_precision(stack.device):
         if folded.rows * folded.columns == stack[0].numel():
             stack.view(len(stack), folded.rows, folded.columns).baddbmm_(left, right, beta=stack_share)
         else:
-            stack.flatten(1).mul_(stack_share).add_(torch.bmm(left, right).flatten(1)[:, : stack[0].numel()])
+            stack.mul_(stack_share).add_(first.unfold(torch.bmm(left, right)))
 
 
 def _factors(states: Sequence[tuple[StoredLowRank, float]]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -22,20 +23,29 @@ from ..devices import full_precision
 from ..rounding import Dither
 from . import AverageFormat, Part, Spread, StoredAverage, matrix_shape
 from .low_rank import SMALLEST_NEW_PART, SMALLEST_NORM, LowRank, StoredLowRank, code_factor, probe_of
-from .shards import ShardAverageFormat, StoredShardAverage
+from .shards import Place, ShardAverageFormat, StoredShardAverage
+
+# A checkpoint has a byte for where in its group a row is.
+MOST_TOGETHER = 128
+
+
+def _together_and_parts(shape: torch.Size, columns: int) -> tuple[int, int]:
+    """How many rows of a parameter make a row of its folded matrix, and into how many of those one of them is cut."""
+    _, own = matrix_shape(shape)
+    return max(columns // own, 1), max(own // columns, 1)
 
 
 @dataclass(frozen=True)
 class LowRankByRow(AverageFormat):
     """As a checkpoint has it: X_q and X_q_scale have the left factor's codes, and what they are worth, of each row.
 
+    Of rows that are merged, X_q also has which of them each row is.
+
     Attributes:
-        cut: into how many rows of the folded matrix a row of the parameter is cut.
         columns: of the folded matrix.
         rank: of it.
     """
 
-    cut: int
     columns: int
     rank: int
 
@@ -43,8 +53,9 @@ class LowRankByRow(AverageFormat):
 
     def parts(self, shape: torch.Size) -> dict[str, Part]:
         rows, _ = matrix_shape(shape)
+        together, parts = _together_and_parts(shape, self.columns)
         return {
-            "_q": Part(torch.int8, (rows, self.cut * self.rank), spread=Spread.BY_ROW),
+            "_q": Part(torch.int8, (rows, parts * self.rank + (together > 1)), spread=Spread.BY_ROW),
             "_q_right": Part(torch.int8, (self.rank, self.columns)),
             "_q_scale": Part(torch.float32, (rows, self.rank), spread=Spread.BY_ROW),
         }
@@ -53,13 +64,18 @@ class LowRankByRow(AverageFormat):
         return StoredLowRankByRow(self, tensors, shape)
 
     def as_saved(self, tensors: Mapping[str, Tensor], shape: torch.Size) -> LowRankByRow:
-        """As of `Format`; any rank, and any number of parts of a row, is accepted."""
+        """As of `Format`; any rank, and any number of parts of a row or of rows together, is accepted."""
         _, columns = matrix_shape(shape)
         right = tensors["_q_right"]
-        if right.ndim != 2 or right.numel() == 0 or columns % right.shape[1]:
+        if right.ndim != 2 or right.numel() == 0 or (columns % right.shape[1] and right.shape[1] % columns):
             raise ValueError(f"_q_right: has shape {tuple(right.shape)}")
-        found = replace(self, cut=columns // right.shape[1], columns=right.shape[1], rank=len(right))
-        return super(LowRankByRow, found).as_saved(tensors, shape)  # type: ignore[return-value]
+        found = replace(self, columns=right.shape[1], rank=len(right))
+        super(LowRankByRow, found).as_saved(tensors, shape)
+        together, _ = _together_and_parts(shape, found.columns)
+        places = tensors["_q"][:, found.rank :] if together > 1 else tensors["_q"][:, :0]
+        if ((places < 0) | (places >= together)).any():
+            raise ValueError(f"_q: has a row beyond the {together} of its group")
+        return found
 
 
 class StoredLowRankByRow(StoredAverage):
@@ -71,10 +87,17 @@ class StoredLowRankByRow(StoredAverage):
 
     def read(self, out: Tensor | None = None) -> Tensor:
         codes, right, scale = self.tensors
-        left = codes.view(len(codes), self.rows, self._code.cut, self._code.rank) * scale.unsqueeze(2)
+        (n, rank, _), columns = right.shape, self.columns
+        together, parts = _together_and_parts(torch.Size((self.rows, columns)), self._code.columns)
+        if together > 1:
+            # Each row takes its own part of the right factor.
+            places = codes[:, :, rank].long().view(n, self.rows, 1, 1).expand(-1, -1, rank, columns)
+            own = right.view(n, rank, together, columns).transpose(1, 2).to(torch.float32).gather(1, places)
+            return ((codes[:, :, :rank] * scale).unsqueeze(3) * own).sum(dim=2)
+        left = codes.view(n, self.rows, parts, rank) * scale.unsqueeze(2)
         with full_precision(right.device):
             values = torch.bmm(left.flatten(1, 2), right.to(torch.float32))
-        return values.view(len(codes), self.rows, self.columns)
+        return values.view(n, self.rows, columns)
 
     def write(self, stack: Tensor, dither: Dither) -> None:
         raise NotImplementedError("a checkpoint's format is not written to")
@@ -86,55 +109,90 @@ class StoredLowRankByRow(StoredAverage):
 class LowRankOfShard(ShardAverageFormat):
     """X_q holds this process's part of the left factor, X_q_right the right one, X_q_scale what their product is worth.
 
+    Rows are cut, or merged as those of the whole parameter are; rows that other processes have are zeros here.
+
     Attributes:
-        cut: into how many rows of the folded matrix a row of the parameter is cut.
         columns: of the folded matrix.
         rank: rows of either factor.
-        most_rows: the rows of the parameter that the process with most of them has.
+        place: where the shard is.
     """
 
-    cut: int
     columns: int
     rank: int
-    most_rows: int
+    place: Place
 
     suffixes = LowRankByRow.suffixes
 
     def parts(self, shape: torch.Size) -> dict[str, Part]:
+        together, parts = _together_and_parts(shape, self.columns)
+        # All shards but the last ones have the most rows; so far inside a group one of them can begin.
+        most_rows = self.place.most_rows
+        most_lead = together - gcd(together, most_rows)
+        room = -(-(most_rows + most_lead) // together) * parts
         return {
-            "_q": Part(torch.int8, (self.rank, self.most_rows * self.cut), spread=Spread.EACH),
+            "_q": Part(torch.int8, (self.rank, room), spread=Spread.EACH),
             "_q_right": Part(torch.int8, (self.rank, self.columns)),
             "_q_scale": Part(torch.float32, (self.rank,), spread=Spread.EACH),
         }
 
     def over(self, tensors: Sequence[Tensor], shape: torch.Size) -> StoredLowRankOfShard:
-        rows, _ = matrix_shape(shape)
-        return StoredLowRankOfShard(LowRank(rows * self.cut, self.columns, self.rank), tensors, shape)
+        rows, columns = matrix_shape(shape)
+        _, parts = _together_and_parts(shape, self.columns)
+        groups, lead = self._groups(rows, shape)
+        folded = LowRank(groups * parts, self.columns, self.rank)
+        return StoredLowRankOfShard(folded, tensors, shape, lead * columns)
 
     def summand_shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
         return [(self.rank, self.rank), (self.rank, self.columns), (self.rank, self.columns)]
 
     def saved(self, shape: torch.Size) -> LowRankByRow:
-        return LowRankByRow(self.cut, self.columns, self.rank)
+        return LowRankByRow(self.columns, self.rank)
 
     def by_row(self, tensors: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         codes, right, scale = tensors
         (rows, _), n = matrix_shape(shape), len(codes)
-        own = codes[:, :, : rows * self.cut].reshape(n, self.rank, rows, self.cut).permute(0, 2, 3, 1)
-        return [own.reshape(n, rows, self.cut * self.rank), right, scale.unsqueeze(1).repeat(1, rows, 1)]
+        together, parts = _together_and_parts(shape, self.columns)
+        groups, lead = self._groups(rows, shape)
+        own = codes[:, :, : groups * parts].reshape(n, self.rank, groups, parts).permute(0, 2, 3, 1)
+        found = own.reshape(n, groups, parts * self.rank).repeat_interleave(together, dim=1)[:, lead : lead + rows]
+        if together > 1:
+            places = torch.arange(lead, lead + rows, device=codes.device).remainder(together).to(torch.int8)
+            found = torch.cat([found, places.view(1, rows, 1).expand(n, -1, -1)], dim=2)
+        return [found.contiguous(), right, scale.unsqueeze(1).repeat(1, rows, 1)]
 
     def from_rows(self, tensors: Sequence[Tensor], shape: torch.Size) -> list[Tensor]:
         codes, right, scales = tensors
         (rows, _), n = matrix_shape(shape), len(codes)
-        own = codes.view(n, rows, self.cut, self.rank).permute(0, 3, 1, 2).reshape(n, self.rank, rows * self.cut)
+        together, parts = _together_and_parts(shape, self.columns)
+        groups, lead = self._groups(rows, shape)
+        own = codes[:, :, : parts * self.rank].view(n, rows, parts, self.rank)
         scale = scales.amax(dim=1) if rows else scales.new_zeros(n, self.rank)
         if not torch.equal(scales, scale.unsqueeze(1).expand_as(scales)):
             # Of several processes: at most 127 times the largest, so no code is cut.
-            shares = (scales / scale.clamp_min(SMALLEST_NORM).unsqueeze(1)).transpose(1, 2)
-            own = (own * shares.repeat_interleave(self.cut, dim=2)).round_().to(torch.int8)
+            shares = scales / scale.clamp_min(SMALLEST_NORM).unsqueeze(1)
+            own = (own * shares.unsqueeze(2)).round_().to(torch.int8)
+        if together > 1:
+            own = _of_groups(own, groups, lead, together)
         found = codes.new_zeros(n, *self.parts(shape)["_q"].shape)
-        found[:, :, : rows * self.cut] = own
+        found[:, :, : groups * parts] = own.permute(0, 3, 1, 2).reshape(n, self.rank, groups * parts)
         return [found, right, scale]
+
+    def _groups(self, rows: int, shape: torch.Size) -> tuple[int, int]:
+        """How many groups some rows are in that are here, and how many rows of the first one are not."""
+        together, _ = _together_and_parts(shape, self.columns)
+        lead = self.place.first_row % together if rows else 0
+        return -(-(lead + rows) // together), lead
+
+
+def _of_groups(codes: Tensor, groups: int, lead: int, together: int) -> Tensor:
+    """The mean of the codes of each group's rows, (tensors, rows, ...): processes may have had parts of a group."""
+    n, rows, *more = codes.shape
+    padded = codes.new_zeros(n, groups * together, *more, dtype=torch.float32)
+    padded[:, lead : lead + rows] = codes
+    there = padded.new_zeros(groups * together)
+    there[lead : lead + rows] = 1
+    counts = there.view(groups, together).sum(dim=1).view(1, groups, *[1] * len(more))
+    return (padded.view(n, groups, together, *more).sum(dim=2) / counts).round_().to(codes.dtype)
 
 
 class StoredLowRankOfShard(StoredLowRank, StoredShardAverage):
@@ -165,7 +223,7 @@ class StoredLowRankOfShard(StoredLowRank, StoredShardAverage):
     def look(self, raw: Tensor, rate: float, dither: Dither) -> tuple[Tensor, list[Tensor]]:
         """G P^T, (tensors, rows, rank), and the summands."""
         left, _, probe = self._begin(rate, dither.step)
-        matrix = raw.reshape(len(raw), self.folded.rows, self.folded.columns)
+        matrix = self.fold(raw)
         with full_precision(raw.device):
             seen = torch.bmm(matrix, probe.transpose(1, 2))
             found = [torch.bmm(a.transpose(1, 2), b) for a, b in ((left, left), (left, matrix), (seen, matrix))]
@@ -177,7 +235,7 @@ class StoredLowRankOfShard(StoredLowRank, StoredShardAverage):
         """One subspace iteration, as of a matrix that is whole."""
         totals, factor = self._totals()
         *_, probe = self._begin(rate, dither.step)
-        matrix = target.reshape(len(target), self.folded.rows, self.folded.columns)
+        matrix = self.fold(target)
         with full_precision(target.device):
             seen = torch.bmm(matrix, probe.transpose(1, 2))
         self.follow(seen, totals, factor, rate, dither)

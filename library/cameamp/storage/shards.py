@@ -13,6 +13,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,18 @@ from .blockwise import Blockwise
 from .by_row import ByRow
 from .full import Full, StoredFull
 from .nibbles import Nibbles, StoredNibbles
+
+
+class Place(NamedTuple):
+    """Where a shard is in its parameter.
+
+    Attributes:
+        first_row: the first row that is here.
+        most_rows: how many rows the process with most of them has.
+    """
+
+    first_row: int
+    most_rows: int
 
 
 class ShardFormat(Format):

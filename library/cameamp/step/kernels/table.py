@@ -39,9 +39,10 @@ STATE_NUMBERS = {state.name: number for number, state in enumerate(TABLE)}
 FIELDS = STATES + 3 * len(TABLE)
 
 # For each momentum, in a table of its own: how it is written, and for low rank also the folded matrix, the rank, the
-# address of the right factor, and the bytes from one row of a factor to the next, of the left one and of the right.
-MOMENTUM_FIELDS = 9
-FOLDED_ROWS, FOLDED_COLUMNS, RANK, RIGHT, LEFT_STEP, RIGHT_STEP = range(3, 9)
+# address of the right factor, the bytes from one row of a factor to the next, of the left one and of the right, and how
+# many elements the folded matrix has before the first one.
+MOMENTUM_FIELDS = 10
+FOLDED_ROWS, FOLDED_COLUMNS, RANK, RIGHT, LEFT_STEP, RIGHT_STEP, LEAD = range(3, 10)
 
 # The same rows by names, for kernels that read records.
 ROW = numpy.dtype(
@@ -55,7 +56,7 @@ ROW = numpy.dtype(
 MOMENTUM = numpy.dtype(
     [
         *((name, numpy.int64) for name in ("kind", "address", "scale", "folded_rows", "folded_columns", "rank")),
-        *((name, numpy.int64) for name in ("right", "left_step", "right_step")),
+        *((name, numpy.int64) for name in ("right", "left_step", "right_step", "lead")),
     ]
 )
 
@@ -215,6 +216,7 @@ def _momenta_of(stack: Stack, periods: Sequence[int]) -> numpy.ndarray:
             for column, tensor in zip((ADDRESS, RIGHT, SCALE), (*factors, scale)):
                 momenta[:, place, column] = _addresses(tensor)
             momenta[:, place, LEFT_STEP : RIGHT_STEP + 1] = [factor.stride(1) for factor in factors]
+            momenta[:, place, LEAD] = stored.lead
     return momenta
 
 

@@ -157,7 +157,7 @@ def drive(
     """
     loops.fill(out, _f(0.0))
     # Not the literal 0, for which everything would be compiled once more.
-    columns, levels = numpy.int64(0), numpy.int64(unpacked)
+    columns, lead, levels = numpy.int64(0), numpy.int64(0), numpy.int64(unpacked)
     for j in range(len(momenta)):
         if shares[j] == 0:
             continue
@@ -172,10 +172,10 @@ def drive(
             if levels != 0 and rates[j] != 0:
                 levels += numel
         else:
-            columns = momenta[j].folded_columns
+            columns, lead = momenta[j].folded_columns, momenta[j].lead
     if columns:
         for first in range(0, len(factors), 4):
-            _add_four_factors(factors[first : first + 4], shares, columns, start, room, out)
+            _add_four_factors(factors[first : first + 4], shares, columns, lead + start, room, out)
 
 
 @inlined
@@ -300,7 +300,7 @@ def _codes_of(factor, first, address, start, count):
 
 @inlined
 def _add_four_factors(factors, shares, columns, start, room, out):
-    """out += the sum of weight * left * right over four factors, of the elements from `start` on."""
+    """out += the sum of weight * left * right over four factors, of the folded matrix's elements from `start` on."""
     a, b, c, d = factors[0], factors[1], factors[2], factors[3]
     if a.momentum < 0:
         return

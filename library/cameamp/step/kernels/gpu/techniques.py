@@ -34,6 +34,7 @@ MOMENTUM_FIELDS = tl.constexpr(fields.MOMENTUM_FIELDS)
 FOLDED_ROWS, FOLDED_COLUMNS = tl.constexpr(fields.FOLDED_ROWS), tl.constexpr(fields.FOLDED_COLUMNS)
 RANK, RIGHT = tl.constexpr(fields.RANK), tl.constexpr(fields.RIGHT)
 LEFT_STEP, RIGHT_STEP = tl.constexpr(fields.LEFT_STEP), tl.constexpr(fields.RIGHT_STEP)
+LEAD = tl.constexpr(fields.LEAD)
 LARGEST_RANK = tl.constexpr(4)
 
 # What is known of each tensor as a whole, in this order.
@@ -154,8 +155,9 @@ def _low_rank_product(entry, address, offsets, mask):
     lefts, rights = address.to(tl.pointer_type(tl.int8)), tl.load(entry + RIGHT).to(tl.pointer_type(tl.int8))
     left_step, right_step = tl.load(entry + LEFT_STEP), tl.load(entry + RIGHT_STEP)
     scales = tl.load(entry + SCALE).to(tl.pointer_type(tl.float32))
-    i = offsets // columns
-    j = offsets - i * columns
+    places = offsets + tl.load(entry + LEAD).to(tl.int32)
+    i = places // columns
+    j = places - i * columns
     product = tl.zeros_like(offsets).to(tl.float32)
     for q in range(0, tl.load(entry + RANK).to(tl.int32)):
         left = tl.load(lefts + q * left_step + i, mask, other=0).to(tl.float32)
