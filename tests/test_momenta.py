@@ -231,6 +231,12 @@ def test_right_factors_are_short(shape, folded):
     assert all((formats[period].rows, formats[period].columns) == folded for period in (5, 10, 25))
 
 
+def test_long_vectors_are_folded_as_in_older_checkpoints():
+    """Whose square would have a factor as long, and would be taken for it."""
+    code = average_formats((1, 5), torch.Size((149 * 157,)))[5]
+    assert (code.rows, code.columns) == (157, 149)
+
+
 @pytest.mark.parametrize("length", [296, 656, 657, 11])
 def test_wide_matrices_of_older_checkpoints_are_read(length):
     code, shape = LowRank(256, 40, 2), torch.Size((16, 640))

@@ -44,6 +44,7 @@ def two(folders):
     works |= {"columns": (shards_of_columns, ()), "replaced": (replaced, ()), "coded": (coded, ())}
     works |= {"in other formats": (resharded.in_other_formats, ())}
     works |= {f"uncoded, {fused}": (resharded.uncoded_by_one, (fused,)) for fused in (False, True)}
+    works |= {"whole into shards": (resharded.whole_into_shards, ())}
     works |= {"loaded uncoded": (resharded.loaded_uncoded_by_one, ())}
     works |= {"in place": (resharded.in_place, (folders["in place"], PLAIN))}
     for layout in LAYOUTS:
@@ -144,9 +145,11 @@ def test_momenta_in_other_formats_are_converted(two):
 def test_a_process_that_alone_fails_to_code_keeps_none_waiting(two):
     for process in two:
         for fused in (False, True):
-            losses = process[f"uncoded, {fused}"]
+            losses, error = process[f"uncoded, {fused}"]
             assert len(losses) == 8
-            assert losses == pytest.approx(two[0]["uncoded, False"], rel=0.05)
+            assert losses == pytest.approx(two[0]["uncoded, False"][0], rel=0.05)
+            # What is saved has to be parts of a whole.
+            assert error.startswith("parameter 0 '0.weight': 1 of 2 processes cannot code its states, and say why")
 
 
 def test_a_process_that_alone_fails_to_code_what_it_loads_keeps_none_waiting(two):
@@ -154,6 +157,14 @@ def test_a_process_that_alone_fails_to_code_what_it_loads_keeps_none_waiting(two
     assert len(first) == 6
     assert first == second
     assert max(first) < 100
+
+
+def test_whole_states_are_cut_into_shards_also_where_one_process_has_all(two):
+    for before, after in (process["whole into shards"] for process in two):
+        for number, (a, b) in enumerate(zip(before, after, strict=True)):
+            assert a.any()
+            error = torch.linalg.vector_norm(b - a) / torch.linalg.vector_norm(a)
+            assert error <= 0.05, (number, error)
 
 
 def test_all_processes_take_the_same_multiplier_to_the_bit(several):

@@ -157,7 +157,9 @@ def coded_momenta() -> list[str]:
     lines = []
     for name, options in (
         ("Automagic_CameAMP", {}),
+        ("Automagic_CameAMP8bit", {}),
         ("Automagic_CameAMP_COptim", {"adaptation_rate": 1e-3}),
+        ("Automagic_CameAMP_COptim8bit", {"adaptation_rate": 1e-3}),
         ("Automagic_CameAMP_COptim", {}),
     ):
         (one,) = in_processes(1, partial(trained, **options), name, SHARD_STEPS, False)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import library.automagic_cameamp as family
 from library.cameamp.phase import Phase
-from library.cameamp.states import DERIVED, to_full
+from library.cameamp.states import DERIVED, momentum, to_full
 from library.cameamp.storage.blockwise import StoredBlockwise
 
 from .sharded import exact, shard_all, whole
@@ -113,14 +113,47 @@ def in_other_formats(rank: int) -> dict[str, Any]:
     return {"ranks": ranks, "error": error.item(), "counts": counts, "right factors": _right_factors(other)}
 
 
-def uncoded_by_one(rank: int, fused: bool) -> list[float]:
-    """Train while only the last process fails to code its states, from the third step on. Returns the losses."""
+def uncoded_by_one(rank: int, fused: bool) -> tuple[list[float], str]:
+    """Train, and save, while only the last process fails to code, from the third step on. The losses, and the error."""
     model, optimizer = training("Automagic_CameAMP_COptim8bit", 20, fused=fused)
     losses = train(model, optimizer, 0, 2)
     if rank == dist.get_world_size() - 1:
         (group,) = optimizer._groups
         group.leave_uncoded(list(model.parameters()), optimizer.state, "a test")
-    return losses + train(model, optimizer, 2, 8)
+    losses += train(model, optimizer, 2, 8)
+    try:
+        optimizer.state_dict()
+    except RuntimeError as error:
+        return losses, str(error)
+    return losses, ""
+
+
+def whole_into_shards(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Load a full state dict into shards, of which one has its only row on one process. Momenta before and after."""
+    found = []
+    saved: dict[str, Any] = {}
+    for last in (4, 0):
+        torch.manual_seed(0)
+        model = shard_all(nn.Sequential(nn.Linear(64, 600), nn.Tanh(), nn.Linear(600, 1, bias=False)), **exact())
+        optimizer = family.Automagic_CameAMP_COptim8bit(model.parameters(), lr=1e-4, momentum_scales=(1, 2, 3))
+        train(model, optimizer, 0, last)
+        if saved:
+            optimizer.load_state_dict(saved)
+        saved = optimizer.state_dict()
+        states = {
+            key: {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+            for key, state in saved["state"].items()
+        }
+        saved = {**saved, "state": states}
+        (group,) = optimizer._groups
+        found.append(
+            [
+                to_full(row, states[number], row.format_of(states[number], p.shape, group.config), p.shape)
+                for number, p in enumerate(model.parameters())
+                for row in map(momentum, (1, 2, 3))
+            ]
+        )
+    return found[0], found[1]
 
 
 def loaded_uncoded_by_one(rank: int) -> list[float]:

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -433,6 +433,7 @@ class _Part:
         saved: its saved state, of DTensors the parts that are here.
         shape: the shape of the rows of the parameter that are here.
         saved_shape: the shape of those that `saved` has.
+        in_parts: whether each process has its own part of what is saved; else all have all of it.
         first_element: the first element that is here.
     """
 
@@ -445,7 +446,7 @@ class _Part:
         parts = any(isinstance(value, Tensor) and is_sharded(value) for value in saved.values())
         if parts and cut is WHOLE:
             raise ValueError("its state is sharded, and it is not; load a full state dict")
-        self.saved_shape = self.shape if parts else p.shape
+        self.in_parts, self.saved_shape = parts, self.shape if parts else p.shape
         self.saved = {
             key: cut.local([value])[0] if isinstance(value, Tensor) else value for key, value in saved.items()
         }
@@ -626,14 +627,16 @@ class _Reader:
                 value.clamp_(config.min_lr, config.max_lr)
             elif written == own:
                 value = None
-        if written == saved_format(own, part.shape) and value is None and part.is_as_saved:
+        together = _is_made_together(own, written, part)
+        if written == saved_format(own, part.shape) and value is None and part.is_as_saved and not together:
             tensors = {key: saved[key].detach().to(p.device, copy=True) for key in own.keys(row.name)}
             live = _live(tensors, own, part.shape)
             if live is not None:
                 return part.wrapped(live, own), False
         value = (to_full(row, saved, written, part.saved_shape) if value is None else value).to(p.device)
         dither = Dither(torch.tensor([position], dtype=torch.int32, device=p.device), step + 1, part.first_element)
-        if _is_made_together(own, written, part):
+        if together:
+            assert isinstance(own, ShardAverageFormat)
             self.pending.append(_Pending(part, own.keys(row.name), own, part.own_rows(value), dither))
             return {}, True
         converted = type(written) is not type(saved_format(own, part.shape)) or bool(row.counter)
@@ -651,12 +654,13 @@ class _Reader:
         self._changes.fresh.update(row.name for row in wanted if not row.counter and row.name not in owed_names)
 
 
-def _is_made_together(own: Format, written: Format, part: _Part) -> TypeGuard[ShardAverageFormat]:
+def _is_made_together(own: Format, written: Format, part: _Part) -> bool:
     """Whether the processes make a state of this format together: also this one's part, if it cannot code its own."""
     code = own.coded if isinstance(own, FullOfShard) else own
     if not isinstance(code, LowRankOfShard):
         return False
-    return not part.is_as_saved or written != saved_format(code, part.shape)
+    # Only of what all processes know alike: a parameter of one row is all here on one of them, and not on the others.
+    return not part.in_parts or written != saved_format(code, part.shape)
 
 
 def _live(tensors: dict[str, Tensor], own: Format, shape: torch.Size) -> dict[str, Tensor] | None:

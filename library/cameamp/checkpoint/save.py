@@ -30,9 +30,13 @@ def complete(
         states: its states.
         names: the names of parameters whose names are known.
         driver: what drives its learning rates.
+
+    Raises:
+        RuntimeError: some processes code the states of a sharded parameter, and others cannot.
     """
     parameters = [p for group in groups for p in group.params]
     processes = processes_of(parameters)
+    _check_coded_alike(groups, names, processes)
     derived = _derived_values(groups, states, processes)
     tensors = _saved_tensors(groups, states)
     codes = sharded.saved_codes(tensors)
@@ -66,6 +70,22 @@ def complete(
         "param_groups": saved_groups,
         "magic_version": VERSION,
     }
+
+
+def _check_coded_alike(groups: Sequence[Group], names: Mapping[Tensor, str], processes: Processes) -> None:
+    """Refuse, on all processes, to save shards of which only some are coded: their tensors are no parts of a whole."""
+    if not processes.shards:
+        return
+    parameters = [(p, p in group.uncoded) for group in groups for p in group.params]
+    uncoded = torch.tensor([float(is_uncoded) for _, is_uncoded in parameters], device=parameters[0][0].device)
+    for number, count in enumerate(processes.add_up([uncoded])[0].tolist()):
+        if 0 < count < processes.count():
+            p = parameters[number][0]
+            label = f"parameter {number}" + (f" '{names[p]}'" if p in names else "")
+            raise RuntimeError(
+                f"{label}: {count:.0f} of {processes.count()} processes cannot code its states, and say why in their "
+                "logs; it can be saved if all of them can, or none"
+            )
 
 
 def _names(group: Group, names: Mapping[Tensor, str]) -> dict[str, list[str]]:

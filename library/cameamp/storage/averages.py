@@ -66,24 +66,30 @@ def _fold(rows: int, columns: int, limit: int, sharded: bool) -> tuple[int, int]
     """A matrix's elements, in their order, as one that is so near to a square that rank 1 takes at most `limit` bytes.
 
     Its own shape if that fits; else as many rows merged, or cut, as it takes. If no number that divides them is enough,
-    a square with some zeros added; of shards, which are cut between rows, as many rows merged as it takes all the same.
+    a square with some zeros added. Shards are cut between rows: of theirs, as many are merged as it takes all the same,
+    or as take the fewest bytes.
     """
     long, short = max(rows, columns), min(rows, columns)
-    factors = range(1, min(isqrt(long // short), MOST_TOGETHER) + 1)
-    even = [factor for factor in factors if long % factor == 0]
-    odd = [factor for factor in factors if long % factor > 0] if sharded and rows >= columns else []
-    for factor in even + odd:
-        folded = (-(-rows // factor), columns * factor) if rows >= columns else (rows * factor, columns // factor)
+    factors = range(1, isqrt(long // short) + 1)
+    choices = [factor for factor in factors if long % factor == 0]
+    if sharded:
+        choices += [factor for factor in factors if long % factor > 0 and rows >= columns]
+        choices = [factor for factor in choices if rows < columns or factor <= MOST_TOGETHER]
+    every = [
+        (-(-rows // factor), columns * factor) if rows >= columns else (rows * factor, columns // factor)
+        for factor in choices
+    ]
+    for folded in every:
         if _bytes_of_rank_1(*folded) <= limit:
             return folded
     if sharded:
-        return rows, columns
+        return min(every, key=sum)
     side = isqrt(rows * columns - 1) + 1
     return side, side
 
 
 def _taller(rows: int, columns: int) -> tuple[int, int]:
-    """A matrix with its rows cut until there are `_ENOUGH_ROWS`, as long as the factors take fewer bytes for it.
+    """A matrix with its rows cut until there are `_ENOUGH_ROWS`, or the factors would take no fewer bytes for it.
 
     Every process that has some of the rows has all of the right factor, which should be short for that.
     """

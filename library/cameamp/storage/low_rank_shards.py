@@ -25,7 +25,7 @@ from . import AverageFormat, Part, Spread, StoredAverage, matrix_shape
 from .low_rank import SMALLEST_NEW_PART, SMALLEST_NORM, LowRank, StoredLowRank, code_factor, probe_of
 from .shards import Place, ShardAverageFormat, StoredShardAverage
 
-# A checkpoint has a byte for where in its group a row is.
+# Rows that are merged: a checkpoint of shards has a byte for where in its group a row is.
 MOST_TOGETHER = 128
 
 
@@ -72,6 +72,8 @@ class LowRankByRow(AverageFormat):
         found = replace(self, columns=right.shape[1], rank=len(right))
         super(LowRankByRow, found).as_saved(tensors, shape)
         together, _ = _together_and_parts(shape, found.columns)
+        if together > MOST_TOGETHER:
+            raise ValueError(f"_q_right: has {found.columns} columns, for {together} rows of the parameter")
         places = tensors["_q"][:, found.rank :] if together > 1 else tensors["_q"][:, :0]
         if ((places < 0) | (places >= together)).any():
             raise ValueError(f"_q: has a row beyond the {together} of its group")
