@@ -176,6 +176,9 @@ def test_a_row_beyond_its_group_is_refused():
     shape = torch.Size((48, 5))
     tensors = {key: tensor[0] for key, tensor in zip(code.suffixes, code.by_row(state.tensors, shape))}
     assert code.saved(shape).as_saved(tensors, shape) == code.saved(shape)
+    too_long = tensors | {"_q_right": torch.zeros(2, 129 * 5, dtype=torch.int8)}
+    with pytest.raises(ValueError, match="_q_right: has 645 columns, for 129 rows of the parameter"):
+        code.saved(shape).as_saved(too_long, shape)
     tensors["_q"][7, -1] = 4
     with pytest.raises(ValueError, match="_q: has a row beyond the 4 of its group"):
         code.saved(shape).as_saved(tensors, shape)
