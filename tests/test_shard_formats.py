@@ -94,10 +94,18 @@ def test_blocks_of_a_checkpoint_have_four_elements_unless_a_row_has_fewer(count,
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("folded", [(260, 32), (130, 64), (65, 128)])
-@pytest.mark.parametrize("cuts", [[130], [44, 88, 130], [66, 130, 130]])
+@pytest.mark.parametrize(
+    ("folded", "cuts"),
+    [
+        *((folded, cuts) for folded in [(260, 32), (130, 64)] for cuts in [[130], [44, 88, 130], [65, 130, 130]]),
+        *(((65, 128), cuts) for cuts in [[130], [44, 88, 130], [66, 130, 130]]),
+    ],
+)
 def test_averages_of_shards_follow_as_that_of_the_whole(cuts, folded, rank):
-    """But for rounding, and codes of the left factor, which each process has in the unit that its own rows ask for."""
+    """But for rounding, and codes of the left factor, which each process has in the unit that its own rows ask for.
+
+    Merged rows are those of the whole where shards end between groups of them.
+    """
     rows, columns, n = 130, 64, 2
     shape = torch.Size((rows, columns))
     edges = list(zip([0, *cuts], cuts))
@@ -156,7 +164,9 @@ def test_low_rank_is_found_again_and_by_other_processes_to_within_a_code(columns
         kinds = code.saved(part).parts(part).values()
         assert [tensor.shape[1:] for tensor in rows] == [kind.shape for kind in kinds]
         assert all(torch.equal(a, b) for a, b in zip(code.from_rows(rows, part), state.tensors))
-        assert torch.allclose(code.saved(part).over(rows, part).read(), state.read(), rtol=0, atol=1e-6)
+        found, expected = code.saved(part).over(rows, part).read(), state.read()
+        # Rows that are merged are added up in another order.
+        assert torch.equal(found, expected) if columns <= shape[1] else torch.allclose(found, expected, 0, 1e-6)
     whole = torch.Size(shape)
     joined = [torch.cat(each, dim=1) if place != 1 else each[0] for place, each in enumerate(zip(*saved))]
     alone = LowRankOfShard(columns, 2, Place(0, shape[0]))
@@ -168,6 +178,7 @@ def test_low_rank_is_found_again_and_by_other_processes_to_within_a_code(columns
         kept[cut - cut % 4 : cut - cut % 4 + 4] = False
     error = torch.linalg.vector_norm((found - expected)[:, kept])
     assert error <= 0.01 * torch.linalg.vector_norm(expected[:, kept])
+    assert error > 0 or not kept.any()
     assert torch.linalg.vector_norm(found - expected) <= torch.linalg.vector_norm(expected)
 
 

@@ -6,13 +6,15 @@ state has a checksum in its group, and every group one over its options and thes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from ..checksum import checksum
 from ..config import OPTION_NAMES
 from ..context.memory import SAVED as CONTEXT
-from ..groups import MAGNITUDES
+from ..groups import MAGNITUDES, Group
 
 # Layout of the checkpoints written here; 1 and 2 are those of an older implementation.
 VERSION = 3
@@ -35,3 +37,12 @@ def group_checksum(saved_group: Mapping[str, Any]) -> int:
 def sealed(saved_group: Mapping[str, Any]) -> dict[str, Any]:
     """A group as it is saved, with its checksum."""
     return {**saved_group, "group_checksum": group_checksum(saved_group)}
+
+
+def labels_of(groups: Sequence[Group], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """What error messages call each parameter."""
+    parameters = (p for group in groups for p in group.params)
+    return {
+        p: f"parameter {position}" + (f" '{names[p]}'" if p in names else "") + f" of shape {tuple(p.shape)}"
+        for position, p in enumerate(parameters)
+    }

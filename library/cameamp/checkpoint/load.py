@@ -26,7 +26,7 @@ from ..storage.low_rank_shards import LowRankOfShard
 from ..storage.shards import FullOfShard, ShardAverageFormat, ShardFormat, StoredShardAverage, saved_format
 from ..storage.trial import can_store
 from . import older_layout, sharded
-from .layout import CHECKSUMS, OWN_ENTRIES, VERSION, group_checksum
+from .layout import CHECKSUMS, OWN_ENTRIES, VERSION, group_checksum, labels_of
 
 _DAMAGED = "damaged or edited after it was saved"
 
@@ -103,7 +103,7 @@ def _read(
         What is left to make together.
     """
     _check_top_level(saved, groups)
-    labels = _labels(groups, names)
+    labels = labels_of(groups, names)
     if older_layout.is_written_in(saved):
         saved = older_layout.converted(saved, [group.params for group in groups], labels)
         restored.notes.append(older_layout.NOTE)
@@ -716,12 +716,3 @@ def _step(saved: Mapping[str, Any]) -> int:
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"its step is {step!r}, not a whole number of at least 0")
     return step
-
-
-def _labels(groups: Sequence[Group], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
-    """What error messages call each parameter."""
-    parameters = (p for group in groups for p in group.params)
-    return {
-        p: f"parameter {position}" + (f" '{names[p]}'" if p in names else "") + f" of shape {tuple(p.shape)}"
-        for position, p in enumerate(parameters)
-    }

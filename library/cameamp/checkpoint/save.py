@@ -16,7 +16,7 @@ from ..sharding import WHOLE, Processes, added_by, processes_of
 from ..stacks.stack import SavedTensor, Stack
 from ..storage import Spread
 from . import sharded
-from .layout import VERSION, sealed
+from .layout import VERSION, labels_of, sealed
 
 
 def complete(
@@ -76,12 +76,11 @@ def _check_coded_alike(groups: Sequence[Group], names: Mapping[Tensor, str], pro
     """Refuse, on all processes, to save shards of which only some are coded: their tensors are no parts of a whole."""
     if not processes.shards:
         return
-    parameters = [(p, p in group.uncoded) for group in groups for p in group.params]
-    uncoded = torch.tensor([float(is_uncoded) for _, is_uncoded in parameters], device=parameters[0][0].device)
-    for number, count in enumerate(processes.add_up([uncoded])[0].tolist()):
+    labels = labels_of(groups, names)
+    uncoded = [float(p in group.uncoded) for group in groups for p in group.params]
+    (counts,) = processes.add_up([torch.tensor(uncoded, device=next(iter(labels)).device)])
+    for label, count in zip(labels.values(), counts.tolist()):
         if 0 < count < processes.count():
-            p = parameters[number][0]
-            label = f"parameter {number}" + (f" '{names[p]}'" if p in names else "")
             raise RuntimeError(
                 f"{label}: {count:.0f} of {processes.count()} processes cannot code its states, and say why in their "
                 "logs; it can be saved if all of them can, or none"

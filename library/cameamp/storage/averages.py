@@ -70,14 +70,14 @@ def _fold(rows: int, columns: int, limit: int, sharded: bool) -> tuple[int, int]
     or as take the fewest bytes.
     """
     long, short = max(rows, columns), min(rows, columns)
-    factors = range(1, isqrt(long // short) + 1)
-    choices = [factor for factor in factors if long % factor == 0]
-    if sharded:
-        choices += [factor for factor in factors if long % factor > 0 and rows >= columns]
-        choices = [factor for factor in choices if rows < columns or factor <= MOST_TOGETHER]
+    most = isqrt(long // short)
+    factors: Sequence[int] = [factor for factor in range(1, most + 1) if long % factor == 0]
+    if sharded and rows >= columns:
+        # Those that divide the rows first: shards then mostly begin with a whole group.
+        factors = sorted(range(1, min(most, MOST_TOGETHER) + 1), key=lambda factor: long % factor > 0)
     every = [
         (-(-rows // factor), columns * factor) if rows >= columns else (rows * factor, columns // factor)
-        for factor in choices
+        for factor in factors
     ]
     for folded in every:
         if _bytes_of_rank_1(*folded) <= limit:

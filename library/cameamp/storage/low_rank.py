@@ -117,14 +117,13 @@ class StoredLowRank(StoredAverage):
     ) -> None:
         """Without unpacking it: one subspace iteration, which follows a matrix that changes by a tenth."""
         left_codes, right_codes, scale = self.factors()
-        rank = self.folded.rank
         matrix = self.fold(target)
         old_left = left_codes.to(torch.float32).mul_((scale * (1 - rate)).unsqueeze(2)).transpose(1, 2)
         old_right = right_codes.to(torch.float32)
         probe = _two_or_more(probe_of(old_right, dither.step)).transpose(1, 2)
         with full_precision(scale.device):
             seen = torch.bmm(old_left, torch.bmm(old_right, probe)).baddbmm_(matrix, probe, alpha=rate)
-            left = _orthonormal(seen[:, :, :rank].transpose(1, 2).contiguous())
+            left = _orthonormal(seen[:, :, : self.folded.rank].transpose(1, 2).contiguous())
             right = torch.bmm(torch.bmm(left, old_left), old_right).baddbmm_(left, matrix, alpha=rate)
         torch.mul(code_factor(left, left_codes), code_factor(right, right_codes), out=scale)
 

@@ -71,10 +71,10 @@ class LowRankByRow(AverageFormat):
             raise ValueError(f"_q_right: has shape {tuple(right.shape)}")
         found = replace(self, columns=right.shape[1], rank=len(right))
         super(LowRankByRow, found).as_saved(tensors, shape)
-        together, _ = _together_and_parts(shape, found.columns)
+        together, parts = _together_and_parts(shape, found.columns)
         if together > MOST_TOGETHER:
             raise ValueError(f"_q_right: has {found.columns} columns, for {together} rows of the parameter")
-        places = tensors["_q"][:, found.rank :] if together > 1 else tensors["_q"][:, :0]
+        places = tensors["_q"][:, parts * found.rank :]
         if ((places < 0) | (places >= together)).any():
             raise ValueError(f"_q: has a row beyond the {together} of its group")
         return found

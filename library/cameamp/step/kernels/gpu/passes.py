@@ -183,8 +183,9 @@ class GpuPasses:
         """The stacks whose tensors a kernel may take together; of shards, those that ask the same."""
         alike: dict[shared.Asks | None, list[Stack]] = {}
         for stack in stacks:
-            scales = StepScalars.of(group, stack.traits).scales
-            asks = None if stack.cut is WHOLE else shared.Asks.of(group, stack, scales)
+            asks = None
+            if stack.cut is not WHOLE:
+                asks = shared.Asks.of(group, stack, StepScalars.of(group, stack.traits).scales)
             alike.setdefault(asks, []).append(stack)
         return [batch for own in alike.values() for batch in self._kernels.tables.batches(own, group.periods)]
 
