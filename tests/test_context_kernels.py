@@ -1,4 +1,4 @@
-"""The context in kernels of a CPU: the values of PyTorch's operations, and what happens where they fail."""
+"""The context beside kernels of a CPU: the values of PyTorch's operations, and what happens where it fails."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from library.automagic_cameamp import Automagic_CameAMP_COptim
-from library.cameamp.context import detection
+from library.cameamp.context import cpu_detection, detection
 from library.cameamp.context.controller import STANDARD_LAW, ContextualOptimizationModule
+from library.cameamp.context.cpu import Numbers
 from library.cameamp.context.sampling import Sampler
 
-cpu = pytest.importorskip("library.cameamp.context.cpu", reason="needs numba")
+pytest.importorskip("numba", reason="kernels of a CPU need numba")
 
 
 def values_of(module):
@@ -42,7 +43,7 @@ def test_every_value_is_that_of_the_operations(kind, window):
         loss = {"without losses": None, "equal losses": 0.3, "negative losses": -loss}.get(kind, loss)
         unusable = torch.tensor(int(kind == "wild" and step % 23 == 5))
         found = []
-        for module, kernels in zip(modules, (None, cpu.ContextKernels())):
+        for module, kernels in zip(modules, (None, Numbers())):
             found.append(module.update_context(gradient, loss, 1e-4, unusable, kernels))
             module.follow(gradient, 0.01 * gradient + 0.02 * direction, kernels=kernels)
         assert torch.allclose(*found, rtol=1e-5, atol=0), step
@@ -64,16 +65,13 @@ def test_every_value_is_that_of_the_operations(kind, window):
 def test_confidence_is_that_of_the_operations():
     """On windows with gaps, equal losses and trends of all kinds."""
     generator = torch.Generator().manual_seed(0)
-    zero = torch.zeros(7)
-    zero[[cpu.cpu_kernels.REPORTED, cpu.cpu_kernels.REPORTS]] = torch.tensor([1.0, 1.0])
     for number in range(300):
         losses = 1 + 0.3 * torch.randn(40, generator=generator) + torch.linspace(0, number % 3, 40)
         losses = losses.round(decimals=number % 4)
         losses[torch.rand(40, generator=generator) < (number % 5) / 6] = torch.nan
         cosines = torch.randn(40, generator=generator) * 0.2 - 0.1 * (number % 4)
         losses[-1], cosines[-1] = 1.0, torch.nan
-        arrays = [losses.clone().numpy(), cosines.clone().numpy(), losses.clone().numpy()]
-        got = cpu.cpu_kernels.update_context(zero.numpy(), cpu.numpy.float32(1.0), 1.0, 1.0, 0.9, *arrays)[1]
+        got = cpu_detection.confidence(losses.numpy(), cosines.numpy())
         assert got == pytest.approx(float(detection.confidence(losses, cosines)), rel=2e-5, abs=2e-6)
 
 
@@ -102,9 +100,9 @@ def warnings_of(caplog):
 def test_kernels_decide_where_kernels_step(groups, monkeypatch):
     calls = []
     for name in ("update_context", "follow"):
-        method = getattr(cpu.ContextKernels, name)
+        method = getattr(Numbers, name)
         monkeypatch.setattr(
-            cpu.ContextKernels, name, lambda *args, name=name, method=method: (calls.append(name), method(*args))[1]
+            Numbers, name, lambda *args, name=name, method=method: (calls.append(name), method(*args))[1]
         )
     _, by_kernels = trained(groups=groups)
     assert calls == ["update_context", "follow"] * 12
@@ -118,14 +116,14 @@ def test_kernels_decide_where_kernels_step(groups, monkeypatch):
 @pytest.mark.parametrize("late", [False, True])
 def test_kernels_that_fail_are_left_with_nothing_changed(method, late, caplog, monkeypatch):
     """Nor by what they had already done: the course is that of the operations from there on."""
-    kernel = getattr(cpu.ContextKernels, method)
+    kernel = getattr(Numbers, method)
 
     def failing(*args):
         if late:
             kernel(*args)
         raise ValueError("cannot be compiled\nbecause")
 
-    monkeypatch.setattr(cpu.ContextKernels, method, failing)
+    monkeypatch.setattr(Numbers, method, failing)
     found, _ = trained()
     text = "the kernels of the context do not work here, PyTorch's operations go on without them"
     assert warnings_of(caplog) == [f"fused: {text}: ValueError: cannot be compiled"]
@@ -133,7 +131,7 @@ def test_kernels_that_fail_are_left_with_nothing_changed(method, late, caplog, m
     def without(*_):
         raise ValueError
 
-    monkeypatch.setattr(cpu.ContextKernels, "update_context", without)
+    monkeypatch.setattr(Numbers, "update_context", without)
     expected, _ = trained()
     if method == "update_context":
         assert all(torch.equal(p, q) for p, q in zip(found, expected))

@@ -1,22 +1,26 @@
-"""The context of an optimizer whose kernels run on a CPU: the `Deciding` of `controller.py`."""
+"""The context of an optimizer whose kernels run on a CPU: the `Deciding` of `controller.py`, in plain numbers.
+
+There a number is read at once, and an operation of PyTorch takes longer than some of Python's or numpy's.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from .. import distributed
-from . import cpu_kernels
-from .controller import Pull, report_of
+from . import controller, cpu_detection
+from .controller import Pull
+from .cpu_samples import compare_samples
 from .memory import FOLLOWED, HISTORIES, Memory
 
 
-class ContextKernels:
-    """Takes in what a step sees, and decides about the multiplier, in two calls each."""
+class Numbers:
+    """Takes in what a step sees, and decides about the multiplier."""
 
     def update_context(
         self,
@@ -30,19 +34,26 @@ class ContextKernels:
     ) -> Tensor:
         """As of `Deciding`."""
         values = memory.values
-        newest, products = _compare(memory, "last_gradient", gradient, gradient, 0.0)
-        found = numpy.concatenate([report_of(loss, unusable, gradient.device).numpy(), products[:3]])
-        histories = [_with_room(values[name].numpy()) for name in HISTORIES]
-        multiplier, confidence, is_edge_case, used = cpu_kernels.update_context(
-            _average(found), _number(values["multiplier"]), lr, start, threshold, *histories
-        )
+        report = [0.0 if loss is None else loss.item(), loss is not None, 0 if unusable is None else unusable.item()]
+        newest, (*own, _) = _compare(memory, "last_gradient", gradient, gradient, 0.0)
+        reported, reports, lost, *products = _average([*report, *own])
+        mean_loss = reported / reports if reports > 0 else math.nan
+        losses = _with_newest(values["loss_history"], mean_loss)
+        cosines = _with_newest(values["gradient_history"], _cosine(products, absent=math.nan))
+        is_broken = lost > 0 or (reports > 0 and not math.isfinite(mean_loss))
+        confidence = numpy.float32(1.0 if is_broken else cpu_detection.confidence(losses, cosines))
+        is_edge_case = bool(confidence >= threshold)
+        multiplier = values["multiplier"].item()
+        multiplier = start if math.isnan(multiplier) else multiplier
+        used = multiplier * controller.EDGE_SHARE if is_edge_case else multiplier
+        rates = _with_newest(values["lr_history"], used * lr)
         memory.samples["last_gradient"] = newest
-        multiplier, confidence, used = _scalars([multiplier, confidence, used])
-        values.update(zip(HISTORIES, map(torch.from_numpy, histories)))
+        values.update(zip(HISTORIES, map(torch.from_numpy, (losses, cosines, rates))))
+        new_multiplier, new_confidence, factor = _scalars(multiplier, confidence, used)
         values.update(
-            multiplier=multiplier, confidence=confidence, edge_cases=values["edge_cases"] + bool(is_edge_case)
+            multiplier=new_multiplier, confidence=new_confidence, edge_cases=values["edge_cases"] + is_edge_case
         )
-        return used
+        return factor
 
     def follow(
         self,
@@ -56,50 +67,60 @@ class ContextKernels:
     ) -> None:
         """As of `Deciding`."""
         values = memory.values
-        newest, products = _compare(memory, "course", scaled_grad, change, kept)
-        new = cpu_kernels.follow(
-            _average(products),
-            _number(values["multiplier"]),
-            _number(values["confidence"]),
-            _number(values["length"]),
-            _number(values["lr_history"][-1]),
-            _number(values["alignment_square"]),
-            *pull,
-            threshold,
-            highest,
-        )
+        newest, found = _compare(memory, "course", scaled_grad, change, kept)
+        *products, mean_square = _average(found)
+        alignment, size = _cosine(products, absent=0.0), math.sqrt(mean_square)
+        square = values["alignment_square"].item()
+        square += pull.newest * (alignment * alignment - square)
+        rate = values["lr_history"][-1].item()
+        paced = square > 0 and (alignment > 0 or rate > controller.PACED_DOWN_FROM)
+        strength = max(pull.pace / math.sqrt(square), pull.gain) if paced else pull.gain
+        growth = math.exp(min(strength * alignment, controller.MOST_GROWTH))
+        if values["confidence"].item() >= threshold:
+            growth = min(growth, 1.0)
+        before, ratio = values["length"].item(), 1.0
+        length = size / rate if rate > 0 else math.inf  # A schedule may begin with a rate of 0.
+        if not 0 < length < math.inf:
+            length = before
+        elif before > 0:
+            ratio = before / length
+        most = max(highest / length, controller.FLOOR) if length > 0 else math.inf
+        multiplier = min(max(values["multiplier"].item() * growth * ratio, controller.FLOOR), most)
         memory.samples["course"] = newest
-        values.update(zip(FOLLOWED, _scalars(new)))
+        values.update(zip(FOLLOWED, _scalars(multiplier, alignment, length, square)))
 
 
-def _compare(memory: Memory, name: str, sample: Tensor, added: Tensor, kept: float) -> tuple[Tensor, numpy.ndarray]:
-    """What is to be remembered next, and what the last sample has to do with another one."""
+def _compare(memory: Memory, name: str, sample: Tensor, added: Tensor, kept: float) -> tuple[Tensor, list[float]]:
+    """What is to be remembered next, and what the last sample has to do with another one; see `compare_samples`."""
     last = memory.samples[name]
-    if last is not None and last.shape != sample.shape:
-        last = None
+    address = 0 if last is None or last.shape != sample.shape else last.data_ptr()
     newest = torch.empty(added.shape, dtype=torch.bfloat16, device="cpu")
-    products = numpy.empty(4, dtype=numpy.float32)
-    address = 0 if last is None else last.data_ptr()
-    cpu_kernels.compare_samples(address, sample.numpy(), added.numpy(), kept, newest.data_ptr(), products)
-    return newest, products
+    found = numpy.empty(4)
+    compare_samples(address, sample.numpy(), added.numpy(), kept, newest.data_ptr(), found)
+    return newest, found.tolist()
 
 
-def _average(values: numpy.ndarray) -> numpy.ndarray:
-    """As `distributed.average`."""
-    mean: numpy.ndarray = distributed.average(torch.from_numpy(values)).numpy()
+def _cosine(products: Sequence[float], absent: float) -> float:
+    """The cosine of the two samples; `absent` where one of them is 0."""
+    dot, x_square, y_square = products
+    return dot / math.sqrt(x_square * y_square) if x_square > 0 and y_square > 0 else absent
+
+
+def _average(numbers: Sequence[float]) -> list[float]:
+    """As `distributed.average`, in float32."""
+    mean: list[float] = distributed.average(torch.from_numpy(_rounded(numbers))).tolist()
     return mean
 
 
-def _with_room(history: numpy.ndarray) -> numpy.ndarray:
-    """A history without its oldest value, and with room for a new one."""
-    moved = numpy.empty_like(history)
-    moved[:-1] = history[1:]
-    return moved
+def _with_newest(history: Tensor, value: float) -> numpy.ndarray:
+    """A history with a new value in place of its oldest one."""
+    return numpy.concatenate([history.numpy()[1:], _rounded([value])])
 
 
-def _number(value: Tensor) -> Any:
-    return numpy.float32(value.item())
+def _scalars(*numbers: float) -> tuple[Tensor, ...]:
+    return torch.from_numpy(_rounded(numbers)).unbind()
 
 
-def _scalars(numbers: Sequence[float]) -> tuple[Tensor, ...]:
-    return torch.from_numpy(numpy.array(numbers, dtype=numpy.float32)).unbind()
+def _rounded(numbers: Sequence[float]) -> numpy.ndarray:
+    with numpy.errstate(over="ignore"):  # What float32 has no number for is infinite.
+        return numpy.array(numbers, dtype=numpy.float32)

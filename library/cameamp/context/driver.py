@@ -340,14 +340,14 @@ class _Deciders:
 
 
 def _kernels(measured: Measured) -> Deciding:
-    """The kernels of a context, where kernels measured a group."""
+    """What decides in place of PyTorch's operations, where kernels measured a group."""
     if measured.launcher is not None:
         from . import gpu  # It needs Triton.
 
         return gpu.ContextKernels(measured.launcher)
     from . import cpu  # It needs numba.
 
-    return cpu.ContextKernels()
+    return cpu.Numbers()
 
 
 def _loss_and_unusable(
