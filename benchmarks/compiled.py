@@ -107,7 +107,18 @@ class Code:
 
 
 def compiled(launch: Launch, capability: int) -> Code:
-    """Compile a kernel for a compute capability, such as 86.
+    """What the code of a kernel says of itself; as of `build`."""
+    done = build(launch, capability)
+    registers, spilled = _resources(done.asm["cubin"])
+    constants = dict(launch.constants)
+    block = constants.get("SPAN", constants.get("TALL", 0) * constants.get("WIDE", 0))
+    read, written = _traffic(done.asm["ttgir"], block)
+    elements = _ELEMENTS_A_BYTE.get(launch.name, 1)
+    return Code(registers, spilled, done.metadata.shared, read / elements, written / elements)
+
+
+def build(launch: Launch, capability: int) -> Any:
+    """Compile a kernel for a compute capability, such as 86, or fetch it from Triton's cache.
 
     Raises:
         ImportError: Triton is not installed.
@@ -125,13 +136,7 @@ def compiled(launch: Launch, capability: int) -> Code:
     signature = {name: signature[name] for name in launch.kernel.arg_names}
     source = ASTSource(launch.kernel, signature, dict(launch.constants), attributes)
     target = GPUTarget("cuda", capability, 32)
-    done = triton.compile(source, target, {"num_warps": launch.warps, "enable_fp_fusion": False})
-    registers, spilled = _resources(done.asm["cubin"])
-    constants = dict(launch.constants)
-    block = constants.get("SPAN", constants.get("TALL", 0) * constants.get("WIDE", 0))
-    read, written = _traffic(done.asm["ttgir"], block)
-    elements = _ELEMENTS_A_BYTE.get(launch.name, 1)
-    return Code(registers, spilled, done.metadata.shared, read / elements, written / elements)
+    return triton.compile(source, target, {"num_warps": launch.warps, "enable_fp_fusion": False})
 
 
 def _resources(binary: bytes) -> tuple[int, int]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # It needs Triton, which the options do not.
 CHIPS = (75, 80, 86, 89, 90, 100, 120)
 
 # Launches do not depend on the number of tensors, nor kernels on their sizes.
-_ELEMENTS = 1_000_000
+ELEMENTS = 1_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compile and print."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        raise SystemExit(f"Triton is missing: pip install triton, on Windows triton-windows ({error})") from None
-    shapes = load("sdxl_lora16", _ELEMENTS)
+    require_triton()
+    shapes = load("sdxl_lora16", ELEMENTS)
     shared = f", shared by {args.processes} processes" if args.processes > 1 else ""
     print(
         f"compute capabilities {', '.join(map(str, args.chips))}; a LoRA of SDXL{shared}, in the second step of a phase"
@@ -64,6 +61,14 @@ def run(args: argparse.Namespace) -> None:
                 title, len(launches), max(code.registers for code in codes), max(code.spilled for code in codes),
                 sum(code.read for code in first), sum(code.written for code in first), floor(optimizer),
             )  # fmt: skip
+
+
+def require_triton() -> None:
+    """End the program, saying what is missing, if there is no Triton."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"Triton is missing: pip install triton, on Windows triton-windows ({error})") from None
 
 
 def mesh_of(processes: int) -> Any:

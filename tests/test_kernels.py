@@ -344,6 +344,16 @@ def test_without_numba_one_line_says_what_to_install(fused, level, caplog, monke
     assert "pip install numba" in record.getMessage()
 
 
+@pytest.mark.parametrize(("options", "lines"), [({}, 1), ({"fused": False}, 0), ({"factored": True}, 0)])
+def test_one_line_says_why_a_first_step_takes_long(options, lines, caplog):
+    caplog.set_level(logging.INFO)
+    _, optimizer = trained(Automagic_CameAMP, 5, **options)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    found = [r for r in caplog.records if "compiled at the first step of each phase" in r.getMessage()]
+    assert [r.levelno for r in found] == [logging.INFO] * lines
+
+
 def test_true_warns_where_there_are_no_kernels(caplog, monkeypatch):
     monkeypatch.delitem(engine._LOADERS, "cpu")
     trained(Automagic_CameAMP, 3, fused=True)

@@ -12,7 +12,7 @@ from .controller import Pull
 from .memory import FOLLOWED, HISTORIES, Memory
 
 _SAMPLE_CHUNK, _SAMPLE_WARPS = 2048, 16
-_WINDOW_CHUNK = 32
+_WINDOW_CHUNK = 16
 
 
 class ContextKernels:

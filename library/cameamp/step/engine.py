@@ -22,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 _VERBOSE_EVERY = 100
 
+# Said before a step that would otherwise look as if it hung.
+_COMPILING = (
+    "fused: kernels take the steps; those that are new on this machine are compiled at the first step of each phase, "
+    "which then takes up to a minute"
+)
+
 
 class TakesSteps(Protocol):
     """The two passes of a step over a group; see `passes.Passes`."""
@@ -141,6 +147,7 @@ class Engine:
                 level = logging.WARNING if fused is True else logging.INFO
                 self._say(level, f"fused: {_HELP[device]} ({_first_line(error)})")
                 return None
+            self._say(logging.INFO, _COMPILING)
         kernels, first = self._kernels[device], stacks[0].device
         params = [p for stack in stacks for p in stack.cut.local(stack.params)]
         served = (
