@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.automagic_cameamp import Automagic_CameAMP_COptim
 from library.cameamp.context import cpu_detection, detection
@@ -137,6 +138,36 @@ def test_kernels_that_fail_are_left_with_nothing_changed(method, late, caplog, m
         assert all(torch.equal(p, q) for p, q in zip(found, expected))
     else:
         assert all(torch.allclose(p, q, rtol=1e-5, atol=1e-7) for p, q in zip(found, expected))
+
+
+class LargestOperation(TorchDispatchMode):
+    """Notes how many elements the largest result of an operation has, but for views and memory that is not filled."""
+
+    ignored = (torch.ops.aten.empty.memory_format, torch.ops.aten.lift_fresh.default)
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view and func not in self.ignored:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": False}])
+def test_torch_shares_no_operation_among_its_threads(options):
+    """Of more than 32,768 elements it would, and its threads then spin for milliseconds, in the way of the kernels."""
+    params = [torch.nn.Parameter(torch.zeros(256, 300)) for _ in range(4)]
+    optimizer = Automagic_CameAMP_COptim(params, warmup_steps=4, full_finetune=True, **options)
+    for step in range(6):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with LargestOperation() as largest:
+            optimizer.step()
+        if step not in (0, 1, 3):  # Those hold the kernels against the rules.
+            assert (largest.elements <= 32_768) == (not options), step
 
 
 def test_samples_of_kernels_and_rules_are_gathered_into_one():
