@@ -76,6 +76,23 @@ def test_confidence_is_that_of_the_operations():
         assert got == pytest.approx(float(detection.confidence(losses, cosines)), rel=2e-5, abs=2e-6)
 
 
+def test_a_confidence_at_the_threshold_is_an_edge_case_for_both():
+    """In float32, which has no 0.9: a bound that is the nearest number to it is reached by that number."""
+    found = []
+    for kernels in (None, Numbers()):
+        module = ContextualOptimizationModule(100, 0.9, 0.1, STANDARD_LAW)
+        module.set_bounds(1e-4, 1e-3)
+        gradient = torch.ones(64)
+        module.update_context(gradient, 1.0, 1e-4, None, kernels)
+        saved = module.state_dict()
+        saved["c_optim_context"] |= {"confidence": torch.tensor(0.9), "course": gradient.bfloat16()}
+        module.load_state_dict(saved)
+        module.follow(gradient, 1e-4 * gradient, kernels=kernels)
+        found.append(module.compute_contextual_lr_multiplier() / saved["contextual_lr_multiplier"])
+    assert found[0] <= 1.0
+    assert found == pytest.approx([found[0]] * 2)
+
+
 SHAPES = [(16, 320), (640, 16), (33, 7), (9,)]
 
 

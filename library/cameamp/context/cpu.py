@@ -41,8 +41,8 @@ class Numbers:
         losses = _with_newest(values["loss_history"], mean_loss)
         cosines = _with_newest(values["gradient_history"], _cosine(products, absent=math.nan))
         is_broken = lost > 0 or (reports > 0 and not math.isfinite(mean_loss))
-        confidence = numpy.float32(1.0 if is_broken else cpu_detection.confidence(losses, cosines))
-        is_edge_case = bool(confidence >= threshold)
+        confidence = 1.0 if is_broken else cpu_detection.confidence(losses, cosines)
+        is_edge_case = _reaches(confidence, threshold)
         multiplier = values["multiplier"].item()
         multiplier = start if math.isnan(multiplier) else multiplier
         used = multiplier * controller.EDGE_SHARE if is_edge_case else multiplier
@@ -76,7 +76,7 @@ class Numbers:
         paced = square > 0 and (alignment > 0 or rate > controller.PACED_DOWN_FROM)
         strength = max(pull.pace / math.sqrt(square), pull.gain) if paced else pull.gain
         growth = math.exp(min(strength * alignment, controller.MOST_GROWTH))
-        if values["confidence"].item() >= threshold:
+        if _reaches(values["confidence"].item(), threshold):
             growth = min(growth, 1.0)
         before, ratio = values["length"].item(), 1.0
         length = size / rate if rate > 0 else math.inf  # A schedule may begin with a rate of 0.
@@ -104,6 +104,11 @@ def _cosine(products: Sequence[float], absent: float) -> float:
     """The cosine of the two samples; `absent` where one of them is 0."""
     dot, x_square, y_square = products
     return dot / math.sqrt(x_square * y_square) if x_square > 0 and y_square > 0 else absent
+
+
+def _reaches(confidence: float, threshold: float) -> bool:
+    """Whether it is an edge case, in float32, as everything that is remembered."""
+    return bool(numpy.float32(confidence) >= numpy.float32(threshold))
 
 
 def _average(numbers: Sequence[float]) -> list[float]:
