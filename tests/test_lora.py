@@ -226,7 +226,7 @@ def run_once(optimizer):
 
 
 def test_one_line_says_what_was_found(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "library.cameamp.parameters")
     params = [nn.Parameter(torch.randn(4, 32)), nn.Parameter(torch.zeros(32, 4))]
     optimizer = Automagic_CameAMP(params)
     run_once(optimizer)
@@ -237,7 +237,7 @@ def test_one_line_says_what_was_found(caplog):
 
 
 def test_the_line_says_what_hides_factors(caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "library.cameamp.parameters")
     run_once(Automagic_CameAMP([nn.Parameter(torch.randn(shape)) for shape in [(4, 32), (48, 4), (48,)]]))
     assert [r.message for r in caplog.records] == [
         "none of 3 parameters is a LoRA factor: ALLoRA is off "
