@@ -6,6 +6,7 @@ import math
 
 import numpy
 
+from ..step.kernels.cpu.codes import largest
 from ..step.kernels.cpu.jit import as_bits, as_float, entry, exact, halves, jit, plain_floats
 
 _f = numpy.float32
@@ -30,7 +31,7 @@ def compare_samples(last, sample, added, kept, newest, found):
     size = len(sample)
     mean_square = _square(added, _f(1.0)) / size
     scale = _f(1.0 / math.sqrt(mean_square)) if kept > 0 and mean_square > 0 else _f(1.0)
-    y_scale = _scale_of(_largest(sample))
+    y_scale = _scale_of(largest(sample))
     found[3] = mean_square
     if last == 0:
         found[0], found[1], found[2] = 0.0, 0.0, _square(sample, y_scale)
@@ -43,25 +44,16 @@ def compare_samples(last, sample, added, kept, newest, found):
 
 
 @exact
-def _scale_of(largest):
-    return _f(1.0) / max(largest, _SMALLEST)
-
-
-@exact
-def _largest(x):
-    # Of numbers above 0 the larger has the larger bits, and a largest whole number vectorizes.
-    largest = _u(0)
-    for i in range(len(x)):
-        largest = max(largest, _u(as_bits(x[i]) & _u(0x7FFFFFFF)))
-    return as_float(largest)
+def _scale_of(magnitude):
+    return _f(1.0) / max(magnitude, _SMALLEST)
 
 
 @exact
 def _largest_of_halves(x):
-    largest = _u(0)
+    bits = _u(0)
     for i in range(len(x)):
-        largest = max(largest, _u(_u(x[i]) & _u(0x7FFF)))
-    return as_float(_u(largest << _u(16)))
+        bits = max(bits, _u(_u(x[i]) & _u(0x7FFF)))
+    return as_float(_u(bits << _u(16)))
 
 
 @jit

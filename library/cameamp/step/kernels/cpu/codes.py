@@ -251,7 +251,7 @@ def store_state(values, state, block, start, maps, stream):
         its_codes = codes[i * block : (i + 1) * block]
         if kind == ROOT:
             _root(part)
-        scales[i] = _largest(part)
+        scales[i] = largest(part)
         _encode(part, scales[i], _first_codes(maps, kind), _midpoints(maps, kind), its_codes)
 
 
@@ -275,12 +275,13 @@ def _root(x):
 
 
 @exact
-def _largest(x):
+def largest(x):
+    """The largest magnitude of a block."""
     # Of numbers above 0 the larger has the larger bits, and a largest whole number vectorizes.
-    largest = _u(0)
+    bits = _u(0)
     for i in range(len(x)):
-        largest = max(largest, _u(as_bits(x[i]) & _u(0x7FFFFFFF)))
-    return as_float(largest)
+        bits = max(bits, _u(as_bits(x[i]) & _u(0x7FFFFFFF)))
+    return as_float(bits)
 
 
 @exact
