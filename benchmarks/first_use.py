@@ -6,8 +6,8 @@
 On a CPU, seconds of six steps in all phases, each time in a new process: of one tensor that a thread steps by itself,
 and of that and a large one that threads share. Importing is not part of it.
 
-Of a GPU, seconds in which one core compiles what the first step of each phase launches and no step before it did, of a
-LoRA of SDXL. It needs Triton.
+Of a GPU, seconds in which one core compiles what the second step of each phase launches and no phase before it did, of
+a LoRA of SDXL. It needs Triton.
 """
 
 from __future__ import annotations
