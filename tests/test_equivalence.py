@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import contextmanager
+
 import pytest
 import torch
 from reference import ReferenceCameAMP, ReferenceCOptim
@@ -10,7 +13,6 @@ from library.automagic_cameamp import Automagic_CameAMP, Automagic_CameAMP_COpti
 from library.cameamp.rounding import stochastic_round
 from library.cameamp.step import engine, passes
 
-pytestmark = pytest.mark.usefixtures("taker")
 STEPS = 600
 WARMUP = 400  # phases change at steps 200 and 400
 
@@ -19,26 +21,35 @@ LORA = [(8, 32), (48, 8), (8, 16, 3, 3), (24, 8, 1, 1), (8, 32), (48, 8), (8, 32
 MIXED = [(32,), (16, 12), (6, 5, 3, 3), (16, 12), (1,), (), (1, 7), (32,)]
 
 
-@pytest.fixture(params=["rules", "kernels", "kernels, cut"])
-def taker(request, monkeypatch):
-    """Who takes the steps; kernels treat a large tensor as several threads would if even the smallest counts as one."""
-    if request.param == "rules":
-        monkeypatch.setattr(engine, "_AUTOMATIC", set())
-        return
-    step = pytest.importorskip("library.cameamp.step.kernels.cpu.step", reason="needs numba")
-    if request.param == "kernels, cut":
-        monkeypatch.setattr(step, "_LARGEST_WHOLE", 0)
-        monkeypatch.setattr(step, "_MANY", 0)
+RULES = "rules"
+# Kernels treat a large tensor as several threads would if even the smallest counts as one.
+KERNELS = {"kernels": {}, "kernels, cut": {"_LARGEST_WHOLE": 0, "_MANY": 0}}
 
-    def served(self, group, stacks):
-        if group.config.factored:
-            pytest.skip("no kernel reads factored states")
-        kernels = serve(self, group, stacks)
-        assert kernels is not None
-        return kernels
 
-    serve = engine.Engine._kernels_of
-    monkeypatch.setattr(engine.Engine, "_kernels_of", served)
+TAKERS = [RULES, *KERNELS] if importlib.util.find_spec("numba") else [RULES]
+
+
+@contextmanager
+def taken_by(taker):
+    """Within it, steps are taken by the rules or by kernels, and by nobody else."""
+    with pytest.MonkeyPatch.context() as patch:
+        if taker == RULES:
+            patch.setattr(engine, "_AUTOMATIC", set())
+            yield
+            return
+        from library.cameamp.step.kernels.cpu import step
+
+        for name, value in KERNELS[taker].items():
+            patch.setattr(step, name, value)
+
+        def served(self, group, stacks):
+            kernels = serve(self, group, stacks)
+            assert kernels is not None
+            return kernels
+
+        serve = engine.Engine._kernels_of
+        patch.setattr(engine.Engine, "_kernels_of", served)
+        yield
 
 
 def problem(shapes, seed=0):
@@ -52,10 +63,13 @@ def problem(shapes, seed=0):
     return params, targets, generator
 
 
-def set_gradients(params, targets, generator, step, others, skip=None):
+def set_gradients(params, targets, generator, step, copies, skip=None):
+    """A gradient for each parameter, and the same for each of the copies of it."""
     for index, (p, target) in enumerate(zip(params, targets)):
+        own = [p, *(each[index] for each in copies)]
         if skip is not None and skip(step, index):
-            p.grad = others[index].grad = None
+            for q in own:
+                q.grad = None
             continue
         noise = torch.randn(p.shape, generator=generator) * 0.05
         grad = (p.detach() - target + noise) * (10.0 ** (index % 3 - 2))
@@ -63,7 +77,8 @@ def set_gradients(params, targets, generator, step, others, skip=None):
             grad = torch.zeros_like(grad) if index % 2 == 0 else grad
         if p.ndim == 4:
             grad[0] = 0.0
-        p.grad, others[index].grad = grad.clone(), grad.clone()
+        for q in own:
+            q.grad = grad.clone()
 
 
 BASE = (Automagic_CameAMP, ReferenceCameAMP)
@@ -81,60 +96,88 @@ def compare(
     classes=BASE,
     **options,
 ):
-    params, targets, generator = problem(shapes)
-    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    split = len(params) if split is None else split
-    parts = [slice(0, split), slice(split, None)] if split < len(params) else [slice(0, None)]
-    groups = [{"params": params[part], **own} for part, own in zip(parts, group_options)]
+    """Let all who may take the steps go along with the plain implementation."""
+    leading, targets, generator = problem(shapes)
+    split = len(leading) if split is None else split
+    parts = [slice(0, split), slice(split, None)] if split < len(leading) else [slice(0, None)]
     options = {"warmup_steps": WARMUP, **options}
-    ours = classes[0](groups, **options)
-    plain = classes[1](
-        [{"params": others[part], **own} for part, own in zip(parts, group_options)], lora=lora, **options
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(ours, schedule) if schedule else None
+
+    def built(optimizer_class, params, **more):
+        groups = [{"params": params[part], **own} for part, own in zip(parts, group_options)]
+        return optimizer_class(groups, **options, **more)
+
+    def copied():
+        return [torch.nn.Parameter(p.detach().clone()) for p in leading]
+
+    takers = TAKERS if not options.get("factored") else [RULES]  # No kernel reads factored states.
+    others = copied()
+    plain = built(classes[1], others, lora=lora)
+    all_params = [leading, *(copied() for _ in takers[1:])]
+    all_ours = [built(classes[0], params) for params in all_params]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(ours, schedule) for ours in all_ours if schedule]
+    is_contextual = issubclass(classes[0], Automagic_CameAMP_COptim)
     for step in range(steps):
-        set_gradients(params, targets, generator, step, others, skip)
+        set_gradients(leading, targets, generator, step, [*all_params[1:], others], skip)
         if schedule:
-            plain.scale = [schedule(step)] * len(groups)
-        before = [p.detach().clone() for p in params]
-        ours.step()
+            plain.scale = [schedule(step)] * len(parts)
+        before = [p.detach().clone() for p in leading]
         plain.step()
-        if issubclass(classes[0], Automagic_CameAMP_COptim):
-            multiplier = ours.c_optim.compute_contextual_lr_multiplier()
-            assert multiplier == pytest.approx(plain.multiplier, rel=2e-3)
-            plain.multiplier = multiplier
-        if scheduler:
+        for taker, ours, params in zip(takers, all_ours, all_params):
+            with taken_by(taker):
+                ours.step()
+            if is_contextual:
+                multiplier = ours.c_optim.compute_contextual_lr_multiplier()
+                assert multiplier == pytest.approx(plain.multiplier, rel=2e-3), (taker, step)
+            for p, other, start in zip(params, others, before):
+                if p.grad is None:
+                    continue
+                boundary = 2 / p.numel() if options.get("cautious") and p.numel() > 100 else 0.0
+                states = ours.state[p], plain.state[other]
+                assert_close(p, other, start, *states, (taker, step), options["warmup_steps"], boundary)
+        for scheduler in schedulers:
             scheduler.step()
-        for p, other, start in zip(params, others, before):
-            if p.grad is None:
-                continue
-            boundary = 2 / p.numel() if options.get("cautious") and p.numel() > 100 else 0.0
-            assert_close(p, other, start, ours.state[p], plain.state[other], step, options["warmup_steps"], boundary)
-            # From here both go on from the same numbers, or rounding would be compounded for hundreds of steps.
-            adopt(p, other, ours.state[p], plain.state[other])
+        # From here all go on from the same numbers, or rounding would be compounded for hundreds of steps.
+        for p, other in zip(leading, others):
+            if p.grad is not None:
+                adopt(p, other, all_ours[0].state[p], plain.state[other])
+        for ours, params in zip(all_ours[1:], all_params[1:]):
+            follow(ours, params, all_ours[0], leading)
+        if is_contextual:
+            plain.multiplier = all_ours[0].c_optim.compute_contextual_lr_multiplier()
 
 
-def assert_close(p, other, start, state, expected, step, warmup_steps=WARMUP, boundary=0.0):
+def follow(ours, params, leader, leading):
+    """Take over the weights, the states and the multiplier of an optimizer that another took the step of."""
+    for p, first in zip(params, leading):
+        p.data.copy_(first.data)
+        for name, value in leader.state[first].items():
+            if torch.is_tensor(value):
+                ours.state[p][name].copy_(value)
+    if hasattr(ours, "c_optim"):
+        ours.c_optim._memory.values["multiplier"] = leader.c_optim._memory.values["multiplier"].clone()
+
+
+def assert_close(p, other, start, state, expected, at, warmup_steps=WARMUP, boundary=0.0):
     """Equal but for float32 rounding: of the weights, of the step, and of momenta of size 1 that cancel.
 
-    `boundary` is by how much the step may differ where an element on the cautious mask's boundary changes sides, which
-    rescales all others.
+    `at` says who took which step. `boundary` is by how much the step may differ where an element on the cautious mask's
+    boundary changes sides, which rescales all others.
     """
     largest_step = (other.detach() - start).abs().max().item()
     cancelled = 2e-6 * (expected["lr_mask"] / expected["exp_avg_res"].sqrt()).max().item()
     tolerance = (2e-5 + boundary) * largest_step + cancelled
-    assert torch.allclose(p.detach(), other.detach(), rtol=2e-7, atol=tolerance), (step, p.shape)
+    assert torch.allclose(p.detach(), other.detach(), rtol=2e-7, atol=tolerance), (*at, p.shape)
     state = unfactored(state)
     momenta = tuple(name for name in state if name.startswith("momentum_scale"))
     others = ("exp_avg_sq",) if "exp_avg_sq" in state else ()
     for name in ("exp_avg", "exp_avg_res", "lr_mask", *others, *momenta):
         scale = 1.0 if name == "exp_avg" or name in momenta else expected[name].abs().max().item()
         assert torch.allclose(state[name].view(p.shape), expected[name].view(p.shape), rtol=2e-5, atol=1e-6 * scale), (
-            step,
+            *at,
             name,
             p.shape,
         )
-    warmup = step + 1 < warmup_steps
+    warmup = at[-1] + 1 < warmup_steps
     assert ("s" in state) == ("last_polarity" in state)
     if warmup and "s" in state:
         assert torch.equal(state["last_polarity"], expected["last_polarity"].view(p.shape))
@@ -157,22 +200,26 @@ def adopt(p, other, state, expected):
 
 
 def test_rounding_does_not_add_up():
-    """600 steps on gradients that do not depend on the weights, without ever aligning the two."""
-    params, _, generator = problem(LORA)
-    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    start = [p.detach().clone() for p in params]
-    ours = Automagic_CameAMP(params, warmup_steps=WARMUP, lr=1e-5)
+    """600 steps on gradients that do not depend on the weights, without ever aligning any two."""
+    start, _, generator = problem(LORA)
+    others, *all_params = ([torch.nn.Parameter(p.detach().clone()) for p in start] for _ in range(1 + len(TAKERS)))
+    all_ours = [Automagic_CameAMP(params, warmup_steps=WARMUP, lr=1e-5) for params in all_params]
     plain = ReferenceCameAMP([{"params": others}], lora=True, warmup_steps=WARMUP, lr=1e-5)
-    drift = [torch.randn(p.shape, generator=generator) * 0.3 for p in params]
+    drift = [torch.randn(p.shape, generator=generator) * 0.3 for p in start]
     for _ in range(STEPS):
-        for p, other, mean in zip(params, others, drift):
-            p.grad = other.grad = mean + torch.randn(p.shape, generator=generator)
-        ours.step()
+        for mean, *same in zip(drift, others, *all_params):
+            grad = mean + torch.randn(mean.shape, generator=generator)
+            for p in same:
+                p.grad = grad
         plain.step()
-    for p, other, before in zip(params, others, start):
-        moved = (other - before).norm()
-        assert moved > 0.01 * before.norm()
-        assert (p - other).norm() < 1e-4 * moved
+        for taker, ours in zip(TAKERS, all_ours):
+            with taken_by(taker):
+                ours.step()
+    for taker, params in zip(TAKERS, all_params):
+        for p, other, before in zip(params, others, start):
+            moved = (other - before).norm()
+            assert moved > 0.01 * before.norm()
+            assert (p - other).norm() < 1e-4 * moved, taker
 
 
 def test_lora_factors():
@@ -207,7 +254,7 @@ def cosine(step):
     return 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
-@pytest.mark.parametrize("schedule", [lambda step: 1.0, warmup, cosine], ids=["constant", "warmup", "cosine"])
+@pytest.mark.parametrize("schedule", [warmup, cosine])
 def test_schedulers(schedule):
     compare(LORA, schedule=schedule, lora=True)
 
@@ -301,14 +348,16 @@ def test_contextual_steps_inside_the_backward_pass():
     compare(LORA, classes=classes, steps=120, lora=True, edge_threshold=1.0, warmup_steps=80)
 
 
-def test_no_warmup():
+@pytest.mark.parametrize("taker", TAKERS)
+def test_no_warmup(taker):
     params, targets, generator = problem(MIXED)
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     ours = Automagic_CameAMP(params, warmup_steps=0, lr=1e-4)
     plain = ReferenceCameAMP([{"params": others}], lora=False, warmup_steps=0, lr=1e-4)
     for step in range(20):
-        set_gradients(params, targets, generator, step, others)
-        ours.step()
+        set_gradients(params, targets, generator, step, [others])
+        with taken_by(taker):
+            ours.step()
         plain.step()
     for p, other in zip(params, others):
         assert torch.allclose(p, other, rtol=1e-5, atol=1e-8)
@@ -316,7 +365,6 @@ def test_no_warmup():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("taker", ["rules"], indirect=True)
 def test_16_bit_weights_before_rounding(dtype, monkeypatch):
     """From the same weights each step, the value that is then rounded is the plain implementation's."""
     exact = {}
@@ -336,10 +384,11 @@ def test_16_bit_weights_before_rounding(dtype, monkeypatch):
             grad = (p.detach().float() - target + torch.randn(p.shape, generator=generator)).to(dtype)
             p.grad, other.grad = grad, grad.float()
         before = [p.detach().float() for p in params]
-        ours.step()
+        with taken_by(RULES):
+            ours.step()
         plain.step()
         for index, (p, other, start) in enumerate(zip(params, others, before)):
             assert p.dtype == dtype
-            assert_close(exact[index].view(p.shape), other, start, ours.state[p], plain.state[other], step)
+            assert_close(exact[index].view(p.shape), other, start, ours.state[p], plain.state[other], (RULES, step))
             other.data.copy_(p.detach())
             adopt(other, other, ours.state[p], plain.state[other])
