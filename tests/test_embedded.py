@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library.cameamp_demo.data import BASE_DIGITS, NEW_DIGITS, load, training_batch
+from library.cameamp_demo.data import BASE_DIGITS, NEW_DIGITS, Digits, held_out_batches, load, training_batch
 from library.cameamp_demo.model import BASE_WEIGHTS, base_metadata, load_base
 from library.cameamp_demo.network import LoRANetwork
 from library.cameamp_demo.trainer import Trainer
@@ -39,7 +39,11 @@ def arguments(folder, *more, steps=6):
 def quick(monkeypatch):
     """Fewer held-out images and sampling steps: these tests ask whether, not how well. Accelerate's state is fresh."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setattr("library.cameamp_demo.trainer._HELD_OUT_REPEATS", 1)
+
+    def few(data, timesteps, repeats):
+        return held_out_batches(Digits(data.images[:16], data.digits[:16]), timesteps, repeats=1)
+
+    monkeypatch.setattr("library.cameamp_demo.trainer.held_out_batches", few)
     monkeypatch.setattr("library.cameamp_demo.pictures._SAMPLING_STEPS", 2)
 
 
@@ -101,9 +105,12 @@ def test_a_new_rate_at_a_resume_is_not_ignored_in_silence(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--gradient_accumulation_steps", "2"), ("--mixed_precision", "bf16")], ids=" ".join
+    ("at", "more"),
+    [
+        *((at, more) for at in (3, 5) for more in ((), ("--gradient_accumulation_steps", "2"))),
+        (3, ("--mixed_precision", "bf16")),
+    ],
 )
-@pytest.mark.parametrize("at", [3, 5])
 def test_resuming_is_exact(tmp_path, at, more):
     more = (*more, "--lr_scheduler", "cosine")
     main(arguments(tmp_path / "straight", "--save_every_n_steps", str(at), *more))
