@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import contextmanager
+from itertools import compress
 
 import pytest
 import torch
@@ -121,6 +122,7 @@ def compare(
         if schedule:
             plain.scale = [schedule(step)] * len(parts)
         before = [p.detach().clone() for p in leading]
+        is_stepped = [p.grad is not None for p in leading]  # Afterwards some may be gone.
         plain.step()
         for taker, ours, params in zip(takers, all_ours, all_params):
             with taken_by(taker):
@@ -128,18 +130,15 @@ def compare(
             if is_contextual:
                 multiplier = ours.c_optim.compute_contextual_lr_multiplier()
                 assert multiplier == pytest.approx(plain.multiplier, rel=2e-3), (taker, step)
-            for p, other, start in zip(params, others, before):
-                if p.grad is None:
-                    continue
+            for p, other, start in compress(zip(params, others, before), is_stepped):
                 boundary = 2 / p.numel() if options.get("cautious") and p.numel() > 100 else 0.0
                 states = ours.state[p], plain.state[other]
                 assert_close(p, other, start, *states, (taker, step), options["warmup_steps"], boundary)
         for scheduler in schedulers:
             scheduler.step()
         # From here all go on from the same numbers, or rounding would be compounded for hundreds of steps.
-        for p, other in zip(leading, others):
-            if p.grad is not None:
-                adopt(p, other, all_ours[0].state[p], plain.state[other])
+        for p, other in compress(zip(leading, others), is_stepped):
+            adopt(p, other, all_ours[0].state[p], plain.state[other])
         for ours, params in zip(all_ours[1:], all_params[1:]):
             follow(ours, params, all_ours[0], leading)
         if is_contextual:
