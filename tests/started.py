@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 # None of them starts a thread, which a fork would lack.
 _IMPORTED = ["torch", "accelerate", "diffusers.optimization", "numba"]
@@ -65,7 +64,7 @@ def _serve() -> None:
         print(os.waitstatus_to_exitcode(status), flush=True)
 
 
-def _become(script: str, words: list[str], folder: str, variables: dict[str, str], files: list[str]) -> Any:
+def _become(script: str, words: list[str], folder: str, variables: dict[str, str], files: list[str]) -> None:
     signal.alarm(_TIMEOUT)
     for number, file in enumerate((os.devnull, *files)):
         opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
